@@ -1,0 +1,76 @@
+"""Strings a second of `rwkv_clip.tokenize` against its plain path.
+
+The plain path is the definition: ftfy, html.unescape twice, whitespace, lower case for every
+string, then the same byte-pair encoder. Ids are compared before anything is timed; the two are
+timed in turn and the medians reported.
+
+    python -m benchmarks.tokenizer [--strings 10000] [--repeats 7]
+"""
+
+import argparse
+import html
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import ftfy
+import numpy as np
+import torch
+from instant_clip_tokenizer import Tokenizer
+
+from rwkv_clip.tokenizer import tokenize
+
+WORDS = (
+    "a the of dog cat photo with red small standing on grass near Blue house woman holding "
+    "umbrella street sunny beach, two people playing guitar in front of an old wooden door"
+).split()
+SUFFIXES = {
+    "ASCII": [""],
+    "web mix": [""] * 16 + [" it’s", " café", " AT&T &amp; co", " 日本語 😀"],
+    "curly quotes": [" it’s"],
+    "accents": [" café"],
+    "ampersands": [" salt & pepper"],
+    "entities": [" salt &amp; pepper"],
+}
+
+
+def captions(count: int, suffixes: list[str]) -> list[str]:
+    rng = random.Random(0)
+    return [" ".join(rng.choices(WORDS, k=10)) + rng.choice(suffixes) for _ in range(count)]
+
+
+def plain(encoder: Tokenizer, texts: list[str]) -> torch.Tensor:
+    cleaned = [html.unescape(html.unescape(ftfy.fix_text(text))) for text in texts]
+    lowered = [" ".join(text.split()).lower() for text in cleaned]
+    return torch.from_numpy(encoder.tokenize_batch(lowered, 77).astype(np.int64))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--strings", type=int, default=10_000)
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    encoder = Tokenizer()
+    print(f"{'texts':<14}{'rwkv_clip/s':>14}{'plain/s':>12}{'times':>8}")
+    for name, suffixes in SUFFIXES.items():
+        texts = captions(arguments.strings, suffixes)
+        if not torch.equal(tokenize(texts), plain(encoder, texts)):
+            raise SystemExit(f"{name}: ids differ from the plain path's; nothing was timed")
+        pairs = [
+            (seconds(lambda t=texts: tokenize(t)), seconds(lambda t=texts: plain(encoder, t)))
+            for _ in range(arguments.repeats)
+        ]
+        ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+        count = arguments.strings
+        print(f"{name:<14}{count / ours:>14,.0f}{count / theirs:>12,.0f}{theirs / ours:>8.1f}")
+
+
+if __name__ == "__main__":
+    main()

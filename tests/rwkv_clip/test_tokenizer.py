@@ -1,0 +1,181 @@
+"""The tokenizer gives the published ids for every text, by whichever path it takes."""
+
+import functools
+import html
+import json
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import ftfy
+import instant_clip_tokenizer
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_clip import tokenizer
+from rwkv_clip.tokenizer import decode, tokenize
+
+regex = pytest.importorskip("regex")
+
+Golden = Callable[[str], Path]
+
+FRAGMENTS = [
+    *"aZ s é ’ “ ‘ ʼ & ; # x  Ã â € ™ ſ ' < > ŉ ﬁ Ａ ñ ö 中 😀 ² ° « » œ İ Σ ς . ½ _ ?".split(" "),
+    *"\n\r\t\x0b\x0c\x1b\x1c\x85\xa0\u2028\u3000\u0301\ufeff\ud83d\ude00\x00",
+    *("&amp;", "&lt", "&eacute;", "&#55357;", "Ã©", "â€™", "<", "'S", "'ſ", "<ſtart_of_text>"),
+    *("<start_of_text>", "<end_of_text>", " a photo of a dog", "it’s", "AT&T", "e\u0301"),
+]
+TEXTS = st.one_of(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join),
+    st.text(st.characters(max_codepoint=0x24F, exclude_categories=()), max_size=20),
+)
+
+
+def published_clean(text: str) -> str:
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+class PublishedBpe:
+    """CLIP's byte-pair encoding from its definition, on the merges the Rust library carries."""
+
+    PATTERN = regex.compile(
+        r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+        regex.IGNORECASE,
+    )
+
+    def __init__(self) -> None:
+        library = next(Path(instant_clip_tokenizer.__file__).parent.glob("*.so")).read_bytes()
+        lines = library[library.index(b"#version: 0.2") :].split(b"\n")[1 : 49152 - 256 - 2 + 1]
+        merges = [tuple(line.decode().split()) for line in lines]
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        other = [byte for byte in range(256) if byte not in printable]
+        names = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(other))]
+        self.byte_name = dict(zip(printable + other, names, strict=True))
+        vocabulary = names + [name + "</w>" for name in names] + ["".join(pair) for pair in merges]
+        vocabulary += ["<start_of_text>", "<end_of_text>"]
+        self.ids = {name: index for index, name in enumerate(vocabulary)}
+
+    def word(self, word: str) -> list[int]:
+        if word in ("<start_of_text>", "<end_of_text>"):
+            return [self.ids[word]]
+        parts = [self.byte_name[byte] for byte in word.encode()]
+        parts[-1] += "</w>"
+        while True:
+            pairs = list(zip(parts, parts[1:], strict=False))
+            best = min(pairs, key=lambda pair: self.ranks.get(pair, 1 << 30), default=None)
+            if best not in self.ranks:
+                return [self.ids[part] for part in parts]
+            merged: list[str] = []
+            for part in parts:
+                # A part that was merged just now is longer than best[0], so it cannot match again.
+                if merged and (merged[-1], part) == best:
+                    merged[-1] += part
+                else:
+                    merged.append(part)
+            parts = merged
+
+    def row(self, text: str, width: int = 77) -> list[int]:
+        words = self.PATTERN.findall(published_clean(text))
+        ids = [49406, *(i for word in words for i in self.word(word))][: width - 1] + [49407]
+        return ids + [0] * (width - len(ids))
+
+
+@functools.cache
+def published() -> PublishedBpe:
+    return PublishedBpe()
+
+
+def test_ids_equal_the_golden_ones_alone_and_in_a_batch(golden: Golden) -> None:
+    strings = json.loads(golden("tokenizer.json").read_text())["strings"]
+    ids = torch.from_numpy(np.load(golden("tokenizer.npz"))["ids"].astype(np.int64))
+    assert torch.equal(tokenize(strings), ids)
+    for string, row in zip(strings, ids, strict=True):
+        assert torch.equal(tokenize(string)[0], row), ascii(string)
+
+
+def test_a_shorter_context_equals_the_golden_one(golden: Golden) -> None:
+    sample = json.loads(golden("tokenizer.json").read_text())["samples_encode_15"]
+    assert tokenize(sample["strings"], 15).tolist() == sample["ids"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS)
+def test_ids_follow_the_published_definition(text: str) -> None:
+    assert tokenize(text)[0].tolist() == published().row(text)
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS)
+def test_the_short_way_through_cleaning_changes_nothing(text: str) -> None:
+    assert tokenizer.clean_text(text) == published_clean(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TEXTS, max_size=6))
+def test_a_row_does_not_depend_on_its_batch(texts: list[str]) -> None:
+    alone = [tokenize(text)[0].tolist() for text in texts]
+    assert tokenize(texts).tolist() == alone
+
+
+def test_characters_of_every_block_are_classed_as_published() -> None:
+    for code in range(0x80, 0x2FA20, 61):
+        character = chr(code)
+        # Cs: surrogates. Cn: younger than this Python's tables, perhaps than the encoder's too.
+        if unicodedata.category(character) in ("Cs", "Cn"):
+            continue
+        text = f"a{character}b 1{character}1 !{character}!"
+        assert tokenize(text)[0].tolist() == published().row(text), hex(code)
+
+
+@pytest.mark.parametrize("text", ["'ſ", "a'ſb", "!'ſ", "<ſtart_of_text> x'ſ", "!<ſtart_of_text>"])
+def test_a_long_s_counts_as_an_s_where_the_published_pattern_ignores_case(text: str) -> None:
+    assert tokenize(text)[0].tolist() == published().row(text)
+
+
+def test_lone_surrogates_are_replaced_as_published() -> None:
+    assert torch.equal(tokenize("a \ud800 b"), tokenize("a \ufffd b"))
+
+
+def test_a_batch_of_nothing_has_no_rows() -> None:
+    assert tokenize([]).shape == (0, 77)
+
+
+def test_an_overlong_text_keeps_its_end_token() -> None:
+    row = tokenize("cat " * 200)[0]
+    assert row[-1] == 49407
+    assert (row[1:-1] == row[1]).all()
+
+
+def test_without_truncation_the_first_overlong_text_is_named() -> None:
+    fits, too_long = "cat " * 75, "cat " * 76
+    assert tokenize([fits], truncate=False)[0, -1] == 49407
+    with pytest.raises(ValueError, match=r"texts\[1\] has too many tokens"):
+        tokenize([fits, too_long], truncate=False)
+
+
+@pytest.mark.parametrize("item", [b"bytes", None, 3])
+def test_an_item_that_is_no_string_is_named(item: object) -> None:
+    with pytest.raises(TypeError, match=rf"texts\[1\] is of type {type(item).__name__}"):
+        tokenize(["a", item])  # type: ignore[list-item]
+
+
+def test_a_context_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="context_length is 2"):
+        tokenize("a", 2)
+
+
+def test_decoding_gives_the_words_back() -> None:
+    assert decode(tokenize("A photo of a café, it's nice")[0]) == "a photo of a café , it 's nice"
+    assert decode([]) == ""
+
+
+def test_decoding_refuses_what_is_no_row_of_ids() -> None:
+    with pytest.raises(ValueError, match="token 49408 at position 1"):
+        decode([1, 49408])
+    with pytest.raises(ValueError, match="one row"):
+        decode(tokenize(["a", "b"]))
