@@ -1,0 +1,340 @@
+"""Encoded images, Pillow images or arrays in; normalised float32 pixels [3, S, S] out.
+
+Evaluation equals the published transform (torchvision's on Pillow): shorter side to S, bicubic with
+antialias, centre crop, RGB, normalise. Training crops a random box, resizes it, and may flip.
+Choices:
+- Pixels stay uint8 to the last step, a table of 256 normalised values per channel.
+- Training crops and resizes in one Pillow call. Evaluation resizes the whole image first, as
+  published: Pillow orders its two passes by their cost, and the crop would change the order and so
+  single pixels. Only images longer than 4:1 are cropped first, which bounds the memory they take.
+- Large JPEGs are decoded at 1/2, 1/4 or 1/8 scale, which the format allows at a fraction of the
+  cost, as long as twice the wanted resolution remains. `draft=False` decodes in full.
+- EXIF orientation is ignored, as the published code does; `exif_orientation=True` applies it.
+- Modes L, LA, RGB, RGBA and CMYK are resized as they are and then converted, as published. Pillow
+  has no bicubic filter for palettes and bitmaps (it takes the nearest pixel without a word), so P
+  and 1 are converted first. 16-bit greys keep their upper eight bits. Transparency is dropped, as
+  published: a transparent pixel shows the colour it is stored with.
+- An animation gives its first frame.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 64_000_000
+MAX_FULL_ASPECT = 4
+CROP_AREA = (0.7, 1.0)
+CROP_ASPECT = (0.8, 1.25)
+
+ImageInput = bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+
+# Modes that Pillow resizes with every filter and whose conversion to RGB keeps eight bits.
+_RESIZABLE = frozenset({"RGB", "L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
+
+
+class _Crop(NamedTuple):
+    """Resize the source's box to size, cut the output at offset, and perhaps mirror it."""
+
+    box: Box  # left, upper, right, lower; in pixels of the source
+    size: tuple[int, int]  # width, height
+    offset: tuple[int, int]  # left, upper
+    flip: bool = False
+
+
+class ImageSettings(Protocol):
+    """What a transform reads from a model's configuration."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def image_mean(self) -> tuple[float, ...]: ...
+    @property
+    def image_std(self) -> tuple[float, ...]: ...
+
+
+class ImageDecodeError(ValueError):
+    """An input that is no usable image.
+
+    Attributes:
+        reason: what is wrong with it.
+        name: which input it is (its index in a batch, or the id the caller gave), or None.
+    """
+
+    def __init__(self, reason: str, name: object = None) -> None:
+        super().__init__(reason if name is None else f"image {name!r}: {reason}")
+        self.reason = reason
+        self.name = name
+
+    def __reduce__(self) -> tuple[type[ImageDecodeError], tuple[str, object]]:
+        return type(self), (self.reason, self.name)
+
+
+class TransformedBatch(NamedTuple):
+    """The usable images of a batch, where they stood in it, and an error for each other one."""
+
+    pixels: Tensor  # float32 [n, 3, S, S]
+    indices: list[int]  # n positions in the input
+    errors: list[ImageDecodeError]
+
+
+class ImageTransform:
+    """Turns one image into pixels; immutable, and safe to share between threads and processes.
+
+    Args:
+        image_size: S, in pixels.
+        mean, std: of the three channels, for pixels in 0..1.
+        train: random crop and flip instead of the centre crop.
+        draft: let the JPEG decoder skip resolution that the output cannot show.
+        exif_orientation: turn the image as its EXIF tag says (the published code does not).
+        max_pixels: larger images are refused before they are decoded.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        *,
+        train: bool = False,
+        draft: bool = True,
+        exif_orientation: bool = False,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if image_size < 1:
+            raise ValueError(f"image_size is {image_size}; it must be at least 1")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean {mean} and std {std} must be three numbers each, std positive")
+        self.image_size = image_size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.train = train
+        self.draft = draft
+        self.exif_orientation = exif_orientation
+        self.max_pixels = max_pixels
+        levels = np.arange(256, dtype=np.float32) / np.float32(255)
+        self._levels = (levels - np.array(self.mean, np.float32)[:, None]) / np.array(
+            self.std, np.float32
+        )[:, None]
+
+    def __call__(
+        self,
+        image: ImageInput,
+        rng: np.random.Generator | int | None = None,
+        *,
+        name: object = None,
+    ) -> Tensor:
+        """Normalised pixels, float32 [3, S, S].
+
+        Args:
+            image: an encoded file's bytes, a Pillow image, or uint8 [H, W], [H, W, 1] or [H, W, 3].
+            rng: generator or seed of the random crop; needed when training, unused otherwise. No
+                global state is read.
+            name: what errors call this input.
+
+        Raises:
+            ImageDecodeError: the input is truncated, no image, empty, or above max_pixels.
+            TypeError: the input is of none of these types.
+            ValueError: training without rng.
+        """
+        if self.train and rng is None:
+            raise ValueError("a training transform needs rng: a numpy Generator or a seed")
+        return torch.from_numpy(self._normalise(self.uint8(image, rng, name=name)))
+
+    def batch(
+        self,
+        images: Iterable[ImageInput],
+        rng: np.random.Generator | int | None = None,
+        *,
+        names: Sequence[object] | None = None,
+    ) -> TransformedBatch:
+        """Transforms what can be; sets broken inputs aside, each with an error that names it.
+
+        Args:
+            names: what errors call the inputs; their indices if None.
+        """
+        generator = np.random.default_rng(rng) if rng is not None else None
+        pixels: list[Tensor] = []
+        indices: list[int] = []
+        errors: list[ImageDecodeError] = []
+        for index, image in enumerate(images):
+            name = index if names is None else names[index]
+            # One draw an image, so that a broken one does not move the crops of those behind it.
+            seed = None if generator is None else int(generator.integers(1 << 63))
+            try:
+                pixels.append(self(image, seed, name=name))
+                indices.append(index)
+            except ImageDecodeError as error:
+                errors.append(error)
+        size = self.image_size
+        stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
+        return TransformedBatch(stacked, indices, errors)
+
+    def uint8(
+        self,
+        image: ImageInput,
+        rng: np.random.Generator | int | None = None,
+        *,
+        name: object = None,
+    ) -> npt.NDArray[np.uint8]:
+        """The same before normalisation: uint8 [S, S, 3] in RGB."""
+        opened = self._open(image, name)
+        crop = self._choose(opened.size, rng)
+        try:
+            pixels = np.asarray(self._resize(opened, crop, draft=opened is not image))
+        except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+            raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
+        return pixels[:, ::-1] if crop.flip else pixels
+
+    def _open(self, image: ImageInput, name: object) -> Image.Image:
+        """The image with its header read and its size checked, its pixels not yet decoded."""
+        opened = _open(image, name)
+        width, height = opened.size
+        if width == 0 or height == 0:
+            raise ImageDecodeError(f"is empty ({width}x{height} pixels)", name)
+        if width * height > self.max_pixels:
+            raise ImageDecodeError(
+                f"has {width}x{height} pixels, more than max_pixels={self.max_pixels:,}", name
+            )
+        if self.exif_orientation:
+            try:
+                opened = ImageOps.exif_transpose(opened)
+            except Exception as error:  # as above
+                raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
+        return opened
+
+    def _choose(self, size: tuple[int, int], rng: np.random.Generator | int | None) -> _Crop:
+        if not self.train:
+            return _centre(size, self.image_size)
+        generator = np.random.default_rng(rng)
+        box = random_box(size, generator)
+        return _Crop(box, (self.image_size,) * 2, (0, 0), flip=bool(generator.random() < 0.5))
+
+    def _resize(self, image: Image.Image, crop: _Crop, *, draft: bool) -> Image.Image:
+        """The crop as an RGB image of S x S; decodes no more of a JPEG than that needs."""
+        box = crop.box
+        if draft and self.draft and image.format == "JPEG":
+            width, shrink = (
+                image.width,
+                2 * max(crop.size[0] / (box[2] - box[0]), crop.size[1] / (box[3] - box[1])),
+            )
+            # The decoder keeps both sides at or above the size it is asked for.
+            image.draft(None, (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
+            scale = round(width / image.width)
+            box = (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale)
+        resized = _eight_bits(image).resize(crop.size, Image.Resampling.BICUBIC, box)
+        if crop.size != (self.image_size, self.image_size):
+            left, top = crop.offset
+            resized = resized.crop((left, top, left + self.image_size, top + self.image_size))
+        return resized.convert("RGB")
+
+    def _normalise(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        out = np.empty((3, *pixels.shape[:2]), np.float32)
+        for channel in range(3):
+            np.take(self._levels[channel], pixels[:, :, channel], out=out[channel], mode="clip")
+        return out
+
+
+def image_transform(config: ImageSettings, train: bool = False, **options: Any) -> ImageTransform:
+    """The transform a model was (or is to be) trained with.
+
+    Args:
+        config: a model's configuration: image_size, image_mean, image_std.
+        train: random crop and flip; such a transform is called with a generator or a seed.
+        options: draft, exif_orientation, max_pixels of `ImageTransform`.
+    """
+    return ImageTransform(
+        config.image_size, config.image_mean, config.image_std, train=train, **options
+    )
+
+
+def _centre(size: tuple[int, int], side: int) -> _Crop:
+    """Shorter side to `side`, then the centre square, of a (width, height) image.
+
+    With the roundings of torchvision: the longer side is cut to whole pixels after the resize, and
+    so is the crop's offset.
+    """
+    shorter = min(size)
+    width, height = (side * length // shorter for length in size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    if max(size) <= MAX_FULL_ASPECT * shorter:
+        return _Crop((0, 0, *size), (width, height), (left, top))
+    across, down = size[0] / width, size[1] / height
+    box = (left * across, top * down, (left + side) * across, (top + side) * down)
+    return _Crop(box, (side, side), (0, 0))
+
+
+def random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """A box of 0.7 to 1 of the area and an aspect of 0.8 to 1.25, uniform in its logarithm.
+
+    If ten draws do not fit into the image, its largest centred box of a permitted aspect.
+    """
+    width, height = size
+    log_low, log_high = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
+    for _ in range(10):
+        area = width * height * rng.uniform(*CROP_AREA)
+        aspect = math.exp(rng.uniform(log_low, log_high))
+        across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < across <= width and 0 < down <= height:
+            left = int(rng.integers(width - across + 1))
+            top = int(rng.integers(height - down + 1))
+            return (left, top, left + across, top + down)
+    aspect = min(max(width / height, CROP_ASPECT[0]), CROP_ASPECT[1])
+    across, down = min(width, round(height * aspect)), min(height, round(width / aspect))
+    across, down = max(across, 1), max(down, 1)
+    left, top = (width - across) // 2, (height - down) // 2
+    return (left, top, left + across, top + down)
+
+
+def _open(image: ImageInput, name: object) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, np.ndarray):
+        return _from_array(image, name)
+    if not isinstance(image, bytes | bytearray | memoryview):
+        raise TypeError(
+            f"an image is encoded bytes, a Pillow image or a uint8 array, not "
+            f"{type(image).__name__}"
+        )
+    if len(image) == 0:
+        raise ImageDecodeError("is empty (0 bytes)", name)
+    try:
+        return Image.open(io.BytesIO(image))
+    except UnidentifiedImageError:
+        start = bytes(image[:12])
+        raise ImageDecodeError(f"is not a known image format (starts {start!r})", name) from None
+    except Exception as error:  # Pillow's parsers raise whatever a broken header leads them to
+        raise ImageDecodeError(f"cannot be opened ({error})", name) from error
+
+
+def _from_array(array: npt.NDArray[np.uint8], name: object) -> Image.Image:
+    grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
+    if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] == 3)):
+        raise ImageDecodeError(
+            f"is an array of {array.dtype} {list(array.shape)}; it must be uint8 [H, W], [H, W, 1] "
+            "or [H, W, 3]",
+            name,
+        )
+    if array.size == 0:
+        raise ImageDecodeError(f"is empty ({array.shape[1]}x{array.shape[0]} pixels)", name)
+    return Image.fromarray(array.reshape(array.shape[:2]) if grey else array)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Decodes, into a mode that Pillow resizes with every filter and that has eight bits."""
+    image.load()
+    if image.mode.startswith("I"):  # I and I;16: in PNG, TIFF and PGM files these hold 16 bits
+        grey = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
+        return Image.fromarray(grey.astype(np.uint8))
+    return image if image.mode in _RESIZABLE else image.convert("RGB")

@@ -1,0 +1,262 @@
+"""The transforms give the published pixels, repeat their random crops, and name broken inputs."""
+
+import io
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from rwkv_clip.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImageDecodeError,
+    ImageTransform,
+    image_transform,
+    random_box,
+)
+
+Golden = Callable[[str], Path]
+
+
+@dataclass(frozen=True)
+class Config:
+    image_size: int = 32
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+
+
+EVALUATE = image_transform(Config())
+TRAIN = image_transform(Config(), train=True)
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Smooth shapes with some texture, as photographs have."""
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    waves = [
+        np.sin(x / (9 + c)) * np.cos(y / (7 + 2 * c)) + x / width - y / height for c in (0, 1, 2)
+    ]
+    noise = np.random.default_rng(0).normal(0, 0.03, (height, width, 3))
+    scaled = (np.stack(waves, 2) + noise) * 60 + 128
+    return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def published(image: Image.Image, side: int) -> np.ndarray:
+    """torchvision's Resize, CenterCrop and RGB, written out on Pillow."""
+    width, height = image.size
+    if width <= height:
+        size = (side, int(side * height / width))
+    else:
+        size = (int(side * width / height), side)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    return np.asarray(image.crop((left, top, left + side, top + side)).convert("RGB"))
+
+
+def levels_apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.abs(a.astype(int) - b.astype(int))
+
+
+def test_evaluation_equals_the_golden_pixels(golden: Golden) -> None:
+    tensors = load_file(golden("preprocess.safetensors"))
+    transform = ImageTransform(224)
+    std = torch.tensor(CLIP_STD)[:, None, None]
+    for case in json.loads(golden("preprocess.json").read_text())["cases"]:
+        array = tensors[case["name"] + "/in"].numpy()
+        out = tensors[case["name"] + "/out"]
+        for given_as in (array, encoded(Image.fromarray(array.squeeze()))):
+            apart = ((transform(given_as) - out) * std).abs().max()
+            assert apart <= 1 / 255 + 1e-6, case["name"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 150), st.integers(1, 150), st.sampled_from(["RGB", "L", "RGBA", "CMYK", "LA"])
+)
+def test_evaluation_equals_resize_then_crop(width: int, height: int, mode: str) -> None:
+    image = picture(width, height, mode)
+    # Very long images are cropped first, which may order Pillow's two passes differently.
+    tolerance = 0 if max(width, height) <= 4 * min(width, height) else 2
+    assert levels_apart(EVALUATE.uint8(image), published(image, 32)).max() <= tolerance
+
+
+def test_normalisation_is_the_published_arithmetic() -> None:
+    pixels = torch.from_numpy(EVALUATE.uint8(picture(40, 50)).copy()).permute(2, 0, 1)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    result = EVALUATE(picture(40, 50))
+    assert torch.equal(result, (pixels.float() / 255 - mean) / std)
+    assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_draft_decoding_stays_close_to_full_decoding(train: bool, options: dict[str, int]) -> None:
+    data = encoded(picture(1203, 901), "JPEG", quality=90, **options)
+    fast = ImageTransform(64, train=train).uint8(data, 5)
+    full = ImageTransform(64, train=train, draft=False).uint8(data, 5)
+    apart = levels_apart(fast, full)
+    assert apart.mean() < 0.6
+    assert apart.max() <= 6
+
+
+def test_a_small_jpeg_is_decoded_in_full() -> None:
+    data = encoded(picture(120, 90), "JPEG")
+    assert np.array_equal(EVALUATE.uint8(data), published(Image.open(io.BytesIO(data)), 32))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_common_format_gives_pixels(format: str) -> None:
+    apart = levels_apart(
+        EVALUATE.uint8(encoded(picture(60, 50), format)), EVALUATE.uint8(picture(60, 50))
+    )
+    assert apart.mean() < 12
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "F"])
+def test_modes_without_a_bicubic_filter_are_converted_first(mode: str) -> None:
+    image = picture(60, 50, "L").convert(mode) if mode == "F" else picture(60, 50, mode)
+    assert np.array_equal(EVALUATE.uint8(image), EVALUATE.uint8(image.convert("RGB")))
+
+
+def test_sixteen_bit_greys_keep_their_upper_eight_bits() -> None:
+    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    expected = EVALUATE.uint8((grey >> 8).astype(np.uint8))
+    assert np.array_equal(EVALUATE.uint8(encoded(Image.fromarray(grey))), expected)
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert EVALUATE.uint8(data)[16, 16].tolist() == [255, 0, 0]
+
+
+def test_orientation_is_ignored_unless_asked_for() -> None:
+    image = picture(80, 50)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(image, "PNG", exif=exif)
+    assert np.array_equal(EVALUATE.uint8(data), EVALUATE.uint8(image))
+    turned = ImageTransform(32, exif_orientation=True).uint8(data)
+    assert np.array_equal(turned, EVALUATE.uint8(image.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_a_seed_fixes_the_crop_whatever_the_global_state() -> None:
+    image = picture(90, 70)
+    first = TRAIN(image, 7)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert torch.equal(TRAIN(image, 7), first)
+    assert torch.equal(TRAIN(image, np.random.default_rng(7)), first)
+    assert not torch.equal(TRAIN(image, 8), first)
+
+
+def test_half_of_the_training_images_are_mirrored() -> None:
+    image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)))
+    mirrored = 0
+    for seed in range(400):
+        row = TRAIN.uint8(image, seed)[16, :, 0].astype(int)
+        mirrored += row[0] > row[-1]
+    assert 160 <= mirrored <= 240
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 1 << 32))
+def test_a_crop_lies_inside_the_image(width: int, height: int, seed: int) -> None:
+    left, top, right, bottom = random_box((width, height), np.random.default_rng(seed))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+
+
+def test_crops_have_the_areas_and_aspects_of_the_recipe() -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_box((1000, 1000), rng) for _ in range(4000)])
+    across, down = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    area, aspect = across * down / 1e6, across / down
+    assert 0.698 <= area.min() < 0.705
+    assert area.max() <= 1
+    assert 0.795 <= aspect.min() < 0.81
+    assert 1.24 < aspect.max() <= 1.255
+    assert abs(np.log(aspect).mean()) < 0.01
+
+
+def test_a_very_long_image_takes_no_more_memory_than_its_crop_needs() -> None:
+    thin = Image.new("RGB", (2_000_000, 1), "red")
+    assert (EVALUATE.uint8(thin) == (255, 0, 0)).all()
+
+
+GOOD = encoded(picture(60, 50), "JPEG")
+LARGE = encoded(picture(600, 500), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (LARGE[: len(LARGE) // 2], "cannot be decoded .*truncated"),
+        (encoded(picture(60, 50))[:-200], "cannot be decoded"),
+        (b"<html>not found</html>", "not a known image format"),
+        (b"", "empty"),
+        (np.zeros((0, 5, 3), np.uint8), "empty"),
+        (np.zeros((5, 5, 3), np.float32), "must be uint8"),
+    ],
+)
+def test_a_broken_input_is_named_with_the_reason(broken: bytes, reason: str) -> None:
+    with pytest.raises(ImageDecodeError, match=f"image 'row-7': .*{reason}") as caught:
+        EVALUATE(broken, name="row-7")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.name, again.reason) == (str(caught.value), "row-7", again.reason)
+
+
+def test_too_many_pixels_are_refused_before_decoding() -> None:
+    data = encoded(Image.new("1", (3000, 3000)))
+    with pytest.raises(ImageDecodeError, match="3000x3000 pixels, more than max_pixels=1,000,000"):
+        ImageTransform(32, max_pixels=1_000_000)(data[:200])
+
+
+def test_a_batch_sets_broken_inputs_aside() -> None:
+    result = TRAIN.batch([GOOD, b"junk", GOOD, GOOD[:300]], 3)
+    assert result.pixels.shape == (2, 3, 32, 32)
+    assert result.indices == [0, 2]
+    assert [error.name for error in result.errors] == [1, 3]
+    whole = TRAIN.batch([GOOD, GOOD, GOOD], 3)
+    assert torch.equal(result.pixels[1], whole.pixels[2])
+    assert EVALUATE.batch([]).pixels.shape == (0, 3, 32, 32)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_files_raise_nothing_but_the_decode_error(data: st.DataObject) -> None:
+    format = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF"]))
+    damaged = bytearray(encoded(picture(24, 20), format))
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(damaged)))
+    try:
+        EVALUATE(bytes(damaged[:cut] if data.draw(st.booleans()) else damaged))
+    except ImageDecodeError:
+        pass
+
+
+def test_wrong_calls_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs rng"):
+        TRAIN(GOOD)
+    with pytest.raises(TypeError, match="not str"):
+        EVALUATE("photo.jpg")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image_size is 0"):
+        ImageTransform(0)
+    with pytest.raises(ValueError, match="three numbers"):
+        ImageTransform(8, (0.5,), (0.5,))
