@@ -1,0 +1,22 @@
+"""What every test may use. Imports pytest alone: the operator's tests run where little else is."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Path]:
+    """A function from a golden file's name to its path."""
+
+    def path(name: str) -> Path:
+        file = GOLDEN / name
+        if not file.is_file():
+            have = ", ".join(sorted(entry.name for entry in GOLDEN.glob("*"))) or "nothing"
+            pytest.fail(f"golden file {name} is not in {GOLDEN} (which holds {have})")
+        return file
+
+    return path
