@@ -32,14 +32,14 @@ SIDE = 224
 LARGEST_MEAN_DISTANCE = 1.0
 
 
-def encoded(format: str, width: int, height: int) -> bytes:
+def encoded(kind: str, width: int, height: int) -> bytes:
     """Smooth shapes with some noise, compressed as photographs are."""
     y, x = np.mgrid[:height, :width] / height
     rng = np.random.default_rng(0)
     channels = [np.sin(x * (20 + 7 * c)) * np.cos(y * (15 + 5 * c)) * 80 + 128 for c in range(3)]
     pixels = np.stack(channels, 2) + rng.normal(0, 6, (height, width, 3))
     file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, format)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, kind)
     return file.getvalue()
 
 
@@ -70,11 +70,11 @@ def main() -> None:
     print(
         f"{'images':<18}{'eval/s':>8}{'train/s':>9}{'plain/s':>9}{'times':>7}{'mean':>7}{'max':>6}"
     )
-    for format, width, height in CASES:
-        data = encoded(format, width, height)
+    for kind, width, height in CASES:
+        data = encoded(kind, width, height)
         distance = (evaluate(data) - plain(data)).abs() * std * 255
         if distance.mean() > LARGEST_MEAN_DISTANCE:
-            raise SystemExit(f"{format} {width}x{height}: pixels differ; nothing was timed")
+            raise SystemExit(f"{kind} {width}x{height}: pixels differ; nothing was timed")
         works: list[Callable[[], object]] = [
             lambda d=data: evaluate(d),
             lambda d=data: train(d, 0),
@@ -82,10 +82,10 @@ def main() -> None:
         ]
         rounds = [[milliseconds(work) for work in works] for _ in range(repeats)]
         ours, training, theirs = (statistics.median(c) for c in zip(*rounds, strict=True))
-        print(
-            f"{f'{format} {width}x{height}':<18}{1000 / ours:>8.0f}{1000 / training:>9.0f}"
-            f"{1000 / theirs:>9.0f}{theirs / ours:>7.2f}{distance.mean():>7.2f}{distance.max():>6.1f}"
-        )
+        speeds = f"{1000 / ours:>8.0f}{1000 / training:>9.0f}{1000 / theirs:>9.0f}"
+        distances = f"{distance.mean():>7.2f}{distance.max():>6.1f}"
+        name = f"{kind} {width}x{height}"
+        print(f"{name:<18}{speeds}{theirs / ours:>7.2f}{distances}")
 
 
 if __name__ == "__main__":

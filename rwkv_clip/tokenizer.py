@@ -32,8 +32,8 @@ START_ID = 49406
 END_ID = 49407
 PAD_ID = 0
 
-_QUOTES = {code: "'" for code in (0x2BC, *range(0x2018, 0x201C))}
-_QUOTES |= {code: '"' for code in range(0x201C, 0x2020)}
+_QUOTES = dict.fromkeys((700, *range(8216, 8220)), "'")
+_QUOTES |= dict.fromkeys(range(8220, 8224), '"')
 _QUOTE = re.compile("[" + "".join(map(chr, _QUOTES)) + "]")
 
 
@@ -198,7 +198,8 @@ def _encode_long_s(text: str) -> list[int]:
         if head[-1:] == encode(plain):
             ids += head[:-1] + _LONG_S_IDS[match[0]]
             start = match.end()
-    return ids + encode(text[start:])
+    ids += encode(text[start:])
+    return ids
 
 
 def _row(ids: list[int], width: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import functools
 import html
+import itertools
 import json
 import unicodedata
 from collections.abc import Callable
@@ -66,7 +67,7 @@ class PublishedBpe:
         parts = [self.byte_name[byte] for byte in word.encode()]
         parts[-1] += "</w>"
         while True:
-            pairs = list(zip(parts, parts[1:], strict=False))
+            pairs = list(itertools.pairwise(parts))
             best = min(pairs, key=lambda pair: self.ranks.get(pair, 1 << 30), default=None)
             if best not in self.ranks:
                 return [self.ids[part] for part in parts]
@@ -81,7 +82,8 @@ class PublishedBpe:
 
     def row(self, text: str, width: int = 77) -> list[int]:
         words = self.PATTERN.findall(published_clean(text))
-        ids = [49406, *(i for word in words for i in self.word(word))][: width - 1] + [49407]
+        ids = [49406, *(i for word in words for i in self.word(word))][: width - 1]
+        ids.append(49407)
         return ids + [0] * (width - len(ids))
 
 
