@@ -1,0 +1,71 @@
+# `make help` lists the targets. `setup` runs by itself when a target needs it.
+
+VENV := .venv
+BIN := $(VENV)/bin
+QUIET := --quiet --quiet --disable-pip-version-check
+LOCK ?= requirements/cpu.txt
+SOURCES := pyproject.toml setup.py rwkv_clip/_build.py $(wildcard csrc/*)
+OPERATOR_TESTS := tests/rwkv_clip/ops tests/rwkv_clip/model
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+# The interpreter that .venv is made with, and that test-cuda runs with.
+ifndef PYTHON
+PYTHON := $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-cuda lint bench wheel lock clean python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV)/.project ## create .venv with everything pinned and the operator built
+
+python:
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || { \
+		echo 'Python 3.11 or 3.12 is needed; name one: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+
+# Nothing is resolved, because the lock names every package.
+$(VENV)/.packages: $(LOCK) | python
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(QUIET) --upgrade 'pip>=25'
+	$(BIN)/python -m pip install $(QUIET) --no-deps --requirement $(LOCK)
+	@touch $@
+
+$(VENV)/.project: $(VENV)/.packages $(SOURCES)
+	$(BIN)/python -m pip install $(QUIET) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## encode images and texts with the Tiny model, and show what is installed
+	$(BIN)/rwkv-clip demo
+
+test: setup ## run every test
+	$(BIN)/python -m pytest
+
+test-cuda: ## build and test the operator and the model on a GPU, with PYTHON's own packages
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+		echo '$(PYTHON) has no PyTorch that sees a CUDA device' >&2; exit 1; }
+	$(PYTHON) -m rwkv_clip._build
+	$(PYTHON) -m pytest $(OPERATOR_TESTS)
+
+lint: setup ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## run every benchmark: results verified first, then a table against the baselines
+	@for benchmark in benchmarks/*.py; do \
+		echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+
+wheel: setup ## build the wheel into dist/
+	$(BIN)/python -m pip wheel $(QUIET) --no-deps --no-build-isolation --wheel-dir dist .
+
+lock: ## resolve requirements/*.in anew (needs uv; UPGRADE=1 takes the newest versions)
+	requirements/lock.sh
+
+clean: ## remove build outputs and caches; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis rwkv_clip/_C.so
+	rm -f $(VENV)/.project
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
