@@ -1,0 +1,295 @@
+"""The configuration base: pydantic models read from a YAML file and `--set key.path=value`.
+
+Every command validates its whole configuration before any work. All mistakes are told at once,
+each with where it stands (file and line, or the `--set`), the key's path, what was given and what
+it takes. The environment is not consulted: a run is what its file and its command line say.
+"""
+
+import argparse
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+Config = TypeVar("Config", bound=BaseModel)
+KeyPath = tuple[str | int, ...]
+
+
+class BaseConfig(BaseModel):
+    """The base of every configuration: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        coerce_numbers_to_str=True,  # `--set run.name=2026` is a name, whatever YAML makes of it
+        allow_inf_nan=False,
+    )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a configuration.
+
+    Attributes:
+        where: The file and line, or the `--set` it came from; empty when only absent.
+        key: The dotted path of the key; empty for the document as a whole.
+        text: What was given and what the key takes.
+    """
+
+    where: str
+    key: str
+    text: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.key, self.text) if part)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used, with everything that is wrong in it."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
+        super().__init__("\n  ".join([f"{count} in the configuration:", *map(str, problems)]))
+
+
+def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read, override and validate a configuration.
+
+    Args:
+        cls: The configuration's model.
+        path: A YAML file; None starts from the defaults.
+        overrides: `key.path=value` each, applied in order. The value is YAML, a number in the
+            path is a list's index, and keys that the file does not have are added.
+
+    Raises:
+        ConfigError: naming every mistake found.
+    """
+    document = _Document({}, {}) if path is None else _read(path)
+    problems = [problem for text in overrides if (problem := document.override(text))]
+    try:
+        config = cls.model_validate(document.data)
+    except ValidationError as error:
+        problems += _explain(error, cls, document)
+    else:
+        if not problems:
+            return config
+    raise ConfigError(problems)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--config FILE` and `--set KEY.PATH=VALUE` to a command."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the run's YAML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override one value (YAML); may be repeated",
+    )
+
+
+def config_from_args(cls: type[Config], args: argparse.Namespace) -> Config:
+    """The configuration that `add_config_options`' arguments ask for; raises ConfigError."""
+    return load_config(cls, args.config, args.overrides)
+
+
+@dataclass
+class _Document:
+    """A configuration as written: its data, and where each key path comes from."""
+
+    data: Any
+    sources: dict[KeyPath, str]
+
+    def where(self, path: KeyPath) -> str:
+        """The source of the path, or of the nearest ancestor that was written down."""
+        while path and path not in self.sources:
+            path = path[:-1]
+        return self.sources.get(path, "")
+
+    def override(self, text: str) -> Problem | None:
+        """Apply one `key.path=value`; the problem, if it cannot be."""
+        source = f"--set {text}"
+        key, equals, written = text.partition("=")
+        names = key.strip().split(".")
+        if not equals or not all(names):
+            return Problem(source, "", "takes KEY.PATH=VALUE")
+        try:
+            value = yaml.safe_load(written)
+        except yaml.YAMLError as error:
+            return Problem(source, key, f"the value is not YAML: {_one_line(error)}")
+        holder: Any = self.data
+        path: KeyPath = ()
+        for depth, name in enumerate(names):
+            try:
+                step = _step(holder, name)
+            except LookupError as error:
+                return Problem(source, ".".join(names[: depth + 1]), str(error))
+            path = (*path, step)
+            if depth == len(names) - 1:
+                holder[step] = value
+            else:
+                holder = _descend(holder, step)
+        self.sources = {old: at for old, at in self.sources.items() if old[: len(path)] != path}
+        self.sources[path] = source
+        return None
+
+
+def _step(holder: Any, name: str) -> str | int:
+    """The key or index that `name` means in `holder`; raises LookupError saying why it cannot."""
+    if isinstance(holder, dict):
+        return name
+    if not isinstance(holder, list):
+        raise LookupError(f"its parent is {holder!r}, which has no keys")
+    if not name.isdecimal() or int(name) >= len(holder):
+        raise LookupError(f"its parent is a list of {len(holder)}; takes an index below that")
+    return int(name)
+
+
+def _descend(holder: Any, step: str | int) -> Any:
+    """The value at `step`, made a mapping where there is none yet."""
+    if isinstance(holder, dict) and holder.get(str(step)) is None:
+        holder[step] = {}
+    return holder[step]
+
+
+def _read(path: Path) -> _Document:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ConfigError([Problem(str(path), "", f"cannot be read: {reason}")]) from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError([Problem(where, "", f"is not YAML: {_one_line(error)}")]) from error
+    if node is None:
+        return _Document({}, {(): str(path)})
+    if not isinstance(data, dict):
+        text = f"takes a mapping of keys to values, got {_show(data)}"
+        raise ConfigError([Problem(f"{path}:{node.start_mark.line + 1}", "", text)])
+    sources: dict[KeyPath, str] = {(): str(path)}
+    twice = []
+    for key_path, line in _lines(node, ()):
+        where = f"{path}:{line}"
+        if key_path in sources:
+            text = f"written twice, first at {sources[key_path]}"
+            twice.append(Problem(where, _dotted(key_path), text))
+        sources[key_path] = where
+    if twice:
+        raise ConfigError(twice)
+    return _Document(data, sources)
+
+
+def _lines(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    """Every key path below a node, with the line it is written on."""
+    children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(key.value, key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(index, item, item) for index, item in enumerate(node.value)]
+    for name, at, value in children:
+        yield (*path, name), at.start_mark.line + 1
+        yield from _lines(value, (*path, name))
+
+
+def _explain(
+    error: ValidationError, cls: type[BaseModel], document: _Document
+) -> Iterator[Problem]:
+    seen = set()
+    for details in error.errors(include_url=False):
+        path = _written_path(details["loc"], document.data, details["type"])
+        problem = Problem(document.where(path), _dotted(path), _say(details, cls, path))
+        if problem not in seen:
+            seen.add(problem)
+            yield problem
+
+
+def _written_path(loc: KeyPath, data: Any, kind: str) -> KeyPath:
+    """The location without the names of union members, which pydantic puts between the keys."""
+    path: list[str | int] = []
+    for index, part in enumerate(loc):
+        present = (isinstance(data, Mapping) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
+        absent = kind == "missing" and index == len(loc) - 1
+        if present or absent:
+            path.append(part)
+            data = data[part] if present else None
+    return tuple(path)
+
+
+def _say(details: Mapping[str, Any], cls: type[BaseModel], path: KeyPath) -> str:
+    kind, message = str(details["type"]), str(details["msg"])
+    known = [name for model in _models_at(cls, path[:-1]) for name in model.model_fields]
+    if kind == "extra_forbidden":
+        return f"unknown key{_meant(str(path[-1]), known)}; takes {', '.join(sorted(set(known)))}"
+    if kind == "missing":
+        return f"missing; takes {_takes(cls, path)}"
+    if kind in ("value_error", "assertion_error"):
+        message = message.partition(", ")[2] or message
+        return f"got {_show(details['input'])}: {message}"
+    takes = message.removeprefix("Input should be ").partition(", unable to parse")[0]
+    if kind == "literal_error":
+        takes += _meant(str(details["input"]), takes.replace(" or ", ", ").split(", "))
+    return f"got {_show(details['input'])}, takes {takes}"
+
+
+def _takes(cls: type[BaseModel], path: KeyPath) -> str:
+    """What a missing key takes: its description, or its type's name."""
+    for model in _models_at(cls, path[:-1]):
+        field = model.model_fields.get(str(path[-1]))
+        if field is not None:
+            name = getattr(field.annotation, "__name__", None) or str(field.annotation)
+            return f"{name}: {field.description}" if field.description else name
+    return "a value"
+
+
+def _models_at(cls: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
+    """The models that may stand at a path, several where a union allows them."""
+    current: list[Any] = [cls]
+    for part in path:
+        below: list[Any] = []
+        for model in current:
+            field = model.model_fields.get(str(part))
+            if field is not None:
+                below += _models_in(field.annotation)
+            elif isinstance(part, int):
+                below.append(model)
+        current = below
+    return current
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models named in a type: itself, a union's members, a list's items, a mapping's values."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, [option.strip("'") for option in known], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+def _show(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(getattr(error, "problem", None) or error).split())
