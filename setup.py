@@ -51,7 +51,8 @@ class BuildWithLibrary(build_py):
         try:
             builder().build(target.resolve())
         except Exception as error:
-            raise SystemExit(f"rwkv-clip: building the operator failed. {error}\n{WITHOUT}") from error
+            message = f"rwkv-clip: building the operator failed. {error}\n{WITHOUT}"
+            raise SystemExit(message) from error
 
 
 class PlatformDistribution(Distribution):

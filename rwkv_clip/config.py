@@ -7,6 +7,7 @@ it takes. The environment is not consulted: a run is what its file and its comma
 
 import argparse
 import difflib
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -257,24 +258,35 @@ def _takes(cls: type[BaseModel], path: KeyPath) -> str:
 
 def _models_at(cls: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
     """The models that may stand at a path, several where a union allows them."""
-    current: list[Any] = [cls]
+    annotations: list[Any] = [cls]
     for part in path:
-        below: list[Any] = []
-        for model in current:
-            field = model.model_fields.get(str(part))
-            if field is not None:
-                below += _models_in(field.annotation)
-            elif isinstance(part, int):
-                below.append(model)
-        current = below
-    return current
+        annotations = [
+            inner
+            for annotation in annotations
+            for member in _members(annotation)
+            for inner in _inside(member, part)
+        ]
+    members = [member for annotation in annotations for member in _members(annotation)]
+    return [member for member in members if _is_model(member)]
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models named in a type: itself, a union's members, a list's items, a mapping's values."""
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]
+def _members(annotation: Any) -> list[Any]:
+    """A union's members; a list of anything else alone."""
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return [annotation]
+    return [inner for member in typing.get_args(annotation) for inner in _members(member)]
+
+
+def _inside(annotation: Any, part: str | int) -> list[Any]:
+    """What a model's field, a list's item or a mapping's value may be."""
+    if not _is_model(annotation):
+        return list(typing.get_args(annotation))
+    field = annotation.model_fields.get(str(part))
+    return [] if field is None else [field.annotation]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
