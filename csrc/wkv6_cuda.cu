@@ -1,0 +1,213 @@
+// The WKV6 operator on CUDA: launchers.
+//
+// One block computes one chunk of one head; a sequence that fits in shared memory is one chunk (the
+// dense form, each input read once). Longer ones are cut evenly: one kernel computes what every
+// chunk adds to the N x N states of both directions, one carries them along the sequence, and the
+// main kernel takes them as two more levels of the product.
+
+#include "wkv6_cuda.h"
+
+#include "wkv6_cuda_backward.cuh"
+
+namespace rwkv_clip::cuda {
+namespace {
+
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+
+// How a sequence is cut on the current device, and what the workspace holds.
+struct Plan {
+  Shape shape;
+  int64_t B;
+  int64_t heads;
+  int padded;
+  const char* error;
+
+  int64_t blocks() const { return heads * shape.chunks; }
+  // Floats of one pair of states with its totals.
+  size_t state_floats() const {
+    if (shape.chunks == 1) return 0;
+    return static_cast<size_t>(blocks()) * (2 * padded * padded + padded);
+  }
+  States states(float* at) const {
+    if (shape.chunks == 1) return {nullptr, nullptr, nullptr};
+    const size_t size = static_cast<size_t>(blocks()) * padded * padded;
+    return {at, at + size, at + 2 * size};
+  }
+};
+
+int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+Plan make_plan(const Wkv6Args& args, int padded, int max_tiles, size_t (*shared)(int)) {
+  Plan plan{{args.T, args.H, static_cast<int>(args.N), 0, 1}, args.B, args.B * args.H, padded,
+            nullptr};
+  const size_t limit = shared_memory_limit();
+  int longest = max_tiles * kTile;
+  while (longest > 0 && shared(longest) > limit) longest -= kTile;
+  if (longest == 0) {
+    plan.error = "wkv6: a tile of 16 tokens does not fit in the device's shared memory";
+    return plan;
+  }
+  const int64_t chunks = (args.T + longest - 1) / longest;
+  const int64_t length = round_up((args.T + chunks - 1) / chunks, kTile);
+  plan.shape.length = static_cast<int>(length);
+  plan.shape.chunks = static_cast<int>((args.T + length - 1) / length);
+  if (plan.heads > kMaxBlocks / plan.shape.chunks) {
+    plan.error = "wkv6: more than 2^31 - 1 blocks (batch * heads * chunks)";
+  }
+  return plan;
+}
+
+const char* sum_bonus(const Wkv6Args& args, int chunks, const float* partial, float* gu,
+                      void* stream) {
+  constexpr int kSlices = 8;
+  return launch(bonus_kernel<kSlices>, args.H * ((args.N + 31) / 32), 32 * kSlices,
+                sizeof(float) * 32 * kSlices, stream, args.B, args.H, chunks,
+                static_cast<int>(args.N), partial, gu);
+}
+
+template <int NP, typename T>
+struct Kernels {
+  static Plan forward_plan(const Wkv6Args& args) {
+    return make_plan(args, NP, kMaxForwardTiles<NP, T>, forward_shared<NP, T>);
+  }
+  static Plan backward_plan(const Wkv6Args& args) {
+    return make_plan(args, NP, kMaxBackwardTiles, backward_shared<NP, T>);
+  }
+
+  static const char* make_states(const Plan& plan, const Inputs<T>& in, const T* key,
+                                 const T* value, const States& states, void* stream) {
+    const int threads = plan.shape.length / kTile < 8 ? plan.shape.length / kTile * 32 : 256;
+    const char* error =
+        launch(state_kernel<NP, T>, plan.blocks(), threads, state_shared<NP, T>(plan.shape.length),
+               stream, plan.shape, in, key, value, states);
+    if (error != nullptr) return error;
+    return launch(carry_kernel<NP>, round_up(plan.heads * NP * NP, 256) / 256, 256, size_t{0},
+                  stream, plan.heads, plan.shape.chunks, states);
+  }
+
+  static const char* forward(const Wkv6Args& args, const Inputs<T>& in, T* y, float* workspace,
+                             void* stream) {
+    const Plan plan = forward_plan(args);
+    if (plan.error != nullptr) return plan.error;
+    const States states = plan.states(workspace);
+    if (states.left != nullptr) {
+      const char* error = make_states(plan, in, in.k, in.v, states, stream);
+      if (error != nullptr) return error;
+    }
+    return launch(forward_kernel<NP, T>, plan.blocks(), plan.shape.length / kTile * 32,
+                  forward_shared<NP, T>(plan.shape.length), stream, plan.shape, in, states, y);
+  }
+
+  static const char* backward(const Wkv6Args& args, const Inputs<T>& in, Gradients<T> out,
+                              float* gu, float* workspace, void* stream) {
+    const Plan plan = backward_plan(args);
+    if (plan.error != nullptr) return plan.error;
+    const States keys = plan.states(workspace);
+    const States queries = plan.states(workspace + plan.state_floats());
+    out.bonus = workspace + 2 * plan.state_floats();
+    if (keys.left != nullptr) {
+      const char* error = make_states(plan, in, in.k, in.v, keys, stream);
+      if (error == nullptr) error = make_states(plan, in, in.r, in.gy, queries, stream);
+      if (error != nullptr) return error;
+    }
+    const char* error = launch(backward_kernel<NP, T>, plan.blocks(),
+                               plan.shape.length / kTile * 32,
+                               backward_shared<NP, T>(plan.shape.length), stream, plan.shape, in,
+                               keys, queries, out);
+    if (error != nullptr) return error;
+    return sum_bonus(args, plan.shape.chunks, out.bonus, gu, stream);
+  }
+};
+
+// Calls f with the kernels for the arguments' type and head size.
+template <typename T, typename F>
+auto with_head_size(const Wkv6Args& args, F f) {
+  if (args.N <= 16) return f(Kernels<16, T>{});
+  if (args.N <= 32) return f(Kernels<32, T>{});
+  if (args.N <= 48) return f(Kernels<48, T>{});
+  if (args.N <= 64) return f(Kernels<64, T>{});
+  if (args.N <= 80) return f(Kernels<80, T>{});
+  if (args.N <= 96) return f(Kernels<96, T>{});
+  return f(Kernels<128, T>{});
+}
+
+template <typename F>
+auto with_kernels(const Wkv6Args& args, F f) {
+  switch (args.type) {
+    case DType::kBFloat16:
+      return with_head_size<bf16>(args, [&](auto kernels) { return f(kernels, bf16{}); });
+    case DType::kFloat16:
+      return with_head_size<fp16>(args, [&](auto kernels) { return f(kernels, fp16{}); });
+    default:
+      return with_head_size<float>(args, [&](auto kernels) { return f(kernels, float{}); });
+  }
+}
+
+const char* check(const Wkv6Args& args) {
+  if (args.B < 0 || args.T < 1 || args.H < 1) return "wkv6: needs B >= 0, T >= 1 and H >= 1";
+  if (args.N < 8 || args.N > 128 || args.N % 8 != 0) {
+    return "wkv6: head size must be a multiple of 8 up to 128";
+  }
+  if (args.T > kMaxBlocks / 2) return "wkv6: T is above 2^30";
+  if (args.w_type != args.type && args.w_type != DType::kFloat32) {
+    return "wkv6: w must be float32 or of the type of r";
+  }
+  return nullptr;
+}
+
+// Whole rows are moved 16 bytes at a time; PyTorch allocates on 512, so only an odd view fails.
+template <typename... Pointers>
+const char* check_alignment(Pointers... pointers) {
+  const bool aligned = (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
+  return aligned ? nullptr : "wkv6: tensors must start on a multiple of 16 bytes (clone the view)";
+}
+
+}  // namespace
+
+size_t wkv6_forward_workspace(const Wkv6Args& args) {
+  if (check(args) != nullptr || args.B == 0) return 0;
+  return with_kernels(args, [&](auto kernels, auto) {
+    return sizeof(float) * kernels.forward_plan(args).state_floats();
+  });
+}
+
+size_t wkv6_backward_workspace(const Wkv6Args& args) {
+  if (check(args) != nullptr || args.B == 0) return 0;
+  return with_kernels(args, [&](auto kernels, auto) {
+    const Plan plan = kernels.backward_plan(args);
+    return sizeof(float) * (2 * plan.state_floats() + static_cast<size_t>(plan.blocks() * args.N));
+  });
+}
+
+const char* wkv6_forward(const Wkv6Args& args, const void* r, const void* k, const void* v,
+                         const void* w, const float* u, void* y, void* workspace, void* stream) {
+  if (const char* error = check(args)) return error;
+  if (args.B == 0) return nullptr;
+  if (const char* error = check_alignment(r, k, v, w, y, workspace)) return error;
+  return with_kernels(args, [&](auto kernels, auto zero) {
+    using T = decltype(zero);
+    const bool w_float = args.w_type == DType::kFloat32;
+    const Inputs<T> in{nullptr, static_cast<const T*>(r), static_cast<const T*>(k),
+                       static_cast<const T*>(v), w, w_float, u};
+    return kernels.forward(args, in, static_cast<T*>(y), static_cast<float*>(workspace), stream);
+  });
+}
+
+const char* wkv6_backward(const Wkv6Args& args, const void* gy, const void* r, const void* k,
+                          const void* v, const void* w, const float* u, void* gr, void* gk,
+                          void* gv, void* gw, float* gu, void* workspace, void* stream) {
+  if (const char* error = check(args)) return error;
+  if (args.B == 0) return sum_bonus(args, 1, nullptr, gu, stream);
+  if (const char* error = check_alignment(gy, r, k, v, w, gr, gk, gv, gw, workspace)) return error;
+  return with_kernels(args, [&](auto kernels, auto zero) {
+    using T = decltype(zero);
+    const bool w_float = args.w_type == DType::kFloat32;
+    const Inputs<T> in{static_cast<const T*>(gy), static_cast<const T*>(r),
+                       static_cast<const T*>(k),  static_cast<const T*>(v), w, w_float, u};
+    const Gradients<T> out{static_cast<T*>(gr), static_cast<T*>(gk), static_cast<T*>(gv), gw,
+                           nullptr};
+    return kernels.backward(args, in, out, gu, static_cast<float*>(workspace), stream);
+  });
+}
+
+}  // namespace rwkv_clip::cuda

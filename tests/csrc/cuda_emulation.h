@@ -1,0 +1,282 @@
+// CUDA's execution model for a host compiler, as far as csrc/wkv6_cuda.cu uses it.
+//
+// Each CUDA thread is a fiber. A warp's fibers run until all of them wait at a block barrier, then
+// the next warp runs, so a missing __syncthreads shows as a read of what another warp has not
+// written yet. Shared memory starts as NaN in every block. The order of warps and lanes can be
+// reversed: results that depend on it betray a race. A barrier that part of the block never reaches
+// ends the process with a message.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define RWKV_CLIP_SHARED(name) unsigned char* name = ::rwkv_clip::emulation::block().shared.data()
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+struct Index {
+  unsigned x;
+};
+
+namespace rwkv_clip::emulation {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 256 * 1024;
+
+enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
+
+struct Fiber {
+  std::vector<char> stack = std::vector<char>(kStack);
+  ucontext_t entry;
+  jmp_buf resume;
+  bool started = false;
+  State state = State::kDone;
+};
+
+struct Deposit {
+  uint32_t words[6];
+};
+
+struct Warp {
+  Deposit deposits[2][kWarp];
+  int parity[kWarp];
+};
+
+struct Block {
+  std::vector<unsigned char> shared;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::function<void()> body;
+  jmp_buf scheduler;
+  ucontext_t scheduler_entry;
+  int current = 0;
+};
+
+inline Block& block() {
+  static Block instance;
+  return instance;
+}
+inline Index& block_index() {
+  static Index index{0};
+  return index;
+}
+inline Index& block_size() {
+  static Index index{0};
+  return index;
+}
+inline size_t& shared_limit() {
+  static size_t bytes = 232448;
+  return bytes;
+}
+inline bool& reversed() {
+  static bool value = false;
+  return value;
+}
+
+inline void back_to_scheduler(State state) {
+  Block& b = block();
+  Fiber& fiber = b.fibers[b.current];
+  fiber.state = state;
+  if (_setjmp(fiber.resume) == 0) _longjmp(b.scheduler, 1);
+}
+
+inline void fiber_main() {
+  block().body();
+  block().fibers[block().current].state = State::kDone;
+  _longjmp(block().scheduler, 1);
+}
+
+inline void resume(int thread) {
+  Block& b = block();
+  b.current = thread;
+  Fiber& fiber = b.fibers[thread];
+  if (_setjmp(b.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  getcontext(&fiber.entry);
+  fiber.entry.uc_stack.ss_sp = fiber.stack.data();
+  fiber.entry.uc_stack.ss_size = fiber.stack.size();
+  fiber.entry.uc_link = nullptr;
+  makecontext(&fiber.entry, fiber_main, 0);
+  setcontext(&fiber.entry);
+}
+
+inline void fail(const char* text) {
+  std::fprintf(stderr, "CUDA emulation: %s\n", text);
+  std::abort();
+}
+
+// Runs one warp until every lane is done or waits for the block; returns whether any waits.
+inline bool run_warp(int first) {
+  Block& b = block();
+  for (;;) {
+    int ready = 0, at_warp = 0, at_block = 0;
+    for (int i = 0; i < kWarp; ++i) {
+      const int lane = reversed() ? kWarp - 1 - i : i;
+      if (b.fibers[first + lane].state == State::kReady) resume(first + lane);
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const State state = b.fibers[first + lane].state;
+      ready += state == State::kReady;
+      at_warp += state == State::kAtWarpBarrier;
+      at_block += state == State::kAtBlockBarrier;
+    }
+    if (at_warp == kWarp) {
+      for (int lane = 0; lane < kWarp; ++lane) b.fibers[first + lane].state = State::kReady;
+    } else if (at_warp > 0) {
+      fail("some lanes of a warp never reach a warp-wide operation");
+    } else {
+      return at_block > 0;
+    }
+  }
+}
+
+inline void run_block(int threads) {
+  Block& b = block();
+  for (int t = 0; t < threads; ++t) {
+    b.fibers[t].started = false;
+    b.fibers[t].state = State::kReady;
+  }
+  const int warps = threads / kWarp;
+  for (;;) {
+    int waiting = 0;
+    for (int i = 0; i < warps; ++i) {
+      waiting += run_warp((reversed() ? warps - 1 - i : i) * kWarp);
+    }
+    if (waiting == 0) return;
+    for (int t = 0; t < threads; ++t) {
+      if (b.fibers[t].state != State::kAtBlockBarrier) fail("a thread left before a barrier");
+      b.fibers[t].state = State::kReady;
+    }
+  }
+}
+
+struct ThreadIndex {
+  struct Value {
+    operator unsigned() const { return static_cast<unsigned>(block().current); }
+  } x;
+};
+
+}  // namespace rwkv_clip::emulation
+
+static ::rwkv_clip::emulation::ThreadIndex threadIdx;
+#define blockIdx (::rwkv_clip::emulation::block_index())
+#define blockDim (::rwkv_clip::emulation::block_size())
+
+inline void __syncthreads() {
+  ::rwkv_clip::emulation::back_to_scheduler(::rwkv_clip::emulation::State::kAtBlockBarrier);
+}
+inline float __expf(float x) { return std::exp(x); }
+
+namespace rwkv_clip::cuda {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  _Float16 value;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline uint16_t round_to_bf16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if (std::isnan(x)) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
+inline float to_float(fp16 x) { return static_cast<float>(x.value); }
+
+template <typename T>
+float2 load_pair(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % (2 * sizeof(T))) emulation::fail("misaligned pair");
+  return {to_float(p[0]), to_float(p[1])};
+}
+
+inline void store(float* p, float x) { *p = x; }
+inline void store(bf16* p, float x) { p->bits = round_to_bf16(x); }
+inline void store(fp16* p, float x) { p->value = static_cast<_Float16>(x); }
+
+inline uint32_t pack_bf16(float low, float high) {
+  return uint32_t{round_to_bf16(low)} | uint32_t{round_to_bf16(high)} << 16;
+}
+
+// Fragment layouts of mma.m16n8k16 as the PTX manual states them, g = lane / 4, c = lane % 4:
+// a[i] holds row g + 8 (i % 2), columns 2c + 8 (i / 2) and the next; b[i] rows 2c + 8 i and the
+// next, column g; c[i] row g + 8 (i / 2), column 2c + i % 2.
+inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulation::Block& block = emulation::block();
+  emulation::Warp& warp = block.warps[block.current / emulation::kWarp];
+  const int lane = block.current % emulation::kWarp;
+  emulation::Deposit* deposits = warp.deposits[warp.parity[lane] ^= 1];
+  std::memcpy(deposits[lane].words, a, 16);
+  std::memcpy(deposits[lane].words + 4, b, 8);
+  emulation::back_to_scheduler(emulation::State::kAtWarpBarrier);
+  const auto half = [&](int source, int word, int position) {
+    const uint32_t bits = deposits[source].words[word];
+    return bits_to_float(position ? bits & 0xffff0000u : bits << 16);
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2);
+    const int column = 2 * (lane % 4) + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const int quad = (k % 8) / 2;
+      sum += half((row % 8) * 4 + quad, row / 8 + 2 * (k / 8), k % 2) *
+             half(column * 4 + quad, 4 + k / 8, k % 2);
+    }
+    c[i] += sum;
+  }
+}
+
+inline size_t shared_memory_limit() { return emulation::shared_limit(); }
+
+template <typename... Params, typename... Args>
+const char* launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, void*,
+                   Args... args) {
+  if (threads % emulation::kWarp || threads > 1024) return "emulation: bad block size";
+  if (shared > emulation::shared_limit()) return "emulation: too much shared memory";
+  emulation::Block& block = emulation::block();
+  if (block.fibers.size() < static_cast<size_t>(threads)) block.fibers.resize(threads);
+  block.warps.assign(threads / emulation::kWarp, {});
+  block.body = [=] { kernel(args...); };
+  emulation::block_size().x = threads;
+  for (int64_t i = 0; i < blocks; ++i) {
+    block.shared.assign(shared, 0xff);
+    emulation::block_index().x = static_cast<unsigned>(i);
+    emulation::run_block(threads);
+  }
+  return nullptr;
+}
+
+}  // namespace rwkv_clip::cuda
