@@ -124,7 +124,6 @@ template <typename T, typename F>
 auto with_head_size(const Wkv6Args& args, F f) {
   if (args.N <= 16) return f(Kernels<16, T>{});
   if (args.N <= 32) return f(Kernels<32, T>{});
-  if (args.N <= 48) return f(Kernels<48, T>{});
   if (args.N <= 64) return f(Kernels<64, T>{});
   if (args.N <= 80) return f(Kernels<80, T>{});
   if (args.N <= 96) return f(Kernels<96, T>{});

@@ -61,76 +61,102 @@ __device__ __forceinline__ void close_level(float (&total)[NP / 8][4], float (&l
   }
 }
 
-// The gradient of `own` (r or k), where M[t, s] = x[t] . z[s] and `other` is the partner of `own`;
-// adds to `g`, the gradient of log d, its share. `bonus` receives sum_t M[t, t] own other, or null.
+// bonus[j] = sum_t x[t, j] own[t, j].
+template <int NP, typename T>
+__device__ void sum_bonus_share(float* bonus, const float* x, const T* own, const Chunk& chunk) {
+  for (int j = threadIdx.x; j < chunk.N; j += blockDim.x) {
+    float sum = 0.0f;
+    for (int t = 0; t < chunk.rows; ++t) {
+      sum += x[t * kStride<NP> + j] * to_float(own[t * kStride<NP> + j]);
+    }
+    bonus[j] = sum;
+  }
+}
+
+// What one gradient needs: `own` is r or k and `other` the one of them that it is not;
+// M[t, s] = x[t] . z[s]; the states are those of (other, z).
+template <typename T>
+struct Side {
+  const T* own;
+  const T* other;
+  const T* x;
+  const T* z;
+  States states;
+  float* bonus;  // receives this block's share of gu, or null
+};
+
+// level[t, :] = sum_s M[t, s] (other m)[s, :] over the pairs of one level. Inside a tile M is taken
+// from `diagonal`.
 template <int NP, int P, typename T>
-__device__ void differentiate(float (&total)[NP / 8][4], const T* own, const T* other, const T* x,
-                              const T* z, const float* d, float* m, float* g, const float* u,
-                              float* bonus, const States& states, const Chunk& chunk,
+__device__ __forceinline__ void sum_level(float (&level)[NP / 8][4], const float (&diagonal)[2][4],
+                                          const Side<T>& side, const Scale& m, int half, int tiles,
+                                          const Lane& lane) {
+  const Scale none{nullptr, 0};
+  const bool inside = half < kTile;
+  const int span = inside ? 1 : half / kTile;
+  const int first = inside ? lane.warp : (lane.warp / span ^ 1) * span;
+  clear<NP>(level);
+#pragma unroll 1
+  for (int tile = first; tile < first + span && tile < tiles; ++tile) {
+    float scores[2][4] = {};
+    if (inside) {
+      add_level(scores, diagonal, half, lane);
+    } else {
+      score<NP, P>(scores, side.x, none, lane.warp * kTile, side.z, none, tile * kTile, lane);
+    }
+    apply<NP, P>(level, scores, side.other, m, tile * kTile, lane);
+  }
+}
+
+// The gradient of side.own; adds its share to `g`, the gradient of log d.
+template <int NP, int P, typename T>
+__device__ void differentiate(float (&total)[NP / 8][4], const Side<T>& side, const float* d,
+                              float* m, float* g, const float* u, const Chunk& chunk,
                               const Lane& lane) {
   const Scale to_middle{m, kStride<NP>};
   const Scale none{nullptr, 0};
   const int row = lane.warp * kTile;
   const int tiles = chunk.length / kTile;
   float diagonal[2][4] = {};
-  float block[2][4];
   float level[NP / 8][4];
   clear<NP>(total);
-  clear<NP>(level);
-  score<NP, P>(diagonal, x, none, row, z, none, row, lane);
-  select_level(block, diagonal, 0, 1, lane);
-  apply<NP, P>(level, block, other, none, row, lane);
-  // own * level is wanted without u, so u is taken out of neither: it scales the gradient alone.
-  if (bonus != nullptr) {
-    __syncthreads();
-    put_tile<NP>(m, level, row, lane);
-    __syncthreads();
-    for (int j = threadIdx.x; j < chunk.N; j += blockDim.x) {
-      float sum = 0.0f;
-      for (int t = 0; t < chunk.rows; ++t) {
-        sum += m[t * kStride<NP> + j] * to_float(own[t * kStride<NP> + j]);
-      }
-      bonus[j] = sum;
-    }
-  }
-  close_level<NP>(total, level, own, Scale{u, 0}, row, lane);
-  for (int half = 1; half < chunk.length; half *= 2) {
-    __syncthreads();
-    decays_to_middle<NP>(m, d, chunk.length, half, false);
-    __syncthreads();
-    clear<NP>(level);
-    if (half < kTile) {
-      select_level(block, diagonal, half, 2 * half, lane);
-      apply<NP, P>(level, block, other, to_middle, row, lane);
-    } else {
-      const int span = half / kTile;
-      const int first = (lane.warp / span ^ 1) * span;
-      for (int tile = first; tile < first + span && tile < tiles; ++tile) {
-        float scores[2][4] = {};
-        score<NP, P>(scores, x, none, row, z, none, tile * kTile, lane);
-        apply<NP, P>(level, scores, other, to_middle, tile * kTile, lane);
-      }
-    }
-    close_level<NP>(total, level, own, to_middle, row, lane);
-    __syncthreads();
-    put_tile<NP>(m, level, row, lane);
-    __syncthreads();
-    add_crossing<NP>(g, m, chunk.length, half, false);
-  }
-  if (states.left == nullptr) return;
+  score<NP, P>(diagonal, side.x, none, row, side.z, none, row, lane);
+  // After the levels inside the chunk, whose middle is within it, the chunks before and behind.
+  int half = 0;
 #pragma unroll 1
-  for (int side = 0; side < 2; ++side) {
+  for (int outside = 0; outside < 3;) {
+    const bool mirrored = outside == 1;
+    const int reach = outside > 0 ? chunk.length : half == 0 ? 1 : half;
     __syncthreads();
-    decays_to_middle<NP>(m, d, chunk.length, chunk.length, side == 0);
+    decays_to_middle<NP>(m, d, chunk.length, reach, mirrored);
     __syncthreads();
-    clear<NP>(level);
-    add_state_transposed<NP, P>(
-        level, x, state_of<NP>(side == 0 ? states.left : states.right, chunk), row, lane);
-    close_level<NP>(total, level, own, to_middle, row, lane);
-    __syncthreads();
-    put_tile<NP>(m, level, row, lane);
-    __syncthreads();
-    add_crossing<NP>(g, m, chunk.length, chunk.length, side == 0);
+    if (outside == 0) {
+      sum_level<NP, P>(level, diagonal, side, to_middle, half, tiles, lane);
+    } else {
+      clear<NP>(level);
+      const float* state = outside == 1 ? side.states.left : side.states.right;
+      add_state_transposed<NP, P>(level, side.x, state_of<NP>(state, chunk), row, lane);
+    }
+    const bool own_pair = outside == 0 && half == 0;
+    if (own_pair && side.bonus != nullptr) {
+      __syncthreads();
+      put_tile<NP>(m, level, row, lane);
+      __syncthreads();
+      sum_bonus_share<NP>(side.bonus, m, side.own, chunk);
+    }
+    close_level<NP>(total, level, side.own, own_pair ? Scale{u, 0} : to_middle, row, lane);
+    if (!own_pair) {
+      __syncthreads();
+      put_tile<NP>(m, level, row, lane);
+      __syncthreads();
+      add_crossing<NP>(g, m, chunk.length, reach, mirrored);
+    }
+    half = half == 0 ? 1 : 2 * half;
+    if (outside > 0) {
+      ++outside;
+    } else if (half >= chunk.length) {
+      outside = side.states.left == nullptr ? 3 : 1;
+    }
   }
 }
 
@@ -219,10 +245,13 @@ __global__ void __launch_bounds__(kMaxBackwardTiles * 32)
   const Lane lane;
   float tile[NP / 8][4];
   float* bonus = out.bonus + (chunk.head * chunk.count + chunk.index) * chunk.N;
-  differentiate<NP, P>(tile, r, k, gy, v, d, m, g, u, bonus, keys, chunk, lane);
-  put_result<NP>(out.r, m, tile, chunk, lane);
-  differentiate<NP, P>(tile, k, r, v, gy, d, m, g, u, nullptr, queries, chunk, lane);
-  put_result<NP>(out.k, m, tile, chunk, lane);
+#pragma unroll 1
+  for (int of_k = 0; of_k < 2; ++of_k) {
+    const Side<T> side = of_k ? Side<T>{k, r, v, gy, queries, nullptr}
+                              : Side<T>{r, k, gy, v, keys, bonus};
+    differentiate<NP, P>(tile, side, d, m, g, u, chunk, lane);
+    put_result<NP>(of_k ? out.k : out.r, m, tile, chunk, lane);
+  }
   attend<NP, P>(tile, k, r, gy, d, m, u, queries, chunk, lane);
   put_result<NP>(out.v, m, tile, chunk, lane);
   if (keys.left != nullptr) {

@@ -51,29 +51,28 @@ __device__ void attend(float (&out)[NP / 8][4], const T* own, const T* other, co
   const int row = lane.warp * kTile;
   const int tiles = chunk.length / kTile;
   float diagonal[2][4] = {};
-  float scores[2][4] = {};
   clear<NP>(out);
-  score<NP, P>(scores, own, Scale{u, 0}, row, other, none, row, lane);
-  select_level(diagonal, scores, 0, 1, lane);
-  for (int half = 1; half < chunk.length; half *= 2) {
-    __syncthreads();
-    decays_to_middle<NP>(m, d, chunk.length, half, false);
-    __syncthreads();
-    if (half < kTile) {
-      float level[2][4];
-      float all[2][4] = {};
-      score<NP, P>(all, own, to_middle, row, other, to_middle, row, lane);
-      select_level(level, all, half, 2 * half, lane);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) diagonal[i / 4][i % 4] += level[i / 4][i % 4];
-      continue;
+  // The token's own pair is level 0: u takes the place of r's decay, and m is 1 as at level 1.
+#pragma unroll 1
+  for (int half = 0; half < chunk.length; half = half == 0 ? 1 : 2 * half) {
+    if (half != 1) {
+      __syncthreads();
+      decays_to_middle<NP>(m, d, chunk.length, half == 0 ? 1 : half, false);
+      __syncthreads();
     }
-    const int span = half / kTile;
-    const int first = (lane.warp / span ^ 1) * span;
+    const bool inside = half < kTile;
+    const int span = inside ? 1 : half / kTile;
+    const int first = inside ? lane.warp : (lane.warp / span ^ 1) * span;
+    const Scale own_scale = half == 0 ? Scale{u, 0} : to_middle;
+#pragma unroll 1
     for (int tile = first; tile < first + span && tile < tiles; ++tile) {
-      float block[2][4] = {};
-      score<NP, P>(block, own, to_middle, row, other, to_middle, tile * kTile, lane);
-      apply<NP, P>(out, block, value, none, tile * kTile, lane);
+      float scores[2][4] = {};
+      score<NP, P>(scores, own, own_scale, row, other, to_middle, tile * kTile, lane);
+      if (inside) {
+        add_level(diagonal, scores, half, lane);
+      } else {
+        apply<NP, P>(out, scores, value, none, tile * kTile, lane);
+      }
     }
   }
   apply<NP, P>(out, diagonal, value, none, row, lane);

@@ -107,7 +107,7 @@ template <int NP, int P, typename T>
 __device__ __forceinline__ void score(float (&scores)[2][4], const T* own, const Scale& own_scale,
                                       int own_row, const T* other, const Scale& other_scale,
                                       int other_row, const Lane& lane) {
-#pragma unroll
+#pragma unroll(P == 1 ? NP / kTile : 1)
   for (int column = 0; column < NP; column += kTile) {
     Fragment<P, 4> a;
     load_rows<NP, P>(a, own, own_scale, own_row, column, lane);
@@ -125,17 +125,19 @@ __device__ __forceinline__ void score(float (&scores)[2][4], const T* own, const
   }
 }
 
-// Keeps the pairs (t, s) of one tile whose t ^ s lies in [low, high): a level, or low = 0 and
-// high = 1 for the diagonal.
-__device__ __forceinline__ void select_level(float (&out)[2][4], const float (&scores)[2][4],
-                                             int low, int high, const Lane& lane) {
+// Whether the element of a 16 x 16 score that this lane holds at [n][i] is a pair of level `half`
+// (0: the diagonal).
+__device__ __forceinline__ bool in_level(int n, int i, int half, const Lane& lane) {
+  const int differ = (lane.group + 8 * (i / 2)) ^ (8 * n + lane.pair + i % 2);
+  return differ >= half && differ < (half == 0 ? 1 : 2 * half);
+}
+
+// sum += the pairs of one level.
+__device__ __forceinline__ void add_level(float (&sum)[2][4], const float (&scores)[2][4], int half,
+                                          const Lane& lane) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int differ = (lane.group + 8 * (i / 2)) ^ (8 * n + lane.pair + i % 2);
-      out[n][i] = differ >= low && differ < high ? scores[n][i] : 0.0f;
-    }
+  for (int i = 0; i < 8; ++i) {
+    if (in_level(i / 4, i % 4, half, lane)) sum[i / 4][i % 4] += scores[i / 4][i % 4];
   }
 }
 

@@ -25,7 +25,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 Tensors = list[torch.Tensor]
 
 
-def definition(r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, u: torch.Tensor):
+def definition(
+    r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, u: torch.Tensor
+) -> torch.Tensor:
     """The operator as a masked sum over all token pairs, [B, T, H, N] and u [H, N]."""
     tokens = r.shape[1]
     ends = torch.cumsum(-torch.exp(w), 1)
@@ -55,7 +57,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE"]
     command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'csrc'}"]
     command += [str(ROOT / "tests" / "csrc" / "wkv6_cuda_emulated.cpp"), "-o", str(path)]
-    subprocess.run(command, check=True)  # noqa: S603 - the arguments are ours
+    subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(path))
     for name in ("forward", "backward"):
         getattr(loaded, name).restype = ctypes.c_char_p
