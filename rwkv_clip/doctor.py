@@ -153,7 +153,7 @@ def _operator() -> Finding:
     if info["library"] is None:
         reason = info["reason"] or "it was not built"
         return Finding(
-            "operator", "missing", f"runs through the reference, slowly: {reason}", BUILD
+            "operator", "limited", f"runs through the reference, slowly: {reason}", BUILD
         )
     cuda = "with CUDA" if info["cuda"] else "without CUDA"
     return Finding("operator", "ok", f"{info['library']}, {info['cpu_capability']}, {cuda}")
