@@ -1,0 +1,210 @@
+"""One block of either encoder: a time mix across tokens, then a channel mix within each.
+
+The paper's equations (arXiv 2406.06973, section 3), with the published weights' names. Encoders
+differ in which tokens are neighbours (`TokenShift`), in the channel mix's parameters and in how
+they are regularised; the rest is shared.
+
+Shapes: B batch, T tokens, C = H * N channels, H heads, N head size.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_clip.ops import fused, wkv6
+from rwkv_clip.ops.fused import TokenShift
+
+LAYER_NORM_EPS = 1e-5
+MIX_RANK = 32  # of each of the five data-dependent mixes
+DECAY_RANK = 64  # of the data-dependent decay
+MIXES = 5  # of decay, key, value, receptance and gate, in this order
+
+
+class TimeMix(nn.Module):
+    """Mix information across tokens by the bidirectional WKV6 operator.
+
+    Args:
+        channels: C.
+        heads: H.
+        norm_eps: of the norm over each head's output.
+    """
+
+    def __init__(self, channels: int, heads: int, norm_eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.time_maa_x = _parameter(1, 1, channels)
+        self.time_maa_w = _parameter(1, 1, channels)
+        self.time_maa_k = _parameter(1, 1, channels)
+        self.time_maa_v = _parameter(1, 1, channels)
+        self.time_maa_r = _parameter(1, 1, channels)
+        self.time_maa_g = _parameter(1, 1, channels)
+        self.time_maa_w1 = _parameter(channels, MIXES * MIX_RANK)
+        self.time_maa_w2 = _parameter(MIXES, MIX_RANK, channels)
+        self.time_decay = _parameter(1, 1, channels)
+        self.time_decay_w1 = _parameter(channels, DECAY_RANK)
+        self.time_decay_w2 = _parameter(DECAY_RANK, channels)
+        self.time_faaaa = _parameter(heads, channels // heads)
+        self.receptance = nn.Linear(channels, channels, bias=False)
+        self.key = nn.Linear(channels, channels, bias=False)
+        self.value = nn.Linear(channels, channels, bias=False)
+        self.output = nn.Linear(channels, channels, bias=False)
+        self.gate = nn.Linear(channels, channels, bias=False)
+        self.ln_x = nn.GroupNorm(heads, channels, eps=norm_eps)
+
+    def forward(self, x: Tensor, shift: TokenShift) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        xw, xk, xv, xr, xg = self._mix_with_neighbours(x, shift)
+        r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)
+        # A sum, not addmm: under autocast it leaves the decay in float32.
+        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        y = wkv6(r, k, v, w, self.time_faaaa)
+        norm = self.ln_x
+        y = fused.group_norm_gate(y, g, norm.weight, norm.bias, self.heads, norm.eps)
+        out: Tensor = self.output(y)
+        return out
+
+    def _mix_with_neighbours(self, x: Tensor, shift: TokenShift) -> tuple[Tensor, ...]:
+        """What decay, key, value, receptance and gate each see: five of [B, T, C].
+
+        Each has its own share of the neighbours: a learned one by channel, plus one of low rank
+        that depends on the token itself.
+        """
+        B, T, C = x.shape
+        (xx,) = fused.token_shift_mix(x, self.time_maa_x.view(1, C), shift=shift)
+        low_rank = torch.tanh(xx @ self.time_maa_w1).view(B * T, MIXES, MIX_RANK)
+        delta = torch.bmm(low_rank.transpose(0, 1), self.time_maa_w2)  # [5, B*T, C]
+        maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        mix = torch.cat(maa).view(MIXES, C)
+        return fused.token_shift_mix(x, mix, delta.view(MIXES, B, T, C), shift=shift).unbind()
+
+
+class ChannelMix(nn.Module, ABC):
+    """Mix channels within a token: sigmoid(r) * v, v = value(relu(key(x_k))^2).
+
+    Args:
+        channels: C.
+        hidden: channels between key and value.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.key = nn.Linear(channels, hidden, bias=False)
+        self.receptance = nn.Linear(channels, channels, bias=False)
+        self.value = nn.Linear(hidden, channels, bias=False)
+
+    @abstractmethod
+    def neighbours_share(self) -> Tensor:
+        """By channel, for key and receptance: [2, C]."""
+
+    def forward(self, x: Tensor, shift: TokenShift) -> tuple[Tensor, Tensor]:
+        """[B, T, C] -> r and v of [B, T, C]; gating waits until they meet the residual stream."""
+        xk, xr = fused.token_shift_mix(x, self.neighbours_share(), shift=shift)
+        return self.receptance(xr), self.value(fused.relu_square(self.key(xk)))
+
+
+class ImageChannelMix(ChannelMix):
+    """With each token's own share as parameter: x * m + shift(x) * (1 - m)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__(channels, hidden)
+        self.spatial_mix_k = _parameter(1, 1, channels)
+        self.spatial_mix_r = _parameter(1, 1, channels)
+
+    def neighbours_share(self) -> Tensor:
+        return 1 - torch.cat([self.spatial_mix_k, self.spatial_mix_r]).squeeze(1)
+
+
+class TextChannelMix(ChannelMix):
+    """With the neighbours' share as parameter: x + (shift(x) - x) * m."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__(channels, hidden)
+        self.time_maa_k = _parameter(1, 1, channels)
+        self.time_maa_r = _parameter(1, 1, channels)
+
+    def neighbours_share(self) -> Tensor:
+        return torch.cat([self.time_maa_k, self.time_maa_r]).squeeze(1)
+
+
+class Block(nn.Module):
+    """A residual block: x += att(ln1(x)), then x += ffn(ln2(x)).
+
+    Args:
+        att: the time mix.
+        ffn: the channel mix.
+        first: whether it is an encoder's first block, which normalises its input, residual
+            stream included.
+        drop_path: chance of dropping each branch, for each sample.
+        dropout: chance of zeroing an element of the residual stream after each branch.
+    """
+
+    def __init__(
+        self,
+        att: TimeMix,
+        ffn: ChannelMix,
+        *,
+        first: bool,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        channels = att.ln_x.num_channels
+        self.drop_path = drop_path
+        self.dropout = dropout
+        if first:
+            self.ln0 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
+        self.first = first
+        self.ln1 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
+        self.ln2 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
+        self.att = att
+        self.ffn = ffn
+
+    def forward(self, x: Tensor, shift: TokenShift) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        if self.first:
+            x = self.ln0(x)
+        branch = self.att(self.ln1(x), shift)
+        scale = self._branch_scale(x)
+        x = x + branch if scale is None else torch.addcmul(x, branch, scale[:, None, None])
+        x = F.dropout(x, self.dropout, self.training)
+        r, v = self.ffn(self.ln2(x), shift)
+        x = fused.gated_residual(x, r, v, self._branch_scale(x))
+        return F.dropout(x, self.dropout, self.training)
+
+    def _branch_scale(self, x: Tensor) -> Tensor | None:
+        if not self.training or self.drop_path == 0:
+            return None
+        return drop_path_scale(x, self.drop_path)
+
+
+def drop_path_scale(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth: [B], 0 with that chance, else what keeps the expectation.
+
+    Source: arXiv 1603.09382.
+    """
+    keep = 1 - rate
+    return torch.bernoulli(x.new_full((x.shape[0],), keep)) / keep
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, shift: TokenShift, *, recompute: bool) -> Tensor:
+    """Apply the blocks in turn: [B, T, C] -> [B, T, C].
+
+    Args:
+        blocks: of class Block.
+        x: [B, T, C].
+        shift: the neighbours, the same in every block.
+        recompute: keep only each block's input for the backward pass, and compute the rest again.
+    """
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(block, x, shift, use_reentrant=False)
+        else:
+            x = block(x, shift)
+    return x
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))

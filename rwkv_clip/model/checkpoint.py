@@ -1,0 +1,338 @@
+"""Checkpoints: ours are a folder of safetensors and JSON, the published ones are .pt files.
+
+Which one a path holds is told by its content, never by its name. Nothing in a file is executed.
+Weights are float32 masters; the published files' bfloat16 parameters are read exactly, and
+written back as bfloat16. Loading is strict, and all that is wrong is told in one error.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rwkv_clip.model.clip import RWKVCLIP, create_model
+from rwkv_clip.model.config import CONFIGS, CLIPConfig, ImageConfig, TextConfig, named_config
+from rwkv_clip.model.image import resize_positions
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+POSITIONS = "image_model.pos_embed"
+_BFLOAT16_PUBLISHED = re.compile(r"text_model\.blocks\.\d+\.att\.(time_decay|time_faaaa)")
+# Module wrappers of DistributedDataParallel, torch.compile and activation checkpointing.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
+_STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where training scripts keep weights
+_LISTED = 8  # of each kind of wrong key
+
+Path_ = str | os.PathLike[str]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: what is wrong with which file."""
+
+
+def save_checkpoint(model: RWKVCLIP, folder: Path_) -> None:
+    """Write a model's float32 weights and configuration to a folder, which may exist.
+
+    Each file appears whole or not at all.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        key: value.detach().to("cpu", torch.float32).contiguous()
+        for key, value in model.state_dict().items()
+    }
+    config = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    with _replacing(folder / WEIGHTS_FILE) as file:
+        save_file(state, file, metadata={"format": "pt"})
+    with _replacing(folder / CONFIG_FILE) as file:
+        file.write_text(config, encoding="utf-8")
+
+
+def save_published_checkpoint(model: RWKVCLIP, path: Path_, prefix: str = "module.") -> None:
+    """Write the .pt file that the published code reads.
+
+    Args:
+        model: whose weights.
+        path: the file; it appears whole or not at all.
+        prefix: of every key; published training saves from within DistributedDataParallel.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    state = {}
+    for key, value in model.state_dict().items():
+        published = torch.bfloat16 if _BFLOAT16_PUBLISHED.fullmatch(key) else torch.float32
+        state[prefix + key] = value.detach().to("cpu", published)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(
+    path: Path_,
+    *,
+    config: CLIPConfig | str | None = None,
+    image_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> RWKVCLIP:
+    """Read a model, in evaluation mode.
+
+    Args:
+        path: a folder of `save_checkpoint`, its model.safetensors, or a published .pt file:
+            a state dict, alone or under "state_dict", "model_state_dict" or "model".
+        config: the configuration, or a model's name, where the file's own is not wanted. Without
+            it a file that has none gets the one that its shapes tell.
+        image_size: make the position embedding fit another size of image.
+        device: where the model goes; the CPU by default.
+        dtype: of the weights; float32 by default.
+
+    Raises:
+        CheckpointError: if there is no such file, if it is damaged or no checkpoint, if keys are
+            unknown, missing or misshapen, or if values are not finite.
+        ValueError: for an unknown name of a model, or an image size that is none.
+    """
+    path = Path(path)
+    wanted = named_config(config) if isinstance(config, str) else config
+    state, own = _read(path, needs_config=wanted is None)
+    made_for = wanted or own or infer_config(state, path)
+    if image_size is not None:
+        made_for = made_for.with_image_size(image_size)
+        _resize(state, made_for)
+    model = create_model(made_for, device="meta")
+    _check(state, model, path)
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)  # a copy into float32
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def infer_config(state: Mapping[str, Tensor], path: Path) -> CLIPConfig:
+    """The configuration that a state dict's shapes tell; a known model's if they are one's.
+
+    What shapes do not tell is as in the paper: texts of 77 tokens, square images, no
+    regularisation.
+
+    Raises:
+        CheckpointError: if they do not tell.
+    """
+    try:
+        positions, D = state[POSITIONS].shape[1:]
+        side = state["image_model.patch_embed.projection.weight"].shape[-1]
+        image_block, text_block = "image_model.layers", "text_model.blocks"
+        image = ImageConfig(
+            depth=_depth(state, image_block),
+            heads=state[f"{image_block}.0.att.time_faaaa"].shape[0],
+            embed_dim=D,
+            hidden_dim=state[f"{image_block}.0.ffn.key.weight"].shape[0],
+            patch_size=side,
+            image_size=side * round(positions**0.5),
+            class_token="image_model.cls_token" in state,
+        )
+        text = TextConfig(
+            depth=_depth(state, text_block),
+            heads=state[f"{text_block}.0.att.time_faaaa"].shape[0],
+            embed_dim=D,
+            hidden_dim=state[f"{text_block}.0.ffn.key.weight"].shape[0],
+            vocab_size=state["text_model.emb.weight"].shape[0],
+        )
+        inferred = CLIPConfig(image, text)
+    except (KeyError, ValueError, IndexError) as error:
+        lacks = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{path} does not tell its model's configuration ({lacks}). Give config= a model's "
+            f"name ({', '.join(CONFIGS)}) or a CLIPConfig, if it is an RWKV-CLIP at all."
+        ) from error
+    shapes = _shapes(inferred)
+    for known in CONFIGS.values():
+        if _shapes(known) == shapes and known.image.heads == inferred.image.heads:
+            return known
+    return inferred
+
+
+def _read(path: Path, *, needs_config: bool) -> tuple[dict[str, Tensor], CLIPConfig | None]:
+    """The state dict under published names, and the configuration beside it, if any."""
+    if path.is_dir():
+        missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (path / name).is_file()]
+        if CONFIG_FILE in missing and not needs_config:
+            missing.remove(CONFIG_FILE)
+        if missing:
+            there = ", ".join(sorted(entry.name for entry in path.iterdir())[:_LISTED])
+            raise CheckpointError(
+                f"{path} is no checkpoint: it lacks {' and '.join(missing)} (it has "
+                f"{there or 'nothing'})"
+            )
+        path = path / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    kind = _kind(path)
+    if kind == "safetensors":
+        beside = path.with_name(CONFIG_FILE)
+        own = _read_config(beside) if needs_config and beside.is_file() else None
+        return _unwrap(_read_safetensors(path), path), own
+    return _unwrap(_read_pickle(path, zipped=kind == "zip"), path), None
+
+
+def _kind(path: Path) -> str:
+    """What a file is by its first bytes: safetensors, zip or pickle."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    if len(head) == 9 and head.endswith(b"{"):  # after the header's length
+        return "safetensors"
+    raise CheckpointError(
+        f"{path} is neither a safetensors nor a PyTorch file "
+        f"({f'it begins with {head!r}' if head else 'it is empty'})"
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _read_pickle(path: Path, *, zipped: bool) -> dict[str, Any]:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds Python objects or code, which is never run; takes tensors only. "
+            f"Where it comes from somebody you trust, load it there and save its state_dict(). "
+            f"({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+    for key in _STATE_KEYS:
+        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
+            data = data[key]
+    if not isinstance(data, Mapping) or not data:
+        raise CheckpointError(f"{path} holds a {type(data).__name__}; takes a state dict")
+    odd = [
+        f"{key!r} ({type(value).__name__})"
+        for key, value in data.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+    if odd:
+        raise CheckpointError(f"{path} has what is no tensor: {_some(odd)}")
+    return dict(data)
+
+
+def _read_config(path: Path) -> CLIPConfig:
+    try:
+        return CLIPConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _unwrap(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The state under published names, whatever wrapped the model, or parts of it, in training."""
+    names = {key: ".".join(p for p in key.split(".") if p not in _WRAPPERS) for key in state}
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise CheckpointError(f"{path} has these more than once, wrapped and not: {_some(twice)}")
+    return {names[key]: value for key, value in state.items()}
+
+
+def _check(state: Mapping[str, Tensor], model: RWKVCLIP, path: Path) -> None:
+    """Raise one CheckpointError with all that keeps a state from being the model's."""
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    misshapen = [
+        f"{key} (has {list(state[key].shape)}, takes {shape})"
+        for key, shape in shapes.items()
+        if key in state and list(state[key].shape) != shape
+    ]
+    no_numbers = [
+        f"{key} ({state[key].dtype})"
+        for key in shapes
+        if key in state and not state[key].is_floating_point()
+    ]
+    endless = [key for key in shapes if key in state and not _is_finite(state[key])]
+    problems = {
+        "missing": [key for key in shapes if key not in state],
+        "unknown": [key for key in state if key not in shapes],
+        "of another shape": misshapen,
+        "of a type that weights do not have": no_numbers,
+        "not finite": endless,
+    }
+    found = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
+    if found:
+        raise CheckpointError(
+            "\n  ".join([f"{path} does not fit {model.config.name}. Of its keys", *found])
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    # A sum is not finite where a value is not, and needs no copy; a large one may overflow.
+    return bool(value.sum(dtype=torch.float64).isfinite())
+
+
+def _resize(state: dict[str, Tensor], config: CLIPConfig) -> None:
+    """Interpolate the position embedding to the configuration's grid."""
+    positions = state.get(POSITIONS)
+    grid = config.image.grid
+    if positions is None or positions.ndim != 3 or positions.shape[1] == grid**2:
+        return  # nothing to do, or the check that follows says what is wrong
+    if round(positions.shape[1] ** 0.5) ** 2 == positions.shape[1]:
+        state[POSITIONS] = resize_positions(positions.float(), grid, grid).contiguous()
+
+
+def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return 1 + max(int(match[1]) for key in state if (match := pattern.match(key)))
+
+
+def _shapes(config: CLIPConfig) -> dict[str, list[int]]:
+    state = create_model(config, device="meta").state_dict()
+    return {key: list(value.shape) for key, value in state.items()}
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` when it is whole, and else leaves no trace."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _some(items: list[str]) -> str:
+    more = len(items) - _LISTED
+    return ", ".join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

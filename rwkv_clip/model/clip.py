@@ -1,0 +1,132 @@
+"""The two-tower model: an image encoder and a text encoder that meet in one space."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_clip.model.config import CLIPConfig, named_config
+from rwkv_clip.model.image import ImageEncoder
+from rwkv_clip.model.init import initialise
+from rwkv_clip.model.text import TextEncoder
+
+
+class RWKVCLIP(nn.Module):
+    """RWKV-CLIP (arXiv 2406.06973). Make one by `create_model`, which also fills its weights.
+
+    Attributes:
+        config: what it is made of.
+        logit_scale: the logarithm of the similarities' scale, a scalar.
+        text_model: the text encoder.
+        image_model: the image encoder.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.text_model = TextEncoder(config.text)
+        self.image_model = ImageEncoder(config.image)
+
+    def encode_image(self, pixels: Tensor, normalize: bool = True) -> Tensor:
+        """Embed images.
+
+        Args:
+            pixels: [B, 3, height, width], floating, as `image_transform` makes them. Any size: it
+                is filled with zeros to whole patches, and the position embedding is interpolated.
+            normalize: give each embedding length 1.
+
+        Returns:
+            [B, D].
+
+        Raises:
+            ValueError: for another shape.
+            TypeError: for integers.
+        """
+        _check_pixels(pixels)
+        embedding: Tensor = self.image_model(pixels)
+        return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """Embed texts.
+
+        Args:
+            tokens: [B, T], int64, as `tokenize` makes them; any length, but weights are trained
+                for config.context_length and count the padding.
+            normalize: give each embedding length 1.
+
+        Returns:
+            [B, D].
+
+        Raises:
+            ValueError: for another shape, or (on a CPU, not compiled) a token outside of the
+                vocabulary.
+            TypeError: for another type.
+        """
+        _check_tokens(tokens, self.config.vocab_size)
+        embedding: Tensor = self.text_model(tokens)
+        return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both embeddings, not normalised, [B, D] each, and the scale exp(logit_scale)."""
+        image_embedding = self.encode_image(image, normalize=False)
+        text_embedding = self.encode_text(text, normalize=False)
+        return image_embedding, text_embedding, self.logit_scale.exp()
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """In training, keep only each block's input and compute the rest again on the way back.
+
+        It saves most of the memory of activations, for about a third more time.
+        """
+        self.image_model.recompute = enabled
+        self.text_model.recompute = enabled
+
+
+def create_model(
+    model: str | CLIPConfig,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> RWKVCLIP:
+    """A model with fresh weights, in training mode.
+
+    Weights are drawn on the CPU from PyTorch's generator, so that a seed means the same model on
+    every device.
+
+    Args:
+        model: "RWKV-CLIP-B-32", "RWKV-CLIP-B-16", "RWKV-CLIP-Tiny", or a configuration.
+        device: where it goes; the CPU by default. On "meta" it has shapes and no weights.
+        dtype: of the weights; float32 by default.
+
+    Raises:
+        ValueError: for a name that no model has.
+    """
+    config = named_config(model) if isinstance(model, str) else model
+    with torch.device("meta"):  # spares PyTorch's own initialisation
+        clip = RWKVCLIP(config)
+    if device is None or torch.device(device).type != "meta":
+        clip.to_empty(device="cpu")
+        initialise(clip)
+    return clip.to(device=device, dtype=dtype)
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
+        raise ValueError(f"images have shape {list(pixels.shape)}; takes [B, 3, height, width]")
+    if not pixels.is_floating_point():
+        raise TypeError(
+            f"images are {pixels.dtype}; takes floating pixels, as image_transform makes them"
+        )
+
+
+def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"texts have shape {list(tokens.shape)}; takes [B, T], T at least 1")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"texts are {tokens.dtype}; takes int64 tokens, as tokenize makes them")
+    # Elsewhere it would wait for the device, or break the graph.
+    if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
+        least, most = (int(bound) for bound in torch.aminmax(tokens))
+        if least < 0 or most >= vocab_size:
+            raise ValueError(
+                f"texts have tokens from {least} to {most}; takes 0 to {vocab_size - 1}"
+            )

@@ -1,0 +1,93 @@
+"""The image encoder: patches of any size of image, and their mean or a class token.
+
+Shapes: B batch, P patches, T = P (+ 1 with a class token) tokens, D channels, p patch side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_clip.model.blocks import (
+    LAYER_NORM_EPS,
+    Block,
+    ImageChannelMix,
+    TimeMix,
+    run_blocks,
+)
+from rwkv_clip.model.config import ImageConfig
+from rwkv_clip.ops.fused import TokenShift
+
+HEAD_NORM_EPS = 1e-5
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into squares and project each to a token."""
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        side = config.patch_size
+        self.projection = nn.Conv2d(3, config.embed_dim, kernel_size=side, stride=side)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, height, width] -> [B, D, rows, columns]; zeros fill the last row and column."""
+        side = self.projection.stride[0]
+        below, right = -pixels.shape[-2] % side, -pixels.shape[-1] % side
+        if below or right:
+            pixels = F.pad(pixels, (0, right, 0, below))
+        patches: Tensor = self.projection(pixels.to(self.projection.weight.dtype))
+        return patches
+
+
+class ImageEncoder(nn.Module):
+    """From pixels to an embedding, not normalised."""
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        D = config.embed_dim
+        self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, D))
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.patch_embed = PatchEmbed(config)
+        last = max(config.depth - 1, 1)
+        self.layers = nn.ModuleList(
+            Block(
+                TimeMix(D, config.heads, HEAD_NORM_EPS),
+                ImageChannelMix(D, config.hidden_dim),
+                first=i == 0,
+                drop_path=config.drop_path * i / last,
+            )
+            for i in range(config.depth)
+        )
+        self.ln1 = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, height, width] of any height and width -> [B, D]."""
+        patches = self.patch_embed(pixels)
+        rows, columns = patches.shape[-2:]
+        x = patches.flatten(2).transpose(1, 2) + self._positions(rows, columns)
+        has_class_token = self.config.class_token
+        if has_class_token:  # last, and without a position
+            x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], dim=1)
+        shift = TokenShift(self.config.head_size, (rows, columns), has_class_token)
+        x = run_blocks(self.layers, x, shift, recompute=self.recompute and self.training)
+        if has_class_token:
+            x = x[:, -1:]
+        embedding: Tensor = self.ln1(x).mean(dim=1)
+        return embedding
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """The position embedding of a grid: [1, rows * columns, D]."""
+        if rows == columns == self.config.grid:
+            return self.pos_embed
+        return resize_positions(self.pos_embed, rows, columns)
+
+
+def resize_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
+    """Interpolate the position embedding of a square grid: [1, P, D] -> [1, rows * columns, D]."""
+    _, P, D = positions.shape
+    side = round(P**0.5)
+    square = positions.transpose(1, 2).view(1, D, side, side)
+    resized = F.interpolate(square, (rows, columns), mode="bicubic", align_corners=False)
+    return resized.flatten(2).transpose(1, 2)
