@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import re
-import tempfile
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,14 +35,14 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where training scripts keep weights
 _LISTED = 8  # of each kind of wrong key
 
-Path_ = str | os.PathLike[str]
+PathLike = str | os.PathLike[str]
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: what is wrong with which file."""
 
 
-def save_checkpoint(model: RWKVCLIP, folder: Path_) -> None:
+def save_checkpoint(model: RWKVCLIP, folder: PathLike) -> None:
     """Write a model's float32 weights and configuration to a folder, which may exist.
 
     Each file appears whole or not at all.
@@ -54,7 +54,7 @@ def save_checkpoint(model: RWKVCLIP, folder: Path_) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         key: value.detach().to("cpu", torch.float32).contiguous()
-        for key, value in model.state_dict().items()
+        for key, value in _unwrap(model.state_dict(), folder).items()
     }
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
     with _replacing(folder / WEIGHTS_FILE) as file:
@@ -63,7 +63,7 @@ def save_checkpoint(model: RWKVCLIP, folder: Path_) -> None:
         file.write_text(config, encoding="utf-8")
 
 
-def save_published_checkpoint(model: RWKVCLIP, path: Path_, prefix: str = "module.") -> None:
+def save_published_checkpoint(model: RWKVCLIP, path: PathLike, prefix: str = "module.") -> None:
     """Write the .pt file that the published code reads.
 
     Args:
@@ -74,18 +74,18 @@ def save_published_checkpoint(model: RWKVCLIP, path: Path_, prefix: str = "modul
     Raises:
         OSError: if the file cannot be written.
     """
+    path = Path(path)
     state = {}
-    for key, value in model.state_dict().items():
+    for key, value in _unwrap(model.state_dict(), path).items():
         published = torch.bfloat16 if _BFLOAT16_PUBLISHED.fullmatch(key) else torch.float32
         state[prefix + key] = value.detach().to("cpu", published)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(path) as file:
         torch.save(state, file)
 
 
 def load_checkpoint(
-    path: Path_,
+    path: PathLike,
     *,
     config: CLIPConfig | str | None = None,
     image_size: int | None = None,
@@ -160,7 +160,7 @@ def infer_config(state: Mapping[str, Tensor], path: Path) -> CLIPConfig:
         ) from error
     shapes = _shapes(inferred)
     for known in CONFIGS.values():
-        if _shapes(known) == shapes and known.image.heads == inferred.image.heads:
+        if _shapes(known) == shapes:
             return known
     return inferred
 
@@ -221,7 +221,8 @@ def _read_pickle(path: Path, *, zipped: bool) -> dict[str, Any]:
             f"({_first_line(error)})"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+        reason = _first_line(error)
+        raise CheckpointError(f"{path} is damaged, or no checkpoint: {reason}") from error
     for key in _STATE_KEYS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
@@ -256,33 +257,30 @@ def _unwrap(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 def _check(state: Mapping[str, Tensor], model: RWKVCLIP, path: Path) -> None:
     """Raise one CheckpointError with all that keeps a state from being the model's."""
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    shared = {key: state[key] for key in shapes if key in state}
     misshapen = [
-        f"{key} (has {list(state[key].shape)}, takes {shape})"
-        for key, shape in shapes.items()
-        if key in state and list(state[key].shape) != shape
+        f"{key} (has {list(value.shape)}, takes {shapes[key]})"
+        for key, value in shared.items()
+        if list(value.shape) != shapes[key]
     ]
-    no_numbers = [
-        f"{key} ({state[key].dtype})"
-        for key in shapes
-        if key in state and not state[key].is_floating_point()
-    ]
-    endless = [key for key in shapes if key in state and not _is_finite(state[key])]
+    weights = {key: value for key, value in shared.items() if value.is_floating_point()}
     problems = {
         "missing": [key for key in shapes if key not in state],
         "unknown": [key for key in state if key not in shapes],
         "of another shape": misshapen,
-        "of a type that weights do not have": no_numbers,
-        "not finite": endless,
+        "not of floating type": [f"{k} ({v.dtype})" for k, v in shared.items() if k not in weights],
+        "not finite": [key for key, value in weights.items() if not _is_finite(value)],
     }
     found = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
     if found:
-        raise CheckpointError(
-            "\n  ".join([f"{path} does not fit {model.config.name}. Of its keys", *found])
-        )
+        hint = "image_size= fits the position embedding to another size of image"
+        lines = [*found, hint] if any(POSITIONS in text for text in misshapen) else found
+        title = f"{path} does not fit the model {model.config.name}. Its keys are"
+        raise CheckpointError("\n  ".join([title, *lines]))
 
 
 def _is_finite(value: Tensor) -> bool:
-    # A sum is not finite where a value is not, and needs no copy; a large one may overflow.
+    # A sum is not finite where a value is not; in float64 no finite weights overflow it.
     return bool(value.sum(dtype=torch.float64).isfinite())
 
 
@@ -298,7 +296,10 @@ def _resize(state: dict[str, Tensor], config: CLIPConfig) -> None:
 
 def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max(int(match[1]) for key in state if (match := pattern.match(key)))
+    indices = [int(match[1]) for key in state if (match := pattern.match(key))]
+    if not indices:
+        raise KeyError(f"{prefix}.0")
+    return 1 + max(indices)
 
 
 def _shapes(config: CLIPConfig) -> dict[str, list[int]]:
@@ -309,24 +310,18 @@ def _shapes(config: CLIPConfig) -> dict[str, list[int]]:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A file to write that takes the place of `path` when it is whole, and else leaves no trace."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # as the user's umask has it; safetensors narrows it
         yield temporary
-        with temporary.open("rb+") as file:
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _some(items: list[str]) -> str:
