@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SMALL = 1e-4
 LOW_RANK = 0.01
 GATES_GAIN = 0.1
+CLASS_TOKEN = 0.02
 FIRST_TEMPERATURE = 0.07  # of the similarities
 
 
@@ -38,8 +39,8 @@ def initialise(model: "RWKVCLIP") -> None:
 def _initialise_image(encoder: "ImageEncoder") -> None:
     encoder.patch_embed.projection.reset_parameters()
     encoder.pos_embed.zero_()
-    if encoder.config.class_token:
-        encoder.cls_token.zero_()
+    if encoder.config.class_token:  # of a zero token every branch is zero, and it learns nothing
+        encoder.cls_token.normal_(std=CLASS_TOKEN)
     for i, block in enumerate(cast("Sequence[Block]", encoder.layers)):
         remaining = _time_mix(block.att, i, len(encoder.layers))
         att, ffn = block.att, cast("ImageChannelMix", block.ffn)

@@ -1,0 +1,52 @@
+"""Both encoders trace whole: compiled, with dynamic batches, and exported."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("inputs", ["image", "text"])
+def test_encoders_compile_whole_and_give_the_same_embeddings(inputs, tiny, tiny_io):
+    encode = getattr(tiny, f"encode_{inputs}")
+    compiled = torch.compile(encode, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tiny_io[inputs]), encode(tiny_io[inputs]))
+
+
+def test_training_compiles_whole_and_gives_the_same_gradients(tiny, tiny_io):
+    def loss(model):
+        image_embedding, text_embedding, scale = model(tiny_io["image"], tiny_io["text"])
+        return scale * (image_embedding * text_embedding).sum()
+
+    expected = torch.autograd.grad(loss(tiny.train()), list(tiny.parameters()))
+    compiled = torch.compile(tiny, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(loss(compiled), list(tiny.parameters()))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_default_compiler_takes_an_encoder(tiny, tiny_io):
+    encoder = tiny.text_model
+    encoder.blocks = encoder.blocks[:1]  # C++ takes its time to compile
+    with torch.no_grad():
+        expected = encoder(tiny_io["text"])
+        got = torch.compile(encoder, fullgraph=True)(tiny_io["text"])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("tower", "inputs"), [("image_model", "image"), ("text_model", "text")])
+def test_encoders_export_with_a_dynamic_batch(tower, inputs, tiny, tiny_io):
+    encoder = getattr(tiny, tower)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(encoder, (tiny_io[inputs],), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(tiny_io[inputs][:3]), encoder(tiny_io[inputs][:3]))
+
+
+def test_the_whole_model_exports(tiny, tiny_io):
+    program = torch.export.export(tiny, (tiny_io["image"], tiny_io["text"]))
+    got = program.module()(tiny_io["image"], tiny_io["text"])
+    torch.testing.assert_close(got, tiny(tiny_io["image"], tiny_io["text"]))

@@ -1,0 +1,204 @@
+"""The encoders take what they say they take, in every mode they are run in."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwkv_clip.model import RWKVCLIP, create_model
+from rwkv_clip.model.blocks import drop_path_scale
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 40), (7, 130), (16, 16), (1, 1)])
+def test_any_size_of_image_is_embedded_as_if_filled_with_zeros(size, tiny):
+    height, width = size
+    pixels = torch.randn(2, 3, height, width)
+    filled = F.pad(pixels, (0, -width % 16, 0, -height % 16))
+    embeddings = tiny.encode_image(pixels)
+    assert embeddings.shape == (2, 64)
+    assert torch.equal(embeddings, tiny.encode_image(filled))
+
+
+def test_positions_of_another_grid_are_interpolated(tiny):
+    tiny.image_model.pos_embed.data = torch.ones_like(tiny.image_model.pos_embed)
+    larger = tiny.image_model._positions(3, 7)
+    torch.testing.assert_close(larger, torch.ones(1, 21, 64))
+
+
+@pytest.mark.parametrize("T", [1, 2, 16, 33])
+def test_any_length_of_text_is_embedded(T, tiny):
+    embeddings = tiny.encode_text(torch.randint(512, (3, T)))
+    assert embeddings.shape == (3, 64)
+    assert embeddings.isfinite().all()
+
+
+def test_embeddings_have_length_one_unless_asked_otherwise(tiny, tiny_io):
+    for encode, inputs in ((tiny.encode_image, "image"), (tiny.encode_text, "text")):
+        raw = encode(tiny_io[inputs], normalize=False)
+        assert not torch.allclose(raw.norm(dim=-1), torch.ones(6))
+        torch.testing.assert_close(encode(tiny_io[inputs]), F.normalize(raw, dim=-1))
+
+
+def test_a_sample_s_embedding_does_not_depend_on_its_batch(tiny, tiny_io):
+    for encode, inputs in ((tiny.encode_image, "image"), (tiny.encode_text, "text")):
+        together = encode(tiny_io[inputs])
+        alone = torch.cat([encode(sample[None]) for sample in tiny_io[inputs]])
+        torch.testing.assert_close(together, alone, atol=2e-6, rtol=1e-4)
+
+
+def test_an_empty_batch_gives_no_embeddings(tiny):
+    assert tiny.encode_image(torch.zeros(0, 3, 64, 64)).shape == (0, 64)
+    assert tiny.encode_text(torch.zeros(0, 16, dtype=torch.int64)).shape == (0, 64)
+
+
+def test_the_class_token_is_the_embedding(tiny_config):
+    model = create_model(tiny_config(class_token=True)).eval()
+    assert model.image_model.cls_token.shape == (1, 1, 64)
+    pixels = torch.randn(2, 3, 64, 48)
+    seen = {}
+    model.image_model.layers[-1].register_forward_hook(
+        lambda module, args, output: seen.__setitem__("last", output)
+    )
+    embeddings = model.encode_image(pixels, normalize=False)
+    assert seen["last"].shape == (2, 4 * 3 + 1, 64)
+    torch.testing.assert_close(embeddings, model.image_model.ln1(seen["last"][:, -1]))
+    embeddings[:, 0].sum().backward()
+    assert model.image_model.cls_token.grad.abs().max() > 0
+
+
+def test_a_seed_means_the_same_fresh_model():
+    torch.manual_seed(7)
+    first = create_model("RWKV-CLIP-Tiny")
+    torch.manual_seed(7)
+    second = create_model("RWKV-CLIP-Tiny")
+    other = create_model("RWKV-CLIP-Tiny")
+    assert first.training
+    for (key, value), again in zip(
+        first.state_dict().items(), second.state_dict().values(), strict=True
+    ):
+        assert value.isfinite().all(), key
+        assert torch.equal(value, again), key
+    assert not torch.equal(first.text_model.emb.weight, other.text_model.emb.weight)
+
+
+def test_a_fresh_model_goes_where_and_as_asked():
+    assert create_model("RWKV-CLIP-Tiny", device="meta").logit_scale.device.type == "meta"
+    model = create_model("RWKV-CLIP-Tiny", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_encoders_of_one_block_can_be_made(tiny_config):
+    config = tiny_config(depth=1)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, depth=1))
+    model = create_model(config)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("pixels", "error", "says"),
+    [
+        (torch.zeros(3, 64, 64), ValueError, r"images have shape \[3, 64, 64\]; takes \[B, 3, "),
+        (torch.zeros(2, 64, 64, 3), ValueError, r"images have shape \[2, 64, 64, 3\]"),
+        (torch.zeros(2, 3, 0, 64), ValueError, r"images have shape \[2, 3, 0, 64\]"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), TypeError, "images are torch.uint8; takes"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(pixels, error, says, tiny):
+    with pytest.raises(error, match=says):
+        tiny.encode_image(pixels)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "says"),
+    [
+        (
+            torch.zeros(16, dtype=torch.int64),
+            ValueError,
+            r"texts have shape \[16\]; takes \[B, T\]",
+        ),
+        (torch.zeros(2, 0, dtype=torch.int64), ValueError, r"texts have shape \[2, 0\]"),
+        (torch.zeros(2, 16), TypeError, "texts are torch.float32; takes int64 tokens"),
+        (torch.full((2, 16), 512), ValueError, "tokens from 512 to 512; takes 0 to 511"),
+        (torch.full((2, 16), -1), ValueError, "tokens from -1 to -1; takes 0 to 511"),
+    ],
+)
+def test_what_is_no_batch_of_texts_is_refused(tokens, error, says, tiny):
+    with pytest.raises(error, match=says):
+        tiny.encode_text(tokens)
+
+
+def _gradients(model: RWKVCLIP, io) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    image_embedding, text_embedding, scale = model(io["image"], io["text"])
+    (scale * (image_embedding * text_embedding).sum()).backward()
+    return {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+
+
+def test_activation_checkpointing_gives_the_same_gradients_dropped_branches_included(
+    tiny_config, tiny_state, tiny_io
+):
+    model = create_model(tiny_config(drop_path=0.5)).train()
+    model.load_state_dict(tiny_state)
+    expected = _gradients(model, tiny_io)
+    calls = []
+    model.image_model.layers[1].register_forward_pre_hook(lambda *args: calls.append(1))
+    model.set_activation_checkpointing(True)
+    got = _gradients(model, tiny_io)
+    assert len(calls) == 2  # the forward pass, and once more on the way back
+    for key, gradient in expected.items():
+        torch.testing.assert_close(got[key], gradient, msg=key)
+    model.set_activation_checkpointing(False)
+    _gradients(model, tiny_io)
+    assert len(calls) == 3
+
+
+def test_bfloat16_autocast_stays_close_and_trains_every_parameter(tiny, tiny_io, relative_error):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image_embedding, text_embedding, scale = tiny(tiny_io["image"], tiny_io["text"])
+    assert image_embedding.dtype == text_embedding.dtype == torch.float32
+    assert relative_error(image_embedding, tiny_io["image_embedding"]) < 0.05
+    assert relative_error(text_embedding, tiny_io["text_embedding"]) < 0.05
+    (scale * (image_embedding * text_embedding).sum()).backward()
+    for key, parameter in tiny.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_types_take_the_same_pixels(dtype, tiny, tiny_io, relative_error):
+    model = tiny.to(dtype)
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-6
+    image_embedding = model.encode_image(tiny_io["image"], normalize=False)
+    text_embedding = model.encode_text(tiny_io["text"], normalize=False)
+    assert image_embedding.dtype == text_embedding.dtype == dtype
+    assert relative_error(image_embedding, tiny_io["image_embedding"]) < tolerance
+    assert relative_error(text_embedding, tiny_io["text_embedding"]) < tolerance
+
+
+def test_drop_path_drops_at_its_rate_and_keeps_the_expectation():
+    scale = drop_path_scale(torch.zeros(20_000, 1, 1), 0.3)
+    assert scale.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert (scale == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert scale.mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_drop_path_grows_linearly_with_depth(tiny_config):
+    model = create_model(tiny_config(depth=5, drop_path=0.2), device="meta")
+    rates = [block.drop_path for block in model.image_model.layers]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert {block.drop_path for block in model.text_model.blocks} == {0}
+
+
+def test_regularisation_is_for_training_alone(tiny_config, tiny_state, tiny_io):
+    config = tiny_config(drop_path=0.9)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, dropout=0.5))
+    model = create_model(config)
+    model.load_state_dict(tiny_state)
+    for encode, inputs in ((model.encode_image, "image"), (model.encode_text, "text")):
+        model.train()
+        assert not torch.equal(encode(tiny_io[inputs]), encode(tiny_io[inputs]))
+        model.eval()
+        assert torch.equal(encode(tiny_io[inputs]), encode(tiny_io[inputs]))
