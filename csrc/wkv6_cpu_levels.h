@@ -1,0 +1,177 @@
+// The decays of WKV6 inside a run of tokens, level by level. docs/wkv6.md derives it.
+//
+// Two tokens t and s belong to level b when b is the highest bit in which their numbers differ.
+// They then lie in the two halves of an aligned block of 2^(b+1) tokens, and the decay between
+// them is m_b[t] * m_b[s], where m_b is the product of the decays strictly between a token and
+// the boundary of the halves, the boundary's right neighbour counted on the right-hand side. So
+// a level is one matrix product of scaled r and scaled k, in both directions at once, every
+// factor is at most 1, nothing overflows and nothing is divided.
+//
+// A quantity "by tile" is stored as [tile][channel][16 tokens].
+#pragma once
+
+#include "gemm.h"
+
+namespace {
+
+// What is known of a tile at a level: for each token the product of decays up to the end of its
+// half (`after`, own token excluded), and from the start of its half (`before`, likewise), and
+// the product over the whole half.
+template <typename T>
+struct Decays {
+  Tile<T> after, before, whole;
+};
+
+template <typename T>
+RWKV_CLIP_INLINE Decays<T> first_level(const Tile<T>& decay) {
+  return {splat_tile<T>(1), splat_tile<T>(1), decay};
+}
+
+// From halves of `Half` tokens to halves of twice as many.
+template <int Half, typename T>
+RWKV_CLIP_INLINE void next_level(Decays<T>& d) {
+  const Tile<T> one = splat_tile<T>(1);
+  const Tile<T> other = xor_tile<Half>(d.whole);
+  d.after = d.after * select_tile<Half>(other, one);
+  d.before = d.before * select_tile<Half>(one, other);
+  d.whole = d.whole * other;
+}
+
+// m_b, where Half is 2^b.
+template <int Half, typename T>
+RWKV_CLIP_INLINE Tile<T> factor(const Decays<T>& d) {
+  return select_tile<Half>(d.after, d.before);
+}
+
+// f(half, decays) for the levels of pairs inside one tile; leaves `decays` at the level above.
+template <typename T, typename F>
+RWKV_CLIP_INLINE void levels_of_tile(Decays<T>& decays, F&& f) {
+  unroll<4>([&](auto level) {
+    constexpr int half = 1 << decltype(level)::value;
+    f(std::integral_constant<int, half>{});
+    next_level<half>(decays);
+  });
+}
+
+// The attention inside one tile, and what the levels above need of its decays.
+//
+// r, k, decay [N][16]; attention [16 s][16 t], the own token through u; after, before [N][16] and
+// whole [N] for halves of one tile.
+template <typename T>
+void attention_of_tile(int64_t N, const T* r, const T* k, const T* decay, const T* u, T* attention,
+                       T* after, T* before, T* whole) {
+  Tile<T> sum[kTile];  // at x: of tokens t and t ^ x
+  unroll<kTile>([&](auto x) { sum[x] = splat_tile<T>(0); });
+  for (int64_t j = 0; j < N; ++j) {
+    const Tile<T> r_j = load_tile(r + j * kTile), k_j = load_tile(k + j * kTile);
+    sum[0] = sum[0] + splat_tile(u[j]) * (r_j * k_j);
+    Decays<T> decays = first_level(load_tile(decay + j * kTile));
+    levels_of_tile(decays, [&](auto half) {
+      const Tile<T> m = factor<half>(decays);
+      const Tile<T> scaled_r = r_j * m, scaled_k = k_j * m;
+      unroll<half>([&](auto x) {
+        sum[half + x] = sum[half + x] + scaled_r * xor_tile<half + x>(scaled_k);
+      });
+    });
+    store_tile(after + j * kTile, decays.after);
+    store_tile(before + j * kTile, decays.before);
+    whole[j] = lane0(decays.whole);
+  }
+  xor_rows(sum);
+  unroll<kTile>([&](auto s) { store_tile(attention + s * kTile, sum[s]); });
+}
+
+// The same without the attention: what a state needs.
+template <typename T>
+void decays_of_tile(int64_t N, const T* decay, T* after, T* before, T* whole) {
+  for (int64_t j = 0; j < N; ++j) {
+    Decays<T> decays = first_level(load_tile(decay + j * kTile));
+    levels_of_tile(decays, [](auto) {});
+    store_tile(after + j * kTile, decays.after);
+    store_tile(before + j * kTile, decays.before);
+    whole[j] = lane0(decays.whole);
+  }
+}
+
+// Sums, for every token q of a tile, the terms of the pairs that enclose q.
+//
+// `left[b]` holds terms of tokens of left halves of 2^b tokens, which count for the tokens after
+// them in their half; `right[b]`, of right halves, for the tokens before them; b = 4 is the whole
+// tile. From the widest to the narrowest, the sum over each quarter goes to its neighbour.
+template <typename T>
+struct Enclosing {
+  Tile<T> left, right, sum;
+
+  // From halves of 2 * Half tokens to halves of Half.
+  template <int Half>
+  RWKV_CLIP_INLINE void narrow() {
+    sum = sum + xor_tile<Half>(group_sum<Half>(select_tile<Half>(left, right)));
+  }
+
+  // Adds the terms of the level whose halves are Half tokens.
+  template <int Half>
+  RWKV_CLIP_INLINE void add(const Tile<T>& terms) {
+    const Tile<T> zero = splat_tile<T>(0);
+    left = left + select_tile<Half>(terms, zero);
+    right = right + select_tile<Half>(zero, terms);
+  }
+};
+
+// The gradients of one tile, finished: those of its own pairs added to those from outside.
+//
+// In: r, k, decay [N][16]; rate [N][16], exp(w); ga [16 s][16 t], the attention's gradient inside
+// the tile; left, right, base [N][16], terms of pairs with tokens outside the tile (see
+// Enclosing; base counts for each token as it is). In and out: gr, gk [N][16]. Out: gw [N][16];
+// added: gu [N][16].
+template <typename T>
+struct TileGradients {
+  const T *r, *k, *decay, *rate, *ga, *left, *right, *base;
+  T *gr, *gk, *gw, *gu;
+};
+
+template <typename T>
+void gradients_of_tile(int64_t N, const T* u, const TileGradients<T>& io) {
+  // by_t[x] lane t: of the pair (t, s = t ^ x); by_s[x] lane s: of the pair (t = s ^ x, s).
+  Tile<T> by_t[kTile], by_s[kTile];
+  unroll<kTile>([&](auto s) { by_t[s] = load_tile(io.ga + s * kTile); });
+  xor_rows(by_t);
+  unroll<kTile>([&](auto x) { by_s[x] = xor_tile<x>(by_t[x]); });
+  for (int64_t j = 0; j < N; ++j) {
+    const int64_t at = j * kTile;
+    const Tile<T> r_j = load_tile(io.r + at), k_j = load_tile(io.k + at);
+    const Tile<T> own = by_t[0] * splat_tile(u[j]);
+    Tile<T> gr = load_tile(io.gr + at) + own * k_j;
+    Tile<T> gk = load_tile(io.gk + at) + own * r_j;
+    store_tile(io.gu + at, load_tile(io.gu + at) + by_t[0] * r_j * k_j);
+    Tile<T> terms[4];
+    Decays<T> decays = first_level(load_tile(io.decay + at));
+    levels_of_tile(decays, [&](auto half) {
+      const Tile<T> m = factor<half>(decays);
+      const Tile<T> scaled_r = r_j * m, scaled_k = k_j * m;
+      Tile<T> g_r = splat_tile<T>(0), g_k = splat_tile<T>(0);
+      unroll<half>([&](auto x) {
+        g_r = g_r + by_t[half + x] * xor_tile<half + x>(scaled_k);
+        g_k = g_k + by_s[half + x] * xor_tile<half + x>(scaled_r);
+      });
+      gr = gr + g_r * m;
+      gk = gk + g_k * m;
+      constexpr int level = __builtin_ctz(half);
+      terms[level] = scaled_r * g_r + scaled_k * g_k;
+    });
+    store_tile(io.gr + at, gr);
+    store_tile(io.gk + at, gk);
+    Enclosing<T> enclosing{load_tile(io.left + at), load_tile(io.right + at),
+                           load_tile(io.base + at)};
+    enclosing.template narrow<8>();
+    enclosing.template add<8>(terms[3]);
+    enclosing.template narrow<4>();
+    enclosing.template add<4>(terms[2]);
+    enclosing.template narrow<2>();
+    enclosing.template add<2>(terms[1]);
+    enclosing.template narrow<1>();
+    // log d = -exp(w) is its own derivative.
+    store_tile(io.gw + at, splat_tile<T>(0) - enclosing.sum * load_tile(io.rate + at));
+  }
+}
+
+}  // namespace
