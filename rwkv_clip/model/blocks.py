@@ -26,6 +26,13 @@ MIXES = 5  # of decay, key, value, receptance and gate, in this order
 class TimeMix(nn.Module):
     """Mix information across tokens by the bidirectional WKV6 operator.
 
+    What decay w, key k, value v, receptance r and gate g see of a token is mixed with its
+    neighbours; then output(GroupNorm(wkv6(r, k, v, w, u)) * silu(g)), the norm by head.
+
+    Parameters keep their published names: `time_maa_*` the neighbours' shares and `_w1`, `_w2`
+    what a token adds to them; `time_decay*` the same for the decay; `time_faaaa` u, the weight
+    of a token's own key and value.
+
     Args:
         channels: C.
         heads: H.
@@ -73,8 +80,8 @@ class TimeMix(nn.Module):
         that depends on the token itself.
         """
         B, T, C = x.shape
-        (xx,) = fused.token_shift_mix(x, self.time_maa_x.view(1, C), shift=shift)
-        low_rank = torch.tanh(xx @ self.time_maa_w1).view(B * T, MIXES, MIX_RANK)
+        (mixed,) = fused.token_shift_mix(x, self.time_maa_x.view(1, C), shift=shift)
+        low_rank = torch.tanh(mixed @ self.time_maa_w1).view(B * T, MIXES, MIX_RANK)
         delta = torch.bmm(low_rank.transpose(0, 1), self.time_maa_w2)  # [5, B*T, C]
         maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         mix = torch.cat(maa).view(MIXES, C)
