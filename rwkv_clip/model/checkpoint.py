@@ -223,11 +223,10 @@ def _read_pickle(path: Path, *, zipped: bool) -> dict[str, Any]:
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = _first_line(error)
         raise CheckpointError(f"{path} is damaged, or no checkpoint: {reason}") from error
-    for key in _STATE_KEYS:
-        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
-            data = data[key]
+    data = _innermost_state(data)
     if not isinstance(data, Mapping) or not data:
-        raise CheckpointError(f"{path} holds a {type(data).__name__}; takes a state dict")
+        found = "nothing" if isinstance(data, Mapping) else f"a {type(data).__name__}"
+        raise CheckpointError(f"{path} holds {found}; takes a state dict")
     odd = [
         f"{key!r} ({type(value).__name__})"
         for key, value in data.items()
@@ -236,6 +235,16 @@ def _read_pickle(path: Path, *, zipped: bool) -> dict[str, Any]:
     if odd:
         raise CheckpointError(f"{path} has what is no tensor: {_some(odd)}")
     return dict(data)
+
+
+def _innermost_state(data: Any) -> Any:
+    """What training scripts wrap in a dictionary beside their own notes."""
+    while isinstance(data, Mapping):
+        key = next((key for key in _STATE_KEYS if isinstance(data.get(key), Mapping)), None)
+        if key is None:
+            break
+        data = data[key]
+    return data
 
 
 def _read_config(path: Path) -> CLIPConfig:
@@ -275,7 +284,7 @@ def _check(state: Mapping[str, Tensor], model: RWKVCLIP, path: Path) -> None:
     if found:
         hint = "image_size= fits the position embedding to another size of image"
         lines = [*found, hint] if any(POSITIONS in text for text in misshapen) else found
-        title = f"{path} does not fit the model {model.config.name}. Its keys are"
+        title = f"{path} does not fit the model {model.config.name}. These keys are"
         raise CheckpointError("\n  ".join([title, *lines]))
 
 
@@ -296,10 +305,10 @@ def _resize(state: dict[str, Tensor], config: CLIPConfig) -> None:
 
 def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    indices = [int(match[1]) for key in state if (match := pattern.match(key))]
-    if not indices:
+    blocks = {match[1] for key in state if (match := pattern.match(key))}
+    if not blocks:
         raise KeyError(f"{prefix}.0")
-    return 1 + max(indices)
+    return len(blocks)
 
 
 def _shapes(config: CLIPConfig) -> dict[str, list[int]]:

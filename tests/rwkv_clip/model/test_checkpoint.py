@@ -118,6 +118,18 @@ def test_published_files_are_read_whatever_wrapped_the_model(
     _assert_same_state(loaded, tiny_state)
 
 
+def test_a_state_is_found_inside_several_wrappings(tiny, tiny_state, tmp_path):
+    torch.save({"model": {"state_dict": tiny_state, "step": 9}, "epoch": 1}, tmp_path / "deep.pt")
+    _assert_same_state(load_checkpoint(tmp_path / "deep.pt", config=tiny.config), tiny_state)
+
+
+def test_a_block_of_absurd_number_is_unknown_and_not_built(tiny_state, tmp_path):
+    state = tiny_state | {"image_model.layers.999999999.ln1.bias": torch.zeros(64)}
+    torch.save(state, tmp_path / "model.pt")
+    message = _refusal(tmp_path / "model.pt")
+    assert "1 unknown: image_model.layers.999999999.ln1.bias" in message
+
+
 def test_wrapped_parts_of_a_model_are_read_too(tiny, tiny_state, tmp_path):
     wrapped = {
         key.replace("image_model.", "module.image_model._orig_mod."): value
