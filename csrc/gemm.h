@@ -20,26 +20,41 @@ struct Rows {  // b [K, n] or c [M, n]: vector j of row i at data[i * stride + j
   int64_t stride;
 };
 
-template <int M, int V, typename T>
+// Diagonal factors of c = old c + left a inner b, each the identity where it is null. Without
+// `accumulate`, `old` is zero.
+template <typename T>
+struct Factors {
+  bool accumulate = false;
+  const T* old = nullptr;    // [M]
+  const T* left = nullptr;   // [M]
+  const T* inner = nullptr;  // [K]
+};
+
+template <int M, int V, bool Inner, typename T>
 RWKV_CLIP_INLINE void multiply_block(int64_t K, Strided<T> a, Rows<const T> b, Rows<T> c,
-                                     bool accumulate) {
+                                     Factors<T> factors) {
   constexpr int W = kWidth<T>;
   Vec<T> sum[M][V];
-  unroll<M>([&](auto m) {
-    unroll<V>([&](auto j) {
-      sum[m][j] = accumulate ? load(c.data + m * c.stride + j * W) : Vec<T>{};
-    });
-  });
+  unroll<M>([&](auto m) { unroll<V>([&](auto j) { sum[m][j] = Vec<T>{}; }); });
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> row[V];
-    unroll<V>([&](auto j) { row[j] = load(b.data + k * b.stride + j * W); });
+    unroll<V>([&](auto j) {
+      row[j] = load(b.data + k * b.stride + j * W);
+      if constexpr (Inner) row[j] *= splat(factors.inner[k]);
+    });
     unroll<M>([&](auto m) {
       const Vec<T> x = splat(a.data[m * a.m_stride + k * a.k_stride]);
       unroll<V>([&](auto j) { sum[m][j] += x * row[j]; });
     });
   }
   unroll<M>([&](auto m) {
-    unroll<V>([&](auto j) { store(c.data + m * c.stride + j * W, sum[m][j]); });
+    const Vec<T> left = splat(factors.left ? factors.left[m] : T(1));
+    const Vec<T> old = splat(factors.old ? factors.old[m] : T(1));
+    unroll<V>([&](auto j) {
+      T* at = c.data + m * c.stride + j * W;
+      const Vec<T> product = left * sum[m][j];
+      store(at, factors.accumulate ? old * load(at) + product : product);
+    });
   });
 }
 
@@ -50,39 +65,52 @@ constexpr int rows_at_once(int V) {
   return rows >= 16 ? 16 : rows >= 12 ? 12 : rows >= 8 ? 8 : rows;
 }
 
-template <int M, int V, typename T>
-inline void multiply_rows(int64_t rows, int64_t K, Strided<T> a, Rows<const T> b, Rows<T> c,
-                          bool accumulate) {
+template <int M, int V, bool Inner, typename T>
+inline void multiply_rows(int64_t rows, int64_t K, const Strided<T>& a, const Rows<const T>& b,
+                          const Rows<T>& c, const Factors<T>& factors) {
+  const auto from_row = [&](int64_t m, auto&& f) {
+    f(Strided<T>{a.data + m * a.m_stride, a.m_stride, a.k_stride},
+      Rows<T>{c.data + m * c.stride, c.stride},
+      Factors<T>{factors.accumulate, factors.old ? factors.old + m : nullptr,
+                 factors.left ? factors.left + m : nullptr, factors.inner});
+  };
   int64_t m = 0;
   for (; m + M <= rows; m += M) {
-    multiply_block<M, V>(K, {a.data + m * a.m_stride, a.m_stride, a.k_stride}, b,
-                         {c.data + m * c.stride, c.stride}, accumulate);
+    from_row(m, [&](const auto& a_m, const auto& c_m, const auto& factors_m) {
+      multiply_block<M, V, Inner>(K, a_m, b, c_m, factors_m);
+    });
   }
   if constexpr (M > 1) {
     if (m < rows) {
-      multiply_rows<(M + 1) / 2, V>(rows - m, K, {a.data + m * a.m_stride, a.m_stride, a.k_stride},
-                                    b, {c.data + m * c.stride, c.stride}, accumulate);
+      from_row(m, [&](const auto& a_m, const auto& c_m, const auto& factors_m) {
+        multiply_rows<(M + 1) / 2, V, Inner>(rows - m, K, a_m, b, c_m, factors_m);
+      });
     }
   }
 }
 
-// c [M, vectors] (+)= a [M, K] b [K, vectors].
+// c [M, vectors] = old c + left a [M, K] inner b [K, vectors]. Matrices are passed by reference:
+// by value, their halves are stored one by one and read back as one, which stalls every call.
 template <typename T>
-inline void multiply(int64_t M, int64_t K, int64_t vectors, Strided<T> a, Rows<const T> b,
-                     Rows<T> c, bool accumulate) {
+inline void multiply(int64_t M, int64_t K, int64_t vectors, const Strided<T>& a,
+                     const Rows<const T>& b, const Rows<T>& c, const Factors<T>& factors) {
   constexpr int kMost = kRegisters == 32 ? 5 : 3;
-  while (vectors > 0) {
+  int64_t done = 0;
+  while (done < vectors) {
     // Equal shares: six vectors go as three and three, not as five and one.
-    const int64_t passes = (vectors + kMost - 1) / kMost;
-    const int64_t now = (vectors + passes - 1) / passes;
+    const int64_t left = vectors - done, passes = (left + kMost - 1) / kMost;
+    const int64_t now = (left + passes - 1) / passes;
+    const Rows<const T> b_now{b.data + done * kWidth<T>, b.stride};
+    const Rows<T> c_now{c.data + done * kWidth<T>, c.stride};
     unroll<kMost>([&](auto v) {
-      if (now == v + 1) {
-        multiply_rows<rows_at_once(v + 1), v + 1>(M, K, a, b, c, accumulate);
+      if (now != v + 1) return;
+      if (factors.inner != nullptr) {
+        multiply_rows<rows_at_once(v + 1), v + 1, true>(M, K, a, b_now, c_now, factors);
+      } else {
+        multiply_rows<rows_at_once(v + 1), v + 1, false>(M, K, a, b_now, c_now, factors);
       }
     });
-    b.data += now * kWidth<T>;
-    c.data += now * kWidth<T>;
-    vectors -= now;
+    done += now;
   }
 }
 

@@ -43,6 +43,8 @@ struct ChunkShape {
 
   int64_t tokens_of(int64_t tile) const { return tile + 1 < tiles ? kTile : T - tile * kTile; }
   int64_t by_tile() const { return tiles * N * kTile; }
+  int64_t by_token() const { return tiles * kTile * row; }
+  int64_t attention() const { return tiles * tiles * kTile * kTile; }
 };
 
 // Where a chunk's rows lie in a [B, T, H, N] tensor: element (t, j) at offset + t * stride + j.
@@ -51,16 +53,19 @@ struct Place {
 };
 
 template <typename T, typename S>
-inline void load_rows_as(const S* from, int64_t stride, int64_t tokens, const ChunkShape& shape,
+inline void load_rows_as(const S* from, int64_t stride, int64_t tokens, ChunkShape shape,
                          T padding, T* rows) {
+  constexpr int64_t kStep = 8;  // what N is a multiple of
   for (int64_t t = 0; t < kTile; ++t) {
     T* row = rows + t * shape.row;
-    int64_t j = 0;
-    if (t < tokens) {
-      const S* source = from + t * stride;
-      for (; j < shape.N; ++j) row[j] = static_cast<T>(from_storage(source[j]));
+    const int64_t present = t < tokens ? shape.N : 0;
+    for (int64_t j = 0; j < present; j += kStep) {
+      T part[kStep];
+      for (int i = 0; i < kStep; ++i) part[i] = static_cast<T>(from_storage(from[j + i]));
+      std::memcpy(row + j, part, sizeof part);
     }
-    for (; j < shape.row; ++j) row[j] = padding;
+    for (int64_t j = present; j < shape.row; ++j) row[j] = padding;
+    from += stride;
   }
 }
 
@@ -92,9 +97,11 @@ inline void load_rows(const void* from, DType type, Place place, int64_t tile,
 
 template <typename T, typename S>
 inline void store_rows_as(const T* rows, S* to, int64_t stride, int64_t tokens,
-                          const ChunkShape& shape) {
+                          ChunkShape shape) {
   for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t j = 0; j < shape.N; ++j) to_storage(rows[t * shape.row + j], to[t * stride + j]);
+    for (int64_t j = 0; j < shape.N; ++j) to_storage(rows[j], to[j]);
+    rows += shape.row;
+    to += stride;
   }
 }
 
@@ -154,37 +161,6 @@ inline void transpose_back(const T* from, int64_t channels, T* to, int64_t to_st
   }
 }
 
-// What a chunk is computed from. By tile: r, k, the decay, its rate exp(w), and the decays'
-// products at the level reached. Attention is stored as [tile of t][s][16 t].
-template <typename T>
-struct Chunk {
-  T *r, *k, *decay, *rate;
-  T *after, *before, *whole;    // whole [tile][N]: of the half that starts at the tile
-  T *scaled_r, *scaled_k;
-  T *v;                         // [T rounded up][row]
-  T *attention;
-  T *rows;                      // [16][row], for one tile at a time
-
-  Chunk(const ChunkShape& most, Arena& arena) {
-    for (T** array : {&r, &k, &decay, &rate, &after, &before, &scaled_r, &scaled_k}) {
-      *array = arena.take<T>(most.by_tile());
-    }
-    whole = arena.take<T>(most.tiles * most.N);
-    v = arena.take<T>(most.tiles * kTile * most.row);
-    attention = arena.take<T>(most.tiles * most.tiles * kTile * kTile);
-    rows = arena.take<T>(kTile * most.row);
-  }
-};
-
-template <typename T>
-inline void load_by_tile(const void* from, DType type, Place place, const ChunkShape& shape,
-                         T padding, T* rows, T* to) {
-  for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-    load_rows(from, type, place, tile, shape, padding, rows);
-    transpose_into(rows, shape.row, shape.N, to + tile * shape.N * kTile, kTile);
-  }
-}
-
 template <typename T>
 inline void load_by_token(const void* from, DType type, Place place, const ChunkShape& shape,
                           T* to) {
@@ -193,59 +169,50 @@ inline void load_by_token(const void* from, DType type, Place place, const Chunk
   }
 }
 
-// rate = exp(w) and decay = exp(-rate). Above 88, exp(w) is held: the decay is 0 long before, and
-// an infinite rate would make gw NaN where it is 0.
 template <typename T>
-inline void load_decays(const Wkv6Problem& problem, Place place, const ChunkShape& shape,
-                        Chunk<T>& chunk) {
-  const T never = -10000;  // tokens that are not there do not decay
-  load_by_tile(problem.w, problem.w_type, place, shape, never, chunk.rows, chunk.rate);
-  const Vec<T> most = splat(T(88));
-  for (int64_t i = 0; i < shape.by_tile(); i += kWidth<T>) {
-    Vec<T> w = load(chunk.rate + i);
-    w = w > most ? most : w;
-    const Vec<T> rate = vexp(w);
-    store(chunk.rate + i, rate);
-    store(chunk.decay + i, vexp(-rate));
-  }
+inline void load_tile_of(const void* from, DType type, Place place, int64_t tile,
+                         const ChunkShape& shape, T padding, T* rows, T* to) {
+  load_rows(from, type, place, tile, shape, padding, rows);
+  transpose_into(rows, shape.row, shape.N, to, kTile);
 }
 
-// The levels whose halves are one tile or more: f(first, middle, end) for every block of tiles
-// whose halves are [first, middle) and [middle, end). Each block's products are carried to the
-// next level once f is done with it. At the end `after` and `before` span the chunk, and
-// `whole[0]` is the product of all of it.
-template <typename T, typename F>
-inline void levels_of_tiles(const ChunkShape& shape, Chunk<T>& chunk, F&& f) {
-  const int64_t per_tile = shape.N * kTile;
-  for (int64_t half = 1; half < shape.tiles; half *= 2) {
-    for (int64_t first = 0; first + half < shape.tiles; first += 2 * half) {
-      const int64_t middle = first + half;
-      const int64_t end = middle + half < shape.tiles ? middle + half : shape.tiles;
-      f(first, middle, end);
-      T* left = chunk.whole + first * shape.N;
-      const T* right = chunk.whole + middle * shape.N;
-      for (int64_t tile = first; tile < end; ++tile) {
-        T* products = (tile < middle ? chunk.after : chunk.before) + tile * per_tile;
-        const T* other = tile < middle ? right : left;
-        for (int64_t j = 0; j < shape.N; ++j) {
-          T* at = products + j * kTile;
-          store_tile(at, load_tile(at) * splat_tile(other[j]));
-        }
-      }
-      for (int64_t j = 0; j < shape.N; ++j) left[j] *= right[j];
+template <typename T>
+inline void clear(T* array, int64_t count) {
+  std::memset(array, 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+// A chunk's tokens and its attention, which is stored as [tile of t][s][16 t].
+template <typename T>
+struct Chunk {
+  T *r, *k, *w;         // r, k by tile, or of the tile at hand; w of the tile at hand
+  Scaled<T> scaled;     // by tile
+  T* whole;             // [tile][N]
+  T* v;                 // [T rounded up][row]
+  T* attention;
+  T *rows, *between;    // [16][row], [N]: for passing use
+
+  Chunk(const ChunkShape& most, int64_t tiles_kept, Arena& arena) {
+    for (T** array : {&r, &k}) *array = arena.take<T>(tiles_kept * most.N * kTile);
+    w = arena.take<T>(most.N * kTile);
+    for (T** array : {&scaled.r_after, &scaled.r_before, &scaled.k_after, &scaled.k_before}) {
+      *array = arena.take<T>(most.by_tile());
     }
+    whole = arena.take<T>(most.tiles * most.N);
+    v = arena.take<T>(most.by_token());
+    attention = arena.take<T>(most.attention());
+    rows = arena.take<T>(kTile * most.row);
+    between = arena.take<T>(most.N);
   }
-}
+};
 
-// scaled_r and scaled_k of one tile: times its decays to one side, `after` or `before`.
+// r, k and w of one tile, into places of one tile.
 template <typename T>
-inline void scale_tile(const ChunkShape& shape, Chunk<T>& chunk, const T* side, int64_t tile) {
-  const int64_t end = (tile + 1) * shape.N * kTile;
-  for (int64_t i = tile * shape.N * kTile; i < end; i += kWidth<T>) {
-    const Vec<T> m = load(side + i);
-    store(chunk.scaled_r + i, load(chunk.r + i) * m);
-    store(chunk.scaled_k + i, load(chunk.k + i) * m);
-  }
+inline void load_inputs(const Wkv6Problem& problem, Place place, int64_t tile,
+                        const ChunkShape& shape, T* rows, T* r, T* k, T* w) {
+  const T never = -10000;  // tokens that are not there do not decay
+  load_tile_of(problem.r, problem.type, place, tile, shape, T(0), rows, r);
+  load_tile_of(problem.k, problem.type, place, tile, shape, T(0), rows, k);
+  load_tile_of(problem.w, problem.w_type, place, tile, shape, never, rows, w);
 }
 
 template <typename T>
@@ -253,75 +220,75 @@ inline T* block_of(T* matrix, const ChunkShape& shape, int64_t tile_t, int64_t t
   return matrix + (tile_t * shape.tiles + tile_s) * kTile * kTile;
 }
 
-// The attention between two tiles at the level whose scaled r and k are at hand.
-template <typename T>
-inline void attention_between(const ChunkShape& shape, Chunk<T>& chunk, int64_t tile_t,
-                              int64_t tile_s) {
-  const int64_t per_tile = shape.N * kTile;
-  multiply<T>(shape.tokens_of(tile_s), shape.N, Tile<T>::kParts,
-              {chunk.scaled_k + tile_s * per_tile, 1, kTile},
-              {chunk.scaled_r + tile_t * per_tile, kTile},
-              {block_of(chunk.attention, shape, tile_t, tile_s), kTile}, false);
-}
-
-// f(t, s) for every pair of tiles in different halves of a block, both ways round.
-template <typename F>
-inline void across(int64_t first, int64_t middle, int64_t end, F&& f) {
-  for (int64_t a = first; a < middle; ++a) {
-    for (int64_t b = middle; b < end; ++b) {
-      f(a, b);
-      f(b, a);
+// f(earlier, later, between) for every two tiles; `between` [N] is the product of the decays of
+// the tiles that lie between them, null where there is none.
+template <typename T, typename F>
+inline void pairs_of_tiles(const ChunkShape& shape, const T* whole, T* between, F&& f) {
+  const int64_t N = shape.N;
+  for (int64_t later = 1; later < shape.tiles; ++later) {
+    f(later - 1, later, static_cast<const T*>(nullptr));
+    for (int64_t j = 0; j < N; ++j) between[j] = 1;
+    for (int64_t earlier = later - 2; earlier >= 0; --earlier) {
+      for (int64_t j = 0; j < N; ++j) between[j] *= whole[(earlier + 1) * N + j];
+      f(earlier, later, static_cast<const T*>(between));
     }
   }
 }
 
-// Loads r, k and w, and computes what lies inside each tile.
+// The attention of tokens t to tokens s of another tile, from the r and k scaled for it.
 template <typename T>
-inline void load_and_begin(const Wkv6Problem& problem, Place place, const ChunkShape& shape,
-                           const T* u, Chunk<T>& chunk) {
-  load_by_tile(problem.r, problem.type, place, shape, T(0), chunk.rows, chunk.r);
-  load_by_tile(problem.k, problem.type, place, shape, T(0), chunk.rows, chunk.k);
-  load_by_token(problem.v, problem.type, place, shape, chunk.v);
-  load_decays(problem, place, shape, chunk);
-  for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-    const int64_t at = tile * shape.N * kTile;
-    attention_of_tile(shape.N, chunk.r + at, chunk.k + at, chunk.decay + at, u,
-                      block_of(chunk.attention, shape, tile, tile), chunk.after + at,
-                      chunk.before + at, chunk.whole + tile * shape.N);
-  }
+inline void attention_between(const ChunkShape& shape, const T* r, int64_t tile_t, const T* k,
+                              int64_t tile_s, const T* between, T* attention) {
+  const int64_t per_tile = shape.N * kTile;
+  multiply<T>(shape.tokens_of(tile_s), shape.N, Tile<T>::kParts, {k + tile_s * per_tile, 1, kTile},
+              {r + tile_t * per_tile, kTile}, {block_of(attention, shape, tile_t, tile_s), kTile},
+              {false, nullptr, nullptr, between});
 }
 
-// rows [16][row] of tile t (+)= its attention to the chunk's tokens, applied to `values`
-// [T][row].
+template <typename T>
+inline void attention_of_pairs(const ChunkShape& shape, Chunk<T>& chunk) {
+  const Scaled<T>& x = chunk.scaled;
+  pairs_of_tiles(shape, chunk.whole, chunk.between,
+                 [&](int64_t earlier, int64_t later, const T* between) {
+                   attention_between(shape, x.r_before, later, x.k_after, earlier, between,
+                                     chunk.attention);
+                   attention_between(shape, x.r_after, earlier, x.k_before, later, between,
+                                     chunk.attention);
+                 });
+}
+
+// rows [16][row] of tile t: its attention to the chunk's tokens, applied to `values` [T][row].
 template <typename T>
 inline void attend(const ChunkShape& shape, const T* attention, int64_t tile_t, const T* values,
-                   T* rows, bool accumulate) {
+                   T* rows) {
   multiply<T>(shape.tokens_of(tile_t), shape.T, shape.row / kWidth<T>,
               {attention + tile_t * shape.tiles * kTile * kTile, 1, kTile}, {values, shape.row},
-              {rows, shape.row}, accumulate);
+              {rows, shape.row}, {});
 }
 
 // rows [16][row] of a tile += scaled [N][16] transposed, applied to a state [N][row].
 template <typename T>
 inline void read_state(const ChunkShape& shape, int64_t tokens, const T* scaled, const T* state,
-                       T* rows, bool accumulate) {
+                       T* rows) {
   multiply<T>(tokens, shape.N, shape.row / kWidth<T>, {scaled, 1, kTile}, {state, shape.row},
-              {rows, shape.row}, accumulate);
+              {rows, shape.row}, {true});
 }
 
-// state [N][row] = whole [N] * state + sum over tokens of scaled by tile and values [T][row].
+// state [N][row] = whole [N] state + sum over a tile's tokens of scaled [N][16] values [16][row].
 template <typename T>
-inline void write_state(const ChunkShape& shape, const T* whole, const T* scaled, const T* values,
-                        T* state) {
+inline void write_state(const ChunkShape& shape, int64_t tokens, const T* whole, const T* scaled,
+                        const T* values, T* state) {
+  multiply<T>(shape.N, tokens, shape.row / kWidth<T>, {scaled, kTile, 1}, {values, shape.row},
+              {state, shape.row}, {true, whole});
+}
+
+// state [N][row] through a tile's decays whole [N].
+template <typename T>
+inline void pass_tile(const ChunkShape& shape, const T* whole, T* state) {
   for (int64_t j = 0; j < shape.N; ++j) {
-    for (int64_t i = 0; i < shape.row; i += kWidth<T>) {
-      store(state + j * shape.row + i, load(state + j * shape.row + i) * whole[j]);
-    }
-  }
-  for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-    multiply<T>(shape.N, shape.tokens_of(tile), shape.row / kWidth<T>,
-                {scaled + tile * shape.N * kTile, kTile, 1},
-                {values + tile * kTile * shape.row, shape.row}, {state, shape.row}, true);
+    const Vec<T> decay = splat(whole[j]);
+    T* row = state + j * shape.row;
+    for (int64_t i = 0; i < shape.row; i += kWidth<T>) store(row + i, load(row + i) * decay);
   }
 }
 

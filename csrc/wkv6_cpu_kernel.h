@@ -55,38 +55,27 @@ inline const T* bonus_of(const Wkv6Problem& problem, int64_t sequence) {
 }
 
 template <typename T>
-inline void clear(T* array, int64_t count) {
-  std::memset(array, 0, static_cast<size_t>(count) * sizeof(T));
-}
-
-// Decays over the whole of a chunk, without its attention.
-template <typename T>
-inline void load_decays_of_chunk(const Wkv6Problem& problem, Place place, const ChunkShape& shape,
-                                 Chunk<T>& chunk) {
-  load_decays(problem, place, shape, chunk);
-  for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-    const int64_t at = tile * shape.N * kTile;
-    decays_of_tile(shape.N, chunk.decay + at, chunk.after + at, chunk.before + at,
-                   chunk.whole + tile * shape.N);
-  }
-  levels_of_tiles(shape, chunk, [](int64_t, int64_t, int64_t) {});
-}
-
-template <typename T>
-inline void scale_chunk(const ChunkShape& shape, Chunk<T>& chunk, const T* side) {
-  for (int64_t tile = 0; tile < shape.tiles; ++tile) scale_tile(shape, chunk, side, tile);
+inline void copy(const T* from, int64_t count, T* to) {
+  std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
 }
 
 template <typename T>
 struct Forward {
   Cut cut;
   Chunk<T> chunk;
+  T* y;                       // [T rounded up][row]
   T *from_left, *from_right;  // states: [N][row], and one for each chunk
+  T* passing;                 // a state on its way through a chunk
 
   Forward(const Wkv6Problem& problem, Arena& arena)
-      : cut(problem), chunk(cut.longest(), arena),
-        from_left(cut.chunks > 1 ? arena.take<T>(cut.state()) : nullptr),
-        from_right(cut.chunks > 1 ? arena.take<T>(cut.state() * cut.chunks) : nullptr) {}
+      : cut(problem), chunk(cut.longest(), 1, arena),
+        y(arena.take<T>(cut.longest().by_token())), from_left(nullptr), from_right(nullptr),
+        passing(nullptr) {
+    if (cut.chunks == 1) return;
+    from_left = arena.take<T>(cut.state());
+    from_right = arena.take<T>(cut.state() * cut.chunks);
+    passing = arena.take<T>(cut.state());
+  }
 
   void run(const Wkv6Problem& problem, int64_t sequence) {
     if (cut.chunks > 1) {
@@ -101,45 +90,57 @@ struct Forward {
     for (int64_t c = cut.chunks - 1; c > 0; --c) {
       const ChunkShape shape = cut.shape(c);
       const Place place = place_of(problem, sequence, c * cut.size);
-      load_by_tile(problem.k, problem.type, place, shape, T(0), chunk.rows, chunk.k);
-      load_by_token(problem.v, problem.type, place, shape, chunk.v);
-      load_decays_of_chunk(problem, place, shape, chunk);
-      scale_chunk(shape, chunk, chunk.before);
       T* state = from_right + (c - 1) * cut.state();
-      std::memcpy(state, state + cut.state(), static_cast<size_t>(cut.state()) * sizeof(T));
-      write_state(shape, chunk.whole, chunk.scaled_k, chunk.v, state);
+      copy(state + cut.state(), cut.state(), state);
+      for (int64_t tile = shape.tiles - 1; tile >= 0; --tile) {
+        load_inputs(problem, place, tile, shape, chunk.rows, chunk.r, chunk.k, chunk.w);
+        load_rows(problem.v, problem.type, place, tile, shape, T(0), chunk.v);
+        scale_tile(shape.N, chunk.r, chunk.k, chunk.w, chunk.scaled, chunk.whole);
+        write_state(shape, shape.tokens_of(tile), chunk.whole, chunk.scaled.k_before, chunk.v,
+                    state);
+      }
     }
   }
 
   void run_chunk(const Wkv6Problem& problem, int64_t sequence, int64_t c) {
     const ChunkShape shape = cut.shape(c);
     const Place place = place_of(problem, sequence, c * cut.size);
-    load_and_begin(problem, place, shape, bonus_of<T>(problem, sequence), chunk);
-    levels_of_tiles(shape, chunk, [&](int64_t first, int64_t middle, int64_t end) {
-      for (int64_t tile = first; tile < end; ++tile) {
-        scale_tile(shape, chunk, tile < middle ? chunk.after : chunk.before, tile);
-      }
-      across(first, middle, end,
-             [&](int64_t t, int64_t s) { attention_between(shape, chunk, t, s); });
-    });
+    load_by_token(problem.v, problem.type, place, shape, chunk.v);
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-      attend(shape, chunk.attention, tile, chunk.v, chunk.rows, false);
-      if (cut.chunks > 1) read_states(shape, tile, c);
-      store_rows(chunk.rows, problem.y, problem.type, place, tile, shape);
+      load_inputs(problem, place, tile, shape, chunk.rows, chunk.r, chunk.k, chunk.w);
+      attention_of_tile<T>(shape.N, chunk.r, chunk.k, chunk.w, bonus_of<T>(problem, sequence),
+                           block_of(chunk.attention, shape, tile, tile),
+                           chunk.scaled.at(tile * shape.N * kTile),
+                           chunk.whole + tile * shape.N, nullptr, nullptr);
     }
-    if (c + 1 < cut.chunks) {
-      scale_chunk(shape, chunk, chunk.after);
-      write_state(shape, chunk.whole, chunk.scaled_k, chunk.v, from_left);
+    attention_of_pairs(shape, chunk);
+    for (int64_t tile = 0; tile < shape.tiles; ++tile) {
+      attend(shape, chunk.attention, tile, chunk.v, y + tile * kTile * shape.row);
+    }
+    if (cut.chunks > 1) meet_states(shape, c);
+    for (int64_t tile = 0; tile < shape.tiles; ++tile) {
+      store_rows(y + tile * kTile * shape.row, problem.y, problem.type, place, tile, shape);
     }
   }
 
-  void read_states(const ChunkShape& shape, int64_t tile, int64_t c) {
-    const T* scaled = chunk.scaled_r + tile * shape.N * kTile;
-    scale_tile(shape, chunk, chunk.before, tile);
-    read_state(shape, shape.tokens_of(tile), scaled, from_left, chunk.rows, true);
-    scale_tile(shape, chunk, chunk.after, tile);
-    read_state(shape, shape.tokens_of(tile), scaled, from_right + c * cut.state(), chunk.rows,
-               true);
+  void meet_states(const ChunkShape& shape, int64_t c) {
+    copy(from_right + c * cut.state(), cut.state(), passing);
+    for (int64_t tile = shape.tiles - 1; tile >= 0; --tile) {
+      meet(shape, tile, chunk.scaled.r_after);
+    }
+    copy(from_left, cut.state(), passing);
+    for (int64_t tile = 0; tile < shape.tiles; ++tile) {
+      meet(shape, tile, chunk.scaled.r_before);
+      write_state(shape, shape.tokens_of(tile), chunk.whole + tile * shape.N,
+                  chunk.scaled.k_after + tile * shape.N * kTile,
+                  chunk.v + tile * kTile * shape.row, from_left);
+    }
+  }
+
+  void meet(const ChunkShape& shape, int64_t tile, const T* scaled_r) {
+    read_state(shape, shape.tokens_of(tile), scaled_r + tile * shape.N * kTile, passing,
+               y + tile * kTile * shape.row);
+    pass_tile(shape, chunk.whole + tile * shape.N, passing);
   }
 };
 
@@ -154,45 +155,44 @@ template <typename T>
 struct Backward {
   Cut cut;
   Chunk<T> chunk;
-  T *gy, *gy_by_tile, *v_by_tile;   // [T rounded up][row]; by tile
-  T *ga_by_t, *ga_by_s;             // [tile of t][s][16 t]; [tile of s][t][16 s]
-  T *g_scaled_r, *g_scaled_k;       // by tile, of the level at hand
-  T *gr, *gk, *gw, *gu;             // by tile; gu [N][16]
-  T *left, *right, *base, *carry;   // by tile, see Enclosing; carry [N]
-  T *gv;                            // [T rounded up][row]
-  T *lefts, *rights;                // states and gradients: one pair a chunk, and one pair
+  T *rate, *decay;             // by tile
+  T *gy, *gv;                  // [T rounded up][row]
+  T *gy_by_tile, *v_by_tile;   // by tile
+  T *ga_by_t, *ga_by_s;        // [tile of t][s][16 t]; [tile of s][t][16 s]
+  Scaled<T> gradient;          // of chunk.scaled
+  T *enclosing, *terms;        // [tile][N]: of the pairs around a tile; [N]: of those at hand
+  T *part_r, *part_k;          // [N][16]: one contribution to a tile's gradients
+  T *gr, *gk, *gw, *gu;        // of the tile at hand; gu [N][16] of the sequence
+  T *lefts, *right, *passing;  // states and gradients: one pair a chunk, and one pair each
 
   Backward(const Wkv6Problem& problem, Arena& arena)
-      : cut(problem), chunk(cut.longest(), arena) {
+      : cut(problem), chunk(cut.longest(), cut.longest().tiles, arena) {
     const ChunkShape most = cut.longest();
-    for (T** array : {&gy_by_tile, &v_by_tile, &g_scaled_r, &g_scaled_k, &gr, &gk, &gw, &left,
-                      &right, &base}) {
+    for (T** array : {&rate, &decay, &gy_by_tile, &v_by_tile, &gradient.r_after,
+                      &gradient.r_before, &gradient.k_after, &gradient.k_before}) {
       *array = arena.take<T>(most.by_tile());
     }
-    for (T** array : {&gy, &gv}) *array = arena.take<T>(most.tiles * kTile * most.row);
-    for (T** array : {&ga_by_t, &ga_by_s}) {
-      *array = arena.take<T>(most.tiles * most.tiles * kTile * kTile);
+    for (T** array : {&gy, &gv}) *array = arena.take<T>(most.by_token());
+    for (T** array : {&ga_by_t, &ga_by_s}) *array = arena.take<T>(most.attention());
+    for (T** array : {&part_r, &part_k, &gr, &gk, &gw, &gu}) {
+      *array = arena.take<T>(most.N * kTile);
     }
-    gu = arena.take<T>(most.N * kTile);
-    carry = arena.take<T>(most.N);
-    lefts = rights = nullptr;
-    if (cut.chunks > 1) {
-      lefts = arena.take<T>(2 * cut.state() * cut.chunks);
-      rights = arena.take<T>(2 * cut.state());
-    }
+    enclosing = arena.take<T>(most.tiles * most.N);
+    terms = arena.take<T>(most.N);
+    lefts = right = passing = nullptr;
+    if (cut.chunks == 1) return;
+    lefts = arena.take<T>(2 * cut.state() * cut.chunks);
+    right = arena.take<T>(2 * cut.state());
+    passing = arena.take<T>(2 * cut.state());
   }
 
-  Side<T> left_of(int64_t c) {
-    T* state = lefts + 2 * c * cut.state();
-    return {state, state + cut.state()};
-  }
-
-  Side<T> right_of_present() { return {rights, rights + cut.state()}; }
+  Side<T> side(T* states) const { return {states, states + cut.state()}; }
+  Side<T> left_of(int64_t c) const { return side(lefts + 2 * c * cut.state()); }
 
   void run(const Wkv6Problem& problem, int64_t sequence) {
     if (cut.chunks > 1) {
       collect_from_left(problem, sequence);
-      clear(rights, 2 * cut.state());
+      clear(right, 2 * cut.state());
     }
     clear(gu, cut.N * kTile);
     for (int64_t c = cut.chunks - 1; c >= 0; --c) run_chunk(problem, sequence, c);
@@ -202,48 +202,49 @@ struct Backward {
     }
   }
 
-  void load_gy(const Wkv6Problem& problem, Place place, const ChunkShape& shape) {
-    load_by_token(problem.gy, problem.type, place, shape, gy);
-  }
-
   void collect_from_left(const Wkv6Problem& problem, int64_t sequence) {
     clear(lefts, 2 * cut.state());
     for (int64_t c = 0; c + 1 < cut.chunks; ++c) {
       const ChunkShape shape = cut.shape(c);
       const Place place = place_of(problem, sequence, c * cut.size);
-      load_by_tile(problem.r, problem.type, place, shape, T(0), chunk.rows, chunk.r);
-      load_by_tile(problem.k, problem.type, place, shape, T(0), chunk.rows, chunk.k);
-      load_by_token(problem.v, problem.type, place, shape, chunk.v);
-      load_gy(problem, place, shape);
-      load_decays_of_chunk(problem, place, shape, chunk);
-      std::memcpy(left_of(c + 1).state, left_of(c).state,
-                  static_cast<size_t>(2 * cut.state()) * sizeof(T));
-      scale_chunk(shape, chunk, chunk.after);
-      write_both(shape, left_of(c + 1));
+      const Side<T> next = left_of(c + 1);
+      copy(left_of(c).state, 2 * cut.state(), next.state);
+      for (int64_t tile = 0; tile < shape.tiles; ++tile) {
+        load_inputs(problem, place, tile, shape, chunk.rows, chunk.r, chunk.k, chunk.w);
+        load_rows(problem.v, problem.type, place, tile, shape, T(0), chunk.v);
+        load_rows(problem.gy, problem.type, place, tile, shape, T(0), gy);
+        scale_tile(shape.N, chunk.r, chunk.k, chunk.w, chunk.scaled, chunk.whole);
+        const int64_t tokens = shape.tokens_of(tile);
+        write_state(shape, tokens, chunk.whole, chunk.scaled.k_after, chunk.v, next.state);
+        write_state(shape, tokens, chunk.whole, chunk.scaled.r_after, gy, next.gradient);
+      }
     }
-  }
-
-  // Passes the chunk's scaled k and r on to a neighbour.
-  void write_both(const ChunkShape& shape, Side<T> to) {
-    write_state(shape, chunk.whole, chunk.scaled_k, chunk.v, to.state);
-    write_state(shape, chunk.whole, chunk.scaled_r, gy, to.gradient);
   }
 
   void run_chunk(const Wkv6Problem& problem, int64_t sequence, int64_t c) {
     const ChunkShape shape = cut.shape(c);
     const Place place = place_of(problem, sequence, c * cut.size);
     const T* u = bonus_of<T>(problem, sequence);
-    load_and_begin(problem, place, shape, u, chunk);
-    load_gy(problem, place, shape);
-    transpose_tokens(shape, gy, gy_by_tile);
+    load_chunk(problem, place, shape, u);
+    attention_of_pairs(shape, chunk);
     attention_gradient(shape);
-    for (T* array : {gr, gk, left, right, base}) clear(array, shape.by_tile());
-    levels_of_tiles(shape, chunk, [&](int64_t first, int64_t middle, int64_t end) {
-      run_level(shape, first, middle, end);
-    });
     attended_gradient(shape);
-    if (cut.chunks > 1) run_sides(shape, c);
+    gradients_of_pairs(shape);
+    if (cut.chunks > 1) gradients_of_sides(shape, c);
     finish(problem, place, shape, u);
+  }
+
+  void load_chunk(const Wkv6Problem& problem, Place place, const ChunkShape& shape, const T* u) {
+    load_by_token(problem.v, problem.type, place, shape, chunk.v);
+    load_by_token(problem.gy, problem.type, place, shape, gy);
+    transpose_tokens(shape, gy, gy_by_tile);
+    for (int64_t tile = 0; tile < shape.tiles; ++tile) {
+      const int64_t at = tile * shape.N * kTile;
+      load_inputs(problem, place, tile, shape, chunk.rows, chunk.r + at, chunk.k + at, chunk.w);
+      attention_of_tile(shape.N, chunk.r + at, chunk.k + at, chunk.w, u,
+                        block_of(chunk.attention, shape, tile, tile), chunk.scaled.at(at),
+                        chunk.whole + tile * shape.N, rate + at, decay + at);
+    }
   }
 
   void transpose_tokens(const ChunkShape& shape, const T* tokens, T* by_tile) {
@@ -258,9 +259,10 @@ struct Backward {
     for (int64_t t = 0; t < shape.tiles; ++t) {
       T* column = block_of(ga_by_t, shape, t, 0);
       multiply<T>(shape.T, shape.N, Tile<T>::kParts, {chunk.v, shape.row, 1},
-                  {gy_by_tile + t * shape.N * kTile, kTile}, {column, kTile}, false);
+                  {gy_by_tile + t * shape.N * kTile, kTile}, {column, kTile}, {});
       clear(column + shape.T * kTile, (shape.tiles * kTile - shape.T) * kTile);
       for (int64_t s = 0; s < shape.tiles; ++s) {
+        if (s == t) continue;
         transpose_into(column + s * kTile * kTile, kTile, kTile, block_of(ga_by_s, shape, s, t),
                        kTile);
       }
@@ -274,121 +276,141 @@ struct Backward {
         multiply<T>(shape.tokens_of(s), shape.tokens_of(t), shape.row / kWidth<T>,
                     {block_of(chunk.attention, shape, t, s), kTile, 1},
                     {gy + t * kTile * shape.row, shape.row},
-                    {gv + s * kTile * shape.row, shape.row}, t > 0);
+                    {gv + s * kTile * shape.row, shape.row}, {t > 0});
       }
     }
   }
 
-  void run_level(const ChunkShape& shape, int64_t first, int64_t middle, int64_t end) {
-    for (int64_t tile = first; tile < end; ++tile) {
-      scale_tile(shape, chunk, tile < middle ? chunk.after : chunk.before, tile);
+  // The gradients of chunk.scaled from every two tiles, in both directions.
+  void gradients_of_pairs(const ChunkShape& shape) {
+    const int64_t one = shape.N * kTile, last = (shape.tiles - 1) * one;
+    // The others are written, not added to, when a tile meets its neighbour, which comes first.
+    for (T* array : {gradient.r_before, gradient.k_before}) clear(array, one);
+    for (T* array : {gradient.r_after, gradient.k_after}) clear(array + last, one);
+    clear(enclosing, shape.tiles * shape.N);
+    const Scaled<T>&x = chunk.scaled, &g = gradient;
+    pairs_of_tiles(shape, chunk.whole, chunk.between,
+                   [&](int64_t earlier, int64_t later, const T* between) {
+                     gradient_of_pair(shape, later, x.r_before, g.r_before, earlier, x.k_after,
+                                      g.k_after, between);
+                     gradient_of_pair(shape, earlier, x.r_after, g.r_after, later, x.k_before,
+                                      g.k_before, between);
+                   });
+  }
+
+  // The tokens of tile t attend to those of tile s.
+  void gradient_of_pair(const ChunkShape& shape, int64_t t, const T* r, T* g_r, int64_t s,
+                        const T* k, T* g_k, const T* between) {
+    const int64_t at_t = t * shape.N * kTile, at_s = s * shape.N * kTile;
+    const T *ga_t = block_of(ga_by_t, shape, t, s), *ga_s = block_of(ga_by_s, shape, s, t);
+    const bool neighbours = between == nullptr;
+    apply(shape, r + at_t, shape.tokens_of(t), ga_s, g_k + at_s,
+          {!neighbours, nullptr, between});
+    if (neighbours) {
+      apply(shape, k + at_s, shape.tokens_of(s), ga_t, g_r + at_t, {});
+      return;
     }
-    across(first, middle, end, [&](int64_t t, int64_t s) {
-      attention_between(shape, chunk, t, s);
-      const int64_t start_t = s < t ? first : middle;  // the first s that this t meets
-      const int64_t start_s = t < s ? first : middle;
-      scaled_gradient(shape, chunk.scaled_k, s, block_of(ga_by_t, shape, t, s), g_scaled_r, t,
-                      s > start_t);
-      scaled_gradient(shape, chunk.scaled_r, t, block_of(ga_by_s, shape, s, t), g_scaled_k, s,
-                      t > start_s);
-    });
-    add_terms(shape, first, middle, chunk.after, left, +1);
-    add_terms(shape, middle, end, chunk.before, right, -1);
+    apply(shape, k + at_s, shape.tokens_of(s), ga_t, part_r, {false, nullptr, between});
+    add_part(shape.N, r + at_t, part_r, g_r + at_t, false);
+    enclose(shape, t < s ? t + 1 : s + 1, t < s ? s : t);
   }
 
-  // to [N][16] of one tile (+)= scaled [N][16] of another, applied to the attention's gradient
-  // between them.
-  void scaled_gradient(const ChunkShape& shape, const T* scaled, int64_t from, const T* ga, T* out,
-                       int64_t to, bool accumulate) {
-    const int64_t per_tile = shape.N * kTile;
-    multiply<T>(shape.N, shape.tokens_of(from), Tile<T>::kParts,
-                {scaled + from * per_tile, kTile, 1}, {ga, kTile}, {out + to * per_tile, kTile},
-                accumulate);
+  // out [N][16] = scaled [N][16] applied to the attention's gradient [tokens][16].
+  void apply(const ChunkShape& shape, const T* scaled, int64_t tokens, const T* ga, T* out,
+             const Factors<T>& factors) {
+    multiply<T>(shape.N, tokens, Tile<T>::kParts, {scaled, kTile, 1}, {ga, kTile}, {out, kTile},
+                factors);
   }
 
-  // Takes the scaling off the gradients of the tiles of one half, and gathers the terms of gw.
-  // `step` +1: they count for later tokens of the half (into `left`); -1: for earlier ones.
-  void add_terms(const ChunkShape& shape, int64_t begin, int64_t end, const T* side, T* terms,
-                 int step) {
-    clear(carry, shape.N);
-    for (int64_t n = 0; n < end - begin; ++n) {
-      const int64_t tile = step > 0 ? begin + n : end - 1 - n;
-      for (int64_t j = 0; j < shape.N; ++j) {
-        const int64_t at = (tile * shape.N + j) * kTile;
-        const Tile<T> m = load_tile(side + at);
-        const Tile<T> g_r = load_tile(g_scaled_r + at), g_k = load_tile(g_scaled_k + at);
-        store_tile(gr + at, load_tile(gr + at) + g_r * m);
-        store_tile(gk + at, load_tile(gk + at) + g_k * m);
-        const Tile<T> term =
-            load_tile(chunk.scaled_r + at) * g_r + load_tile(chunk.scaled_k + at) * g_k;
-        store_tile(terms + at, load_tile(terms + at) + term);
-        if (end - begin > 1) {
-          store_tile(base + at, load_tile(base + at) + splat_tile(carry[j]));
-          carry[j] += lane0(group_sum<kTile>(term));
-        }
-      }
+  // Adds a part to a gradient, and its scalar product with what it is the gradient of to `terms`.
+  void add_part(int64_t N, const T* x, const T* part, T* gradient_of_x, bool accumulate) {
+    for (int64_t j = 0; j < N; ++j) {
+      const int64_t at = j * kTile;
+      const Tile<T> g = load_tile(part + at);
+      store_tile(gradient_of_x + at, load_tile(gradient_of_x + at) + g);
+      const T sum = lane0(group_sum<kTile>(g * load_tile(x + at)));
+      terms[j] = accumulate ? terms[j] + sum : sum;
     }
   }
 
-  // The pairs with tokens outside the chunk.
-  void run_sides(const ChunkShape& shape, int64_t c) {
-    const Side<T> from_left = left_of(c), from_right = right_of_present();
+  // `terms` are of pairs around the tiles [begin, end).
+  void enclose(const ChunkShape& shape, int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      for (int64_t j = 0; j < shape.N; ++j) enclosing[tile * shape.N + j] += terms[j];
+    }
+  }
+
+  // The pairs with tokens outside the chunk; then what lies to the right of the next one.
+  void gradients_of_sides(const ChunkShape& shape, int64_t c) {
     transpose_tokens(shape, chunk.v, v_by_tile);
-    add_enclosed(shape, from_left, from_right);
-    run_side(shape, from_right, chunk.after);
-    add_terms(shape, 0, shape.tiles, chunk.after, left, +1);
-    run_side(shape, from_left, chunk.before);
-    add_terms(shape, 0, shape.tiles, chunk.before, right, -1);
-    write_both(shape, from_right);
-  }
-
-  void run_side(const ChunkShape& shape, Side<T> from, const T* decays) {
-    scale_chunk(shape, chunk, decays);
+    enclose_all(shape, left_of(c), side(right));
+    const Scaled<T>&x = chunk.scaled, &g = gradient;
+    copy(right, 2 * cut.state(), passing);
+    for (int64_t tile = shape.tiles - 1; tile >= 0; --tile) {
+      meet(shape, tile, x.r_after, x.k_after, g.r_after, g.k_after);
+      enclose(shape, tile + 1, shape.tiles);
+    }
+    copy(left_of(c).state, 2 * cut.state(), passing);
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-      const int64_t at = tile * shape.N * kTile;
-      multiply<T>(shape.N, shape.N, Tile<T>::kParts, {from.state, shape.row, 1},
-                  {gy_by_tile + at, kTile}, {g_scaled_r + at, kTile}, false);
-      multiply<T>(shape.N, shape.N, Tile<T>::kParts, {from.gradient, shape.row, 1},
-                  {v_by_tile + at, kTile}, {g_scaled_k + at, kTile}, false);
-      read_state(shape, shape.tokens_of(tile), chunk.scaled_k + at, from.gradient,
-                 gv + tile * kTile * shape.row, true);
+      meet(shape, tile, x.r_before, x.k_before, g.r_before, g.k_before);
+      enclose(shape, 0, tile);
+    }
+    for (int64_t tile = shape.tiles - 1; tile >= 0; --tile) {
+      const int64_t at = tile * shape.N * kTile, at_token = tile * kTile * shape.row;
+      const int64_t tokens = shape.tokens_of(tile);
+      const T* whole = chunk.whole + tile * shape.N;
+      write_state(shape, tokens, whole, x.k_before + at, chunk.v + at_token, side(right).state);
+      write_state(shape, tokens, whole, x.r_before + at, gy + at_token, side(right).gradient);
     }
   }
 
-  // The pairs that the whole chunk lies between: what comes from one side and leaves at the other.
-  void add_enclosed(const ChunkShape& shape, Side<T> a, Side<T> b) {
+  // One tile and what comes from outside the chunk; sets `terms`.
+  void meet(const ChunkShape& shape, int64_t tile, const T* r, const T* k, T* g_r, T* g_k) {
+    const int64_t at = tile * shape.N * kTile;
+    const Side<T> from = side(passing);
+    multiply<T>(shape.N, shape.N, Tile<T>::kParts, {from.state, shape.row, 1},
+                {gy_by_tile + at, kTile}, {part_r, kTile}, {});
+    multiply<T>(shape.N, shape.N, Tile<T>::kParts, {from.gradient, shape.row, 1},
+                {v_by_tile + at, kTile}, {part_k, kTile}, {});
+    add_part(shape.N, r + at, part_r, g_r + at, false);
+    add_part(shape.N, k + at, part_k, g_k + at, true);
+    read_state(shape, shape.tokens_of(tile), k + at, from.gradient,
+               gv + tile * kTile * shape.row);
+    pass_tile(shape, chunk.whole + tile * shape.N, from.state);
+    pass_tile(shape, chunk.whole + tile * shape.N, from.gradient);
+  }
+
+  // The pairs that the whole chunk lies between.
+  void enclose_all(const ChunkShape& shape, Side<T> a, Side<T> b) {
     for (int64_t j = 0; j < shape.N; ++j) {
-      T sum = 0;
+      T sum = 0, through = 1;
       for (int64_t i = 0; i < shape.N; ++i) {
         const int64_t at = j * shape.row + i;
         sum += a.state[at] * b.gradient[at] + b.state[at] * a.gradient[at];
       }
-      const Tile<T> through = splat_tile(sum * chunk.whole[j]);
-      for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-        T* at = base + (tile * shape.N + j) * kTile;
-        store_tile(at, load_tile(at) + through);
-      }
+      for (int64_t tile = 0; tile < shape.tiles; ++tile) through *= chunk.whole[tile * shape.N + j];
+      terms[j] = sum * through;
     }
+    enclose(shape, 0, shape.tiles);
   }
 
   void finish(const Wkv6Problem& problem, Place place, const ChunkShape& shape, const T* u) {
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
       const int64_t at = tile * shape.N * kTile;
-      gradients_of_tile<T>(
-          shape.N, u,
-          {chunk.r + at, chunk.k + at, chunk.decay + at, chunk.rate + at,
-           block_of(ga_by_t, shape, tile, tile), left + at, right + at, base + at, gr + at,
-           gk + at, gw + at, gu});
-      put(gr + at, problem.gr, problem.type, place, tile, shape);
-      put(gk + at, problem.gk, problem.type, place, tile, shape);
-      put(gw + at, problem.gw, problem.w_type, place, tile, shape);
+      gradients_of_tile<T>(shape.N, u,
+                           {chunk.r + at, chunk.k + at, decay + at, rate + at,
+                            block_of(ga_by_t, shape, tile, tile), gradient.at(at),
+                            enclosing + tile * shape.N, gr, gk, gw, gu});
+      put(gr, problem.gr, problem.type, place, tile, shape);
+      put(gk, problem.gk, problem.type, place, tile, shape);
+      put(gw, problem.gw, problem.w_type, place, tile, shape);
       store_rows(gv + tile * kTile * shape.row, problem.gv, problem.type, place, tile, shape);
     }
   }
 
-  void put(const T* by_tile, void* to, DType type, Place place, int64_t tile,
+  void put(const T* of_tile, void* to, DType type, Place place, int64_t tile,
            const ChunkShape& shape) {
-    transpose_back(by_tile, shape.N, chunk.rows, shape.row);
+    transpose_back(of_tile, shape.N, chunk.rows, shape.row);
     store_rows(chunk.rows, to, type, place, tile, shape);
   }
 };

@@ -7,6 +7,9 @@
 // a level is one matrix product of scaled r and scaled k, in both directions at once, every
 // factor is at most 1, nothing overflows and nothing is divided.
 //
+// Here are the levels inside a tile of 16 tokens, where a token's partner at a level is another
+// lane of its vector; wkv6_cpu_chunk.h goes on with whole tiles.
+//
 // A quantity "by tile" is stored as [tile][channel][16 tokens].
 #pragma once
 
@@ -53,19 +56,49 @@ RWKV_CLIP_INLINE void levels_of_tile(Decays<T>& decays, F&& f) {
   });
 }
 
-// The attention inside one tile, and what the levels above need of its decays.
-//
-// r, k, decay [N][16]; attention [16 s][16 t], the own token through u; after, before [N][16] and
-// whole [N] for halves of one tile.
+// r and k by tile, times the decays between the token and the end of its tile (`after`), or the
+// start of it (`before`): what tokens of later, or earlier, tiles see of them.
 template <typename T>
-void attention_of_tile(int64_t N, const T* r, const T* k, const T* decay, const T* u, T* attention,
-                       T* after, T* before, T* whole) {
+struct Scaled {
+  T *r_after, *r_before, *k_after, *k_before;
+
+  Scaled at(int64_t offset) const {
+    return {r_after + offset, r_before + offset, k_after + offset, k_before + offset};
+  }
+};
+
+// The decays of one tile, from w: exp(w) is the rate, exp(-rate) the decay. Above 88, exp(w) is
+// held: the decay is 0 long before, and an infinite rate would make gw NaN where it is 0.
+template <typename T>
+RWKV_CLIP_INLINE void decays_of(const Tile<T>& w, Tile<T>& rate, Tile<T>& decay) {
+  const Vec<T> most = splat(T(88));
+  unroll<Tile<T>::kParts>([&](auto p) {
+    const Vec<T> x = w.part[p];
+    rate.part[p] = vexp(x > most ? most : x);
+    decay.part[p] = vexp(-rate.part[p]);
+  });
+}
+
+// The attention inside one tile, and what other tiles need of it.
+//
+// r, k, w [N][16]; attention [16 s][16 t], the own token through u; whole [N], the product of the
+// tile's decays; rate, decay [N][16], or null.
+template <typename T>
+void attention_of_tile(int64_t N, const T* r, const T* k, const T* w, const T* u, T* attention,
+                       Scaled<T> scaled, T* whole, T* rate_out, T* decay_out) {
   Tile<T> sum[kTile];  // at x: of tokens t and t ^ x
   unroll<kTile>([&](auto x) { sum[x] = splat_tile<T>(0); });
   for (int64_t j = 0; j < N; ++j) {
-    const Tile<T> r_j = load_tile(r + j * kTile), k_j = load_tile(k + j * kTile);
+    const int64_t at = j * kTile;
+    const Tile<T> r_j = load_tile(r + at), k_j = load_tile(k + at);
+    Tile<T> rate, decay;
+    decays_of(load_tile(w + at), rate, decay);
+    if (rate_out != nullptr) {
+      store_tile(rate_out + at, rate);
+      store_tile(decay_out + at, decay);
+    }
     sum[0] = sum[0] + splat_tile(u[j]) * (r_j * k_j);
-    Decays<T> decays = first_level(load_tile(decay + j * kTile));
+    Decays<T> decays = first_level(decay);
     levels_of_tile(decays, [&](auto half) {
       const Tile<T> m = factor<half>(decays);
       const Tile<T> scaled_r = r_j * m, scaled_k = k_j * m;
@@ -73,8 +106,10 @@ void attention_of_tile(int64_t N, const T* r, const T* k, const T* decay, const 
         sum[half + x] = sum[half + x] + scaled_r * xor_tile<half + x>(scaled_k);
       });
     });
-    store_tile(after + j * kTile, decays.after);
-    store_tile(before + j * kTile, decays.before);
+    store_tile(scaled.r_after + at, r_j * decays.after);
+    store_tile(scaled.r_before + at, r_j * decays.before);
+    store_tile(scaled.k_after + at, k_j * decays.after);
+    store_tile(scaled.k_before + at, k_j * decays.before);
     whole[j] = lane0(decays.whole);
   }
   xor_rows(sum);
@@ -83,12 +118,18 @@ void attention_of_tile(int64_t N, const T* r, const T* k, const T* decay, const 
 
 // The same without the attention: what a state needs.
 template <typename T>
-void decays_of_tile(int64_t N, const T* decay, T* after, T* before, T* whole) {
+void scale_tile(int64_t N, const T* r, const T* k, const T* w, Scaled<T> scaled, T* whole) {
   for (int64_t j = 0; j < N; ++j) {
-    Decays<T> decays = first_level(load_tile(decay + j * kTile));
+    const int64_t at = j * kTile;
+    const Tile<T> r_j = load_tile(r + at), k_j = load_tile(k + at);
+    Tile<T> rate, decay;
+    decays_of(load_tile(w + at), rate, decay);
+    Decays<T> decays = first_level(decay);
     levels_of_tile(decays, [](auto) {});
-    store_tile(after + j * kTile, decays.after);
-    store_tile(before + j * kTile, decays.before);
+    store_tile(scaled.r_after + at, r_j * decays.after);
+    store_tile(scaled.r_before + at, r_j * decays.before);
+    store_tile(scaled.k_after + at, k_j * decays.after);
+    store_tile(scaled.k_before + at, k_j * decays.before);
     whole[j] = lane0(decays.whole);
   }
 }
@@ -119,30 +160,30 @@ struct Enclosing {
 
 // The gradients of one tile, finished: those of its own pairs added to those from outside.
 //
-// In: r, k, decay [N][16]; rate [N][16], exp(w); ga [16 s][16 t], the attention's gradient inside
-// the tile; left, right, base [N][16], terms of pairs with tokens outside the tile (see
-// Enclosing; base counts for each token as it is). In and out: gr, gk [N][16]. Out: gw [N][16];
-// added: gu [N][16].
+// In: r, k, decay, rate [N][16]; attention [16 s][16 t], the attention's gradient inside the tile;
+// scaled, the gradients of Scaled; enclosing [N], the terms of the pairs that the whole tile lies
+// between. Out: r_out, k_out, w_out [N][16]; added: u_out [N][16].
 template <typename T>
 struct TileGradients {
-  const T *r, *k, *decay, *rate, *ga, *left, *right, *base;
-  T *gr, *gk, *gw, *gu;
+  const T *r, *k, *decay, *rate, *attention;
+  Scaled<T> scaled;
+  const T* enclosing;
+  T *r_out, *k_out, *w_out, *u_out;
 };
 
 template <typename T>
 void gradients_of_tile(int64_t N, const T* u, const TileGradients<T>& io) {
   // by_t[x] lane t: of the pair (t, s = t ^ x); by_s[x] lane s: of the pair (t = s ^ x, s).
   Tile<T> by_t[kTile], by_s[kTile];
-  unroll<kTile>([&](auto s) { by_t[s] = load_tile(io.ga + s * kTile); });
+  unroll<kTile>([&](auto s) { by_t[s] = load_tile(io.attention + s * kTile); });
   xor_rows(by_t);
   unroll<kTile>([&](auto x) { by_s[x] = xor_tile<x>(by_t[x]); });
   for (int64_t j = 0; j < N; ++j) {
     const int64_t at = j * kTile;
     const Tile<T> r_j = load_tile(io.r + at), k_j = load_tile(io.k + at);
     const Tile<T> own = by_t[0] * splat_tile(u[j]);
-    Tile<T> gr = load_tile(io.gr + at) + own * k_j;
-    Tile<T> gk = load_tile(io.gk + at) + own * r_j;
-    store_tile(io.gu + at, load_tile(io.gu + at) + by_t[0] * r_j * k_j);
+    Tile<T> gr = own * k_j, gk = own * r_j;
+    store_tile(io.u_out + at, load_tile(io.u_out + at) + by_t[0] * r_j * k_j);
     Tile<T> terms[4];
     Decays<T> decays = first_level(load_tile(io.decay + at));
     levels_of_tile(decays, [&](auto half) {
@@ -158,10 +199,14 @@ void gradients_of_tile(int64_t N, const T* u, const TileGradients<T>& io) {
       constexpr int level = __builtin_ctz(half);
       terms[level] = scaled_r * g_r + scaled_k * g_k;
     });
-    store_tile(io.gr + at, gr);
-    store_tile(io.gk + at, gk);
-    Enclosing<T> enclosing{load_tile(io.left + at), load_tile(io.right + at),
-                           load_tile(io.base + at)};
+    const Tile<T> gr_after = load_tile(io.scaled.r_after + at) * decays.after;
+    const Tile<T> gr_before = load_tile(io.scaled.r_before + at) * decays.before;
+    const Tile<T> gk_after = load_tile(io.scaled.k_after + at) * decays.after;
+    const Tile<T> gk_before = load_tile(io.scaled.k_before + at) * decays.before;
+    store_tile(io.r_out + at, gr + gr_after + gr_before);
+    store_tile(io.k_out + at, gk + gk_after + gk_before);
+    Enclosing<T> enclosing{r_j * gr_after + k_j * gk_after, r_j * gr_before + k_j * gk_before,
+                           splat_tile(io.enclosing[j])};
     enclosing.template narrow<8>();
     enclosing.template add<8>(terms[3]);
     enclosing.template narrow<4>();
@@ -170,7 +215,7 @@ void gradients_of_tile(int64_t N, const T* u, const TileGradients<T>& io) {
     enclosing.template add<2>(terms[1]);
     enclosing.template narrow<1>();
     // log d = -exp(w) is its own derivative.
-    store_tile(io.gw + at, splat_tile<T>(0) - enclosing.sum * load_tile(io.rate + at));
+    store_tile(io.w_out + at, splat_tile<T>(0) - enclosing.sum * load_tile(io.rate + at));
   }
 }
 
