@@ -1,38 +1,63 @@
-// c += a b for matrices that fit a core's cache, on the vectors of vec.h.
+// Products of matrices that fit a core's cache, on the vectors of vec.h.
 //
-// a is read one number at a time and may be stored any way round; the rows of b and c are runs of
-// vectors. The packing that a large product needs would cost more than it saves here.
+// The left factor is read one number at a time and may be stored either way round; the rows of the
+// others are runs of vectors. The packing that a large product needs would cost more than it saves
+// here. What is known when compiling is a type or a template argument: a stride or a case that is
+// looked up inside the loops halves their speed.
 #pragma once
 
 #include "vec.h"
 
 namespace {
 
+// A left factor [M, K] whose element (m, k) stands at data[m + k * stride].
 template <typename T>
-struct Strided {  // a [M, K]: element (m, k) at data[m * m_stride + k * k_stride]
+struct ByColumn {
   const T* data;
-  int64_t m_stride, k_stride;
+  int64_t stride;
+
+  RWKV_CLIP_INLINE T at(int64_t m, int64_t k) const { return data[m + k * stride]; }
+  ByColumn from_row(int64_t m) const { return {data + m, stride}; }
 };
 
+// A left factor [M, K] whose element (m, k) stands at data[m * stride + k].
 template <typename T>
-struct Rows {  // b [K, n] or c [M, n]: vector j of row i at data[i * stride + j * width]
+struct ByRow {
+  const T* data;
+  int64_t stride;
+
+  RWKV_CLIP_INLINE T at(int64_t m, int64_t k) const { return data[m * stride + k]; }
+  ByRow from_row(int64_t m) const { return {data + m * stride, stride}; }
+};
+
+// The same with a stride of one tile.
+template <typename T>
+struct ByRowOfTile {
+  const T* data;
+
+  RWKV_CLIP_INLINE T at(int64_t m, int64_t k) const { return data[m * kTile + k]; }
+  ByRowOfTile from_row(int64_t m) const { return {data + m * kTile}; }
+};
+
+// A right factor [K, n] or a result [M, n]: vector j of row i at data[i * stride + j * width].
+template <typename T>
+struct Rows {
   T* data;
   int64_t stride;
 };
 
-// Diagonal factors of c = old c + left a inner b, each the identity where it is null. Without
-// `accumulate`, `old` is zero.
-template <typename T>
-struct Factors {
-  bool accumulate = false;
-  const T* old = nullptr;    // [M]
-  const T* left = nullptr;   // [M]
-  const T* inner = nullptr;  // [K]
+// What becomes of the product p, with a diagonal matrix d where there is one.
+enum class Into {
+  kResult,         // c = a b
+  kSum,            // c = c + a b
+  kDecayedSum,     // c = d c + a b
+  kDecayed,        // c = d a b
+  kSumOfDecayed,   // c = c + d a b
+  kBetween,        // c = a d b
 };
 
-template <int M, int V, bool Inner, typename T>
-RWKV_CLIP_INLINE void multiply_block(int64_t K, Strided<T> a, Rows<const T> b, Rows<T> c,
-                                     Factors<T> factors) {
+template <Into kInto, int M, int V, typename A, typename T>
+RWKV_CLIP_INLINE void multiply_block(int64_t K, A a, Rows<const T> b, Rows<T> c, const T* d) {
   constexpr int W = kWidth<T>;
   Vec<T> sum[M][V];
   unroll<M>([&](auto m) { unroll<V>([&](auto j) { sum[m][j] = Vec<T>{}; }); });
@@ -40,20 +65,21 @@ RWKV_CLIP_INLINE void multiply_block(int64_t K, Strided<T> a, Rows<const T> b, R
     Vec<T> row[V];
     unroll<V>([&](auto j) {
       row[j] = load(b.data + k * b.stride + j * W);
-      if constexpr (Inner) row[j] *= splat(factors.inner[k]);
+      if constexpr (kInto == Into::kBetween) row[j] *= splat(d[k]);
     });
     unroll<M>([&](auto m) {
-      const Vec<T> x = splat(a.data[m * a.m_stride + k * a.k_stride]);
+      const Vec<T> x = splat(a.at(m, k));
       unroll<V>([&](auto j) { sum[m][j] += x * row[j]; });
     });
   }
   unroll<M>([&](auto m) {
-    const Vec<T> left = splat(factors.left ? factors.left[m] : T(1));
-    const Vec<T> old = splat(factors.old ? factors.old[m] : T(1));
     unroll<V>([&](auto j) {
       T* at = c.data + m * c.stride + j * W;
-      const Vec<T> product = left * sum[m][j];
-      store(at, factors.accumulate ? old * load(at) + product : product);
+      Vec<T> x = sum[m][j];
+      if constexpr (kInto == Into::kDecayed || kInto == Into::kSumOfDecayed) x *= splat(d[m]);
+      if constexpr (kInto == Into::kSum || kInto == Into::kSumOfDecayed) x += load(at);
+      if constexpr (kInto == Into::kDecayedSum) x += splat(d[m]) * load(at);
+      store(at, x);
     });
   });
 }
@@ -65,35 +91,30 @@ constexpr int rows_at_once(int V) {
   return rows >= 16 ? 16 : rows >= 12 ? 12 : rows >= 8 ? 8 : rows;
 }
 
-template <int M, int V, bool Inner, typename T>
-inline void multiply_rows(int64_t rows, int64_t K, const Strided<T>& a, const Rows<const T>& b,
-                          const Rows<T>& c, const Factors<T>& factors) {
-  const auto from_row = [&](int64_t m, auto&& f) {
-    f(Strided<T>{a.data + m * a.m_stride, a.m_stride, a.k_stride},
-      Rows<T>{c.data + m * c.stride, c.stride},
-      Factors<T>{factors.accumulate, factors.old ? factors.old + m : nullptr,
-                 factors.left ? factors.left + m : nullptr, factors.inner});
-  };
+template <Into kInto, int M, int V, typename A, typename T>
+inline void multiply_rows(int64_t rows, int64_t K, const A& a, const Rows<const T>& b,
+                          const Rows<T>& c, const T* d) {
+  constexpr int64_t d_of_row =
+      kInto == Into::kDecayedSum || kInto == Into::kDecayed || kInto == Into::kSumOfDecayed;
   int64_t m = 0;
   for (; m + M <= rows; m += M) {
-    from_row(m, [&](const auto& a_m, const auto& c_m, const auto& factors_m) {
-      multiply_block<M, V, Inner>(K, a_m, b, c_m, factors_m);
-    });
+    multiply_block<kInto, M, V>(K, a.from_row(m), b, Rows<T>{c.data + m * c.stride, c.stride},
+                                d + m * d_of_row);
   }
   if constexpr (M > 1) {
     if (m < rows) {
-      from_row(m, [&](const auto& a_m, const auto& c_m, const auto& factors_m) {
-        multiply_rows<(M + 1) / 2, V, Inner>(rows - m, K, a_m, b, c_m, factors_m);
-      });
+      multiply_rows<kInto, (M + 1) / 2, V>(rows - m, K, a.from_row(m), b,
+                                           Rows<T>{c.data + m * c.stride, c.stride},
+                                           d + m * d_of_row);
     }
   }
 }
 
-// c [M, vectors] = old c + left a [M, K] inner b [K, vectors]. Matrices are passed by reference:
+// c [M, vectors] from a [M, K] and b [K, vectors] as kInto says. Matrices are passed by reference:
 // by value, their halves are stored one by one and read back as one, which stalls every call.
-template <typename T>
-inline void multiply(int64_t M, int64_t K, int64_t vectors, const Strided<T>& a,
-                     const Rows<const T>& b, const Rows<T>& c, const Factors<T>& factors) {
+template <Into kInto, typename A, typename T>
+inline void multiply(int64_t M, int64_t K, int64_t vectors, const A& a, const Rows<const T>& b,
+                     const Rows<T>& c, const T* d = nullptr) {
   constexpr int kMost = kRegisters == 32 ? 5 : 3;
   int64_t done = 0;
   while (done < vectors) {
@@ -103,14 +124,22 @@ inline void multiply(int64_t M, int64_t K, int64_t vectors, const Strided<T>& a,
     const Rows<const T> b_now{b.data + done * kWidth<T>, b.stride};
     const Rows<T> c_now{c.data + done * kWidth<T>, c.stride};
     unroll<kMost>([&](auto v) {
-      if (now != v + 1) return;
-      if (factors.inner != nullptr) {
-        multiply_rows<rows_at_once(v + 1), v + 1, true>(M, K, a, b_now, c_now, factors);
-      } else {
-        multiply_rows<rows_at_once(v + 1), v + 1, false>(M, K, a, b_now, c_now, factors);
+      if (now == v + 1) {
+        multiply_rows<kInto, rows_at_once(v + 1), v + 1>(M, K, a, b_now, c_now, d);
       }
     });
     done += now;
+  }
+}
+
+// The same for a right factor and a result [.., 16] of one tile.
+template <Into kInto, typename A, typename T>
+inline void multiply_tile(int64_t M, int64_t K, const A& a, const T* b, T* c,
+                          const T* d = nullptr) {
+  constexpr int V = kTile / kWidth<T>, kMost = V < 4 ? V : V / 2;
+  for (int j = 0; j < V; j += kMost) {
+    multiply_rows<kInto, rows_at_once(kMost), kMost>(
+        M, K, a, Rows<const T>{b + j * kWidth<T>, kTile}, Rows<T>{c + j * kWidth<T>, kTile}, d);
   }
 }
 

@@ -11,7 +11,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -82,6 +82,16 @@ RWKV_CLIP_INLINE Vec<T> select_impl(Vec<T> a, Vec<T> b, std::integer_sequence<in
 template <typename T, int Xor>
 RWKV_CLIP_INLINE Vec<T> xor_lanes(Vec<T> x) {
   if constexpr (Xor == 0) return x;
+#if RWKV_CLIP_VECTOR_BYTES == 64
+  // Groups of four first, which several Xors of one x share, then inside the groups: left to
+  // itself, the compiler shuffles twice for every Xor.
+  if constexpr (std::is_same_v<T, float>) {
+    constexpr int kGroups = Xor / 4, kInside = Xor % 4;
+    constexpr auto imm = [](int d) { return d | (1 ^ d) << 2 | (2 ^ d) << 4 | (3 ^ d) << 6; };
+    const __m512 groups = kGroups ? _mm512_shuffle_f32x4(x, x, imm(kGroups)) : x;
+    return kInside ? _mm512_permute_ps(groups, imm(kInside)) : groups;
+  }
+#endif
   return xor_impl<T, Xor>(x, std::make_integer_sequence<int, kWidth<T>>{});
 }
 
@@ -161,6 +171,20 @@ RWKV_CLIP_INLINE Tile<T> select_tile(const Tile<T>& a, const Tile<T>& b) {
   return x;
 }
 
+// a * b in the lanes whose number has the bit if Set, or lacks it if not; a in the others.
+template <int Bit, bool Set, typename T>
+RWKV_CLIP_INLINE Tile<T> multiply_where(const Tile<T>& a, const Tile<T>& b) {
+#if RWKV_CLIP_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    constexpr unsigned kWithBit = Bit == 1 ? 0xAAAA : Bit == 2 ? 0xCCCC : Bit == 4 ? 0xF0F0 : 0xFF00;
+    constexpr __mmask16 lanes = Set ? kWithBit : 0xFFFF - kWithBit;
+    return {_mm512_mask_mul_ps(a.part[0], lanes, a.part[0], b.part[0])};
+  }
+#endif
+  const Tile<T> product = a * b;
+  return Set ? select_tile<Bit>(a, product) : select_tile<Bit>(product, a);
+}
+
 // The sum over every aligned group of Group lanes, in each of its lanes.
 template <int Group, typename T>
 RWKV_CLIP_INLINE Tile<T> group_sum(Tile<T> x) {
@@ -210,6 +234,23 @@ RWKV_CLIP_INLINE void xor_rows(Tile<T> (&x)[kTile]) {
   });
 }
 
+#if RWKV_CLIP_VECTOR_BYTES == 64
+// exp for x <= 88.3; 0 far below, a NaN stays one. Relative error 2e-7.
+RWKV_CLIP_INLINE Vec<float> vexp(Vec<float> x) {
+  const Vec<float> low = splat(-1000.0f);  // of what overflows the rounding below
+  x = x < low ? low : x;
+  const Vec<float> n = _mm512_roundscale_ps(x * 1.44269504088896341f, 0);
+  const Vec<float> f = (x - n * 0.693359375f) + n * 2.12194440054690583e-4f;
+  Vec<float> p = splat(1.3981999507e-3f) + f * 1.9875691500e-4f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  return _mm512_scalef_ps(p, n);
+}
+#else
 // exp for x <= 88.3; 0 below -87.3, a NaN stays one. Relative error 2e-7.
 RWKV_CLIP_INLINE Vec<float> vexp(Vec<float> x) {
   using Ints = VecOf<float>::ints;
@@ -231,6 +272,7 @@ RWKV_CLIP_INLINE Vec<float> vexp(Vec<float> x) {
   const Vec<float> value = p * (Vec<float>)power;
   return tiny ? Vec<float>{} : value;
 }
+#endif
 
 RWKV_CLIP_INLINE Vec<double> vexp(Vec<double> x) {
   for (int i = 0; i < kWidth<double>; ++i) x[i] = std::exp(x[i]);

@@ -184,7 +184,7 @@ inline void clear(T* array, int64_t count) {
 // A chunk's tokens and its attention, which is stored as [tile of t][s][16 t].
 template <typename T>
 struct Chunk {
-  T *r, *k, *w;         // r, k by tile, or of the tile at hand; w of the tile at hand
+  T *r, *k, *rate, *decay;  // by tile, or of the tile at hand
   Scaled<T> scaled;     // by tile
   T* whole;             // [tile][N]
   T* v;                 // [T rounded up][row]
@@ -192,8 +192,9 @@ struct Chunk {
   T *rows, *between;    // [16][row], [N]: for passing use
 
   Chunk(const ChunkShape& most, int64_t tiles_kept, Arena& arena) {
-    for (T** array : {&r, &k}) *array = arena.take<T>(tiles_kept * most.N * kTile);
-    w = arena.take<T>(most.N * kTile);
+    for (T** array : {&r, &k, &rate, &decay}) {
+      *array = arena.take<T>(tiles_kept * most.N * kTile);
+    }
     for (T** array : {&scaled.r_after, &scaled.r_before, &scaled.k_after, &scaled.k_before}) {
       *array = arena.take<T>(most.by_tile());
     }
@@ -205,14 +206,16 @@ struct Chunk {
   }
 };
 
-// r, k and w of one tile, into places of one tile.
+// r, k and the decays of one tile, to `at` in their arrays.
 template <typename T>
 inline void load_inputs(const Wkv6Problem& problem, Place place, int64_t tile,
-                        const ChunkShape& shape, T* rows, T* r, T* k, T* w) {
+                        const ChunkShape& shape, int64_t at, Chunk<T>& chunk) {
   const T never = -10000;  // tokens that are not there do not decay
-  load_tile_of(problem.r, problem.type, place, tile, shape, T(0), rows, r);
-  load_tile_of(problem.k, problem.type, place, tile, shape, T(0), rows, k);
-  load_tile_of(problem.w, problem.w_type, place, tile, shape, never, rows, w);
+  T *rows = chunk.rows, *rate = chunk.rate + at;
+  load_tile_of(problem.r, problem.type, place, tile, shape, T(0), rows, chunk.r + at);
+  load_tile_of(problem.k, problem.type, place, tile, shape, T(0), rows, chunk.k + at);
+  load_tile_of(problem.w, problem.w_type, place, tile, shape, never, rows, rate);
+  decays_of_tile(shape.N, rate, rate, chunk.decay + at);
 }
 
 template <typename T>
@@ -239,10 +242,15 @@ inline void pairs_of_tiles(const ChunkShape& shape, const T* whole, T* between, 
 template <typename T>
 inline void attention_between(const ChunkShape& shape, const T* r, int64_t tile_t, const T* k,
                               int64_t tile_s, const T* between, T* attention) {
-  const int64_t per_tile = shape.N * kTile;
-  multiply<T>(shape.tokens_of(tile_s), shape.N, Tile<T>::kParts, {k + tile_s * per_tile, 1, kTile},
-              {r + tile_t * per_tile, kTile}, {block_of(attention, shape, tile_t, tile_s), kTile},
-              {false, nullptr, nullptr, between});
+  const int64_t per_tile = shape.N * kTile, tokens = shape.tokens_of(tile_s);
+  const ByColumn<T> k_s{k + tile_s * per_tile, kTile};
+  const T* r_t = r + tile_t * per_tile;
+  T* out = block_of(attention, shape, tile_t, tile_s);
+  if (between == nullptr) {
+    multiply_tile<Into::kResult>(tokens, shape.N, k_s, r_t, out);
+  } else {
+    multiply_tile<Into::kBetween>(tokens, shape.N, k_s, r_t, out, between);
+  }
 }
 
 template <typename T>
@@ -261,25 +269,26 @@ inline void attention_of_pairs(const ChunkShape& shape, Chunk<T>& chunk) {
 template <typename T>
 inline void attend(const ChunkShape& shape, const T* attention, int64_t tile_t, const T* values,
                    T* rows) {
-  multiply<T>(shape.tokens_of(tile_t), shape.T, shape.row / kWidth<T>,
-              {attention + tile_t * shape.tiles * kTile * kTile, 1, kTile}, {values, shape.row},
-              {rows, shape.row}, {});
+  multiply<Into::kResult>(
+      shape.tokens_of(tile_t), shape.T, shape.row / kWidth<T>,
+      ByColumn<T>{attention + tile_t * shape.tiles * kTile * kTile, kTile},
+      Rows<const T>{values, shape.row}, Rows<T>{rows, shape.row});
 }
 
 // rows [16][row] of a tile += scaled [N][16] transposed, applied to a state [N][row].
 template <typename T>
 inline void read_state(const ChunkShape& shape, int64_t tokens, const T* scaled, const T* state,
                        T* rows) {
-  multiply<T>(tokens, shape.N, shape.row / kWidth<T>, {scaled, 1, kTile}, {state, shape.row},
-              {rows, shape.row}, {true});
+  multiply<Into::kSum>(tokens, shape.N, shape.row / kWidth<T>, ByColumn<T>{scaled, kTile},
+                       Rows<const T>{state, shape.row}, Rows<T>{rows, shape.row});
 }
 
 // state [N][row] = whole [N] state + sum over a tile's tokens of scaled [N][16] values [16][row].
 template <typename T>
 inline void write_state(const ChunkShape& shape, int64_t tokens, const T* whole, const T* scaled,
                         const T* values, T* state) {
-  multiply<T>(shape.N, tokens, shape.row / kWidth<T>, {scaled, kTile, 1}, {values, shape.row},
-              {state, shape.row}, {true, whole});
+  multiply<Into::kDecayedSum>(shape.N, tokens, shape.row / kWidth<T>, ByRowOfTile<T>{scaled},
+                              Rows<const T>{values, shape.row}, Rows<T>{state, shape.row}, whole);
 }
 
 // state [N][row] through a tile's decays whole [N].

@@ -93,9 +93,9 @@ struct Forward {
       T* state = from_right + (c - 1) * cut.state();
       copy(state + cut.state(), cut.state(), state);
       for (int64_t tile = shape.tiles - 1; tile >= 0; --tile) {
-        load_inputs(problem, place, tile, shape, chunk.rows, chunk.r, chunk.k, chunk.w);
+        load_inputs(problem, place, tile, shape, 0, chunk);
         load_rows(problem.v, problem.type, place, tile, shape, T(0), chunk.v);
-        scale_tile(shape.N, chunk.r, chunk.k, chunk.w, chunk.scaled, chunk.whole);
+        scale_tile(shape.N, chunk.r, chunk.k, chunk.decay, chunk.scaled, chunk.whole);
         write_state(shape, shape.tokens_of(tile), chunk.whole, chunk.scaled.k_before, chunk.v,
                     state);
       }
@@ -107,11 +107,10 @@ struct Forward {
     const Place place = place_of(problem, sequence, c * cut.size);
     load_by_token(problem.v, problem.type, place, shape, chunk.v);
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-      load_inputs(problem, place, tile, shape, chunk.rows, chunk.r, chunk.k, chunk.w);
-      attention_of_tile<T>(shape.N, chunk.r, chunk.k, chunk.w, bonus_of<T>(problem, sequence),
-                           block_of(chunk.attention, shape, tile, tile),
-                           chunk.scaled.at(tile * shape.N * kTile),
-                           chunk.whole + tile * shape.N, nullptr, nullptr);
+      load_inputs(problem, place, tile, shape, 0, chunk);
+      attention_of_tile(shape.N, chunk.r, chunk.k, chunk.decay, bonus_of<T>(problem, sequence),
+                        block_of(chunk.attention, shape, tile, tile),
+                        chunk.scaled.at(tile * shape.N * kTile), chunk.whole + tile * shape.N);
     }
     attention_of_pairs(shape, chunk);
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
@@ -155,7 +154,6 @@ template <typename T>
 struct Backward {
   Cut cut;
   Chunk<T> chunk;
-  T *rate, *decay;             // by tile
   T *gy, *gv;                  // [T rounded up][row]
   T *gy_by_tile, *v_by_tile;   // by tile
   T *ga_by_t, *ga_by_s;        // [tile of t][s][16 t]; [tile of s][t][16 s]
@@ -163,12 +161,13 @@ struct Backward {
   T *enclosing, *terms;        // [tile][N]: of the pairs around a tile; [N]: of those at hand
   T *part_r, *part_k;          // [N][16]: one contribution to a tile's gradients
   T *gr, *gk, *gw, *gu;        // of the tile at hand; gu [N][16] of the sequence
+  T* terms_of_gw;              // [5][N][16]
   T *lefts, *right, *passing;  // states and gradients: one pair a chunk, and one pair each
 
   Backward(const Wkv6Problem& problem, Arena& arena)
       : cut(problem), chunk(cut.longest(), cut.longest().tiles, arena) {
     const ChunkShape most = cut.longest();
-    for (T** array : {&rate, &decay, &gy_by_tile, &v_by_tile, &gradient.r_after,
+    for (T** array : {&gy_by_tile, &v_by_tile, &gradient.r_after,
                       &gradient.r_before, &gradient.k_after, &gradient.k_before}) {
       *array = arena.take<T>(most.by_tile());
     }
@@ -177,6 +176,7 @@ struct Backward {
     for (T** array : {&part_r, &part_k, &gr, &gk, &gw, &gu}) {
       *array = arena.take<T>(most.N * kTile);
     }
+    terms_of_gw = arena.take<T>(5 * most.N * kTile);
     enclosing = arena.take<T>(most.tiles * most.N);
     terms = arena.take<T>(most.N);
     lefts = right = passing = nullptr;
@@ -210,10 +210,10 @@ struct Backward {
       const Side<T> next = left_of(c + 1);
       copy(left_of(c).state, 2 * cut.state(), next.state);
       for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-        load_inputs(problem, place, tile, shape, chunk.rows, chunk.r, chunk.k, chunk.w);
+        load_inputs(problem, place, tile, shape, 0, chunk);
         load_rows(problem.v, problem.type, place, tile, shape, T(0), chunk.v);
         load_rows(problem.gy, problem.type, place, tile, shape, T(0), gy);
-        scale_tile(shape.N, chunk.r, chunk.k, chunk.w, chunk.scaled, chunk.whole);
+        scale_tile(shape.N, chunk.r, chunk.k, chunk.decay, chunk.scaled, chunk.whole);
         const int64_t tokens = shape.tokens_of(tile);
         write_state(shape, tokens, chunk.whole, chunk.scaled.k_after, chunk.v, next.state);
         write_state(shape, tokens, chunk.whole, chunk.scaled.r_after, gy, next.gradient);
@@ -238,12 +238,13 @@ struct Backward {
     load_by_token(problem.v, problem.type, place, shape, chunk.v);
     load_by_token(problem.gy, problem.type, place, shape, gy);
     transpose_tokens(shape, gy, gy_by_tile);
+    transpose_tokens(shape, chunk.v, v_by_tile);
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
       const int64_t at = tile * shape.N * kTile;
-      load_inputs(problem, place, tile, shape, chunk.rows, chunk.r + at, chunk.k + at, chunk.w);
-      attention_of_tile(shape.N, chunk.r + at, chunk.k + at, chunk.w, u,
+      load_inputs(problem, place, tile, shape, at, chunk);
+      attention_of_tile(shape.N, chunk.r + at, chunk.k + at, chunk.decay + at, u,
                         block_of(chunk.attention, shape, tile, tile), chunk.scaled.at(at),
-                        chunk.whole + tile * shape.N, rate + at, decay + at);
+                        chunk.whole + tile * shape.N);
     }
   }
 
@@ -258,8 +259,12 @@ struct Backward {
   void attention_gradient(const ChunkShape& shape) {
     for (int64_t t = 0; t < shape.tiles; ++t) {
       T* column = block_of(ga_by_t, shape, t, 0);
-      multiply<T>(shape.T, shape.N, Tile<T>::kParts, {chunk.v, shape.row, 1},
-                  {gy_by_tile + t * shape.N * kTile, kTile}, {column, kTile}, {});
+      for (int64_t s = 0; s < shape.tiles; ++s) {
+        multiply_tile<Into::kResult>(shape.tokens_of(s), shape.N,
+                                     ByColumn<T>{v_by_tile + s * shape.N * kTile, kTile},
+                                     gy_by_tile + t * shape.N * kTile,
+                                     block_of(ga_by_t, shape, t, s));
+      }
       clear(column + shape.T * kTile, (shape.tiles * kTile - shape.T) * kTile);
       for (int64_t s = 0; s < shape.tiles; ++s) {
         if (s == t) continue;
@@ -273,10 +278,17 @@ struct Backward {
   void attended_gradient(const ChunkShape& shape) {
     for (int64_t s = 0; s < shape.tiles; ++s) {
       for (int64_t t = 0; t < shape.tiles; ++t) {
-        multiply<T>(shape.tokens_of(s), shape.tokens_of(t), shape.row / kWidth<T>,
-                    {block_of(chunk.attention, shape, t, s), kTile, 1},
-                    {gy + t * kTile * shape.row, shape.row},
-                    {gv + s * kTile * shape.row, shape.row}, {t > 0});
+        const ByRowOfTile<T> attention{block_of(chunk.attention, shape, t, s)};
+        const Rows<const T> from{gy + t * kTile * shape.row, shape.row};
+        const Rows<T> to{gv + s * kTile * shape.row, shape.row};
+        const int64_t vectors = shape.row / kWidth<T>;
+        if (t == 0) {
+          multiply<Into::kResult>(shape.tokens_of(s), shape.tokens_of(t), vectors, attention, from,
+                                  to);
+        } else {
+          multiply<Into::kSum>(shape.tokens_of(s), shape.tokens_of(t), vectors, attention, from,
+                               to);
+        }
       }
     }
   }
@@ -303,23 +315,17 @@ struct Backward {
                         const T* k, T* g_k, const T* between) {
     const int64_t at_t = t * shape.N * kTile, at_s = s * shape.N * kTile;
     const T *ga_t = block_of(ga_by_t, shape, t, s), *ga_s = block_of(ga_by_s, shape, s, t);
-    const bool neighbours = between == nullptr;
-    apply(shape, r + at_t, shape.tokens_of(t), ga_s, g_k + at_s,
-          {!neighbours, nullptr, between});
-    if (neighbours) {
-      apply(shape, k + at_s, shape.tokens_of(s), ga_t, g_r + at_t, {});
+    const ByRowOfTile<T> r_t{r + at_t}, k_s{k + at_s};
+    const int64_t N = shape.N, tokens_t = shape.tokens_of(t), tokens_s = shape.tokens_of(s);
+    if (between == nullptr) {
+      multiply_tile<Into::kResult>(N, tokens_t, r_t, ga_s, g_k + at_s);
+      multiply_tile<Into::kResult>(N, tokens_s, k_s, ga_t, g_r + at_t);
       return;
     }
-    apply(shape, k + at_s, shape.tokens_of(s), ga_t, part_r, {false, nullptr, between});
-    add_part(shape.N, r + at_t, part_r, g_r + at_t, false);
+    multiply_tile<Into::kSumOfDecayed>(N, tokens_t, r_t, ga_s, g_k + at_s, between);
+    multiply_tile<Into::kDecayed>(N, tokens_s, k_s, ga_t, part_r, between);
+    add_part(N, r + at_t, part_r, g_r + at_t, false);
     enclose(shape, t < s ? t + 1 : s + 1, t < s ? s : t);
-  }
-
-  // out [N][16] = scaled [N][16] applied to the attention's gradient [tokens][16].
-  void apply(const ChunkShape& shape, const T* scaled, int64_t tokens, const T* ga, T* out,
-             const Factors<T>& factors) {
-    multiply<T>(shape.N, tokens, Tile<T>::kParts, {scaled, kTile, 1}, {ga, kTile}, {out, kTile},
-                factors);
   }
 
   // Adds a part to a gradient, and its scalar product with what it is the gradient of to `terms`.
@@ -342,7 +348,6 @@ struct Backward {
 
   // The pairs with tokens outside the chunk; then what lies to the right of the next one.
   void gradients_of_sides(const ChunkShape& shape, int64_t c) {
-    transpose_tokens(shape, chunk.v, v_by_tile);
     enclose_all(shape, left_of(c), side(right));
     const Scaled<T>&x = chunk.scaled, &g = gradient;
     copy(right, 2 * cut.state(), passing);
@@ -368,10 +373,10 @@ struct Backward {
   void meet(const ChunkShape& shape, int64_t tile, const T* r, const T* k, T* g_r, T* g_k) {
     const int64_t at = tile * shape.N * kTile;
     const Side<T> from = side(passing);
-    multiply<T>(shape.N, shape.N, Tile<T>::kParts, {from.state, shape.row, 1},
-                {gy_by_tile + at, kTile}, {part_r, kTile}, {});
-    multiply<T>(shape.N, shape.N, Tile<T>::kParts, {from.gradient, shape.row, 1},
-                {v_by_tile + at, kTile}, {part_k, kTile}, {});
+    multiply_tile<Into::kResult>(shape.N, shape.N, ByRow<T>{from.state, shape.row},
+                                 gy_by_tile + at, part_r);
+    multiply_tile<Into::kResult>(shape.N, shape.N, ByRow<T>{from.gradient, shape.row},
+                                 v_by_tile + at, part_k);
     add_part(shape.N, r + at, part_r, g_r + at, false);
     add_part(shape.N, k + at, part_k, g_k + at, true);
     read_state(shape, shape.tokens_of(tile), k + at, from.gradient,
@@ -398,9 +403,9 @@ struct Backward {
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
       const int64_t at = tile * shape.N * kTile;
       gradients_of_tile<T>(shape.N, u,
-                           {chunk.r + at, chunk.k + at, decay + at, rate + at,
+                           {chunk.r + at, chunk.k + at, chunk.decay + at, chunk.rate + at,
                             block_of(ga_by_t, shape, tile, tile), gradient.at(at),
-                            enclosing + tile * shape.N, gr, gk, gw, gu});
+                            enclosing + tile * shape.N, gr, gk, gw, gu, terms_of_gw});
       put(gr, problem.gr, problem.type, place, tile, shape);
       put(gk, problem.gk, problem.type, place, tile, shape);
       put(gw, problem.gw, problem.w_type, place, tile, shape);

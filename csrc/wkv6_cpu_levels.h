@@ -33,10 +33,9 @@ RWKV_CLIP_INLINE Decays<T> first_level(const Tile<T>& decay) {
 // From halves of `Half` tokens to halves of twice as many.
 template <int Half, typename T>
 RWKV_CLIP_INLINE void next_level(Decays<T>& d) {
-  const Tile<T> one = splat_tile<T>(1);
   const Tile<T> other = xor_tile<Half>(d.whole);
-  d.after = d.after * select_tile<Half>(other, one);
-  d.before = d.before * select_tile<Half>(one, other);
+  d.after = multiply_where<Half, false>(d.after, other);
+  d.before = multiply_where<Half, true>(d.before, other);
   d.whole = d.whole * other;
 }
 
@@ -67,38 +66,43 @@ struct Scaled {
   }
 };
 
-// The decays of one tile, from w: exp(w) is the rate, exp(-rate) the decay. Above 88, exp(w) is
-// held: the decay is 0 long before, and an infinite rate would make gw NaN where it is 0.
+// The decays of one tile [N][16], from w: exp(w) is the rate, exp(-rate) the decay. Above 88,
+// exp(w) is held: the decay is 0 long before, and an infinite rate would make gw NaN where it is 0.
+//
+// Two short loops: one long chain of dependent instructions would leave the processor waiting.
 template <typename T>
-RWKV_CLIP_INLINE void decays_of(const Tile<T>& w, Tile<T>& rate, Tile<T>& decay) {
+void decays_of_tile(int64_t N, const T* w, T* rate, T* decay) {
   const Vec<T> most = splat(T(88));
-  unroll<Tile<T>::kParts>([&](auto p) {
-    const Vec<T> x = w.part[p];
-    rate.part[p] = vexp(x > most ? most : x);
-    decay.part[p] = vexp(-rate.part[p]);
-  });
+  for (int64_t i = 0; i < N * kTile; i += kWidth<T>) {
+    const Vec<T> x = load(w + i);
+    store(rate + i, vexp(x > most ? most : x));
+  }
+  for (int64_t i = 0; i < N * kTile; i += kWidth<T>) store(decay + i, vexp(-load(rate + i)));
+}
+
+template <typename T>
+RWKV_CLIP_INLINE void store_scaled(const Tile<T>& r, const Tile<T>& k, const Decays<T>& decays,
+                                   const Scaled<T>& to) {
+  store_tile(to.r_after, r * decays.after);
+  store_tile(to.r_before, r * decays.before);
+  store_tile(to.k_after, k * decays.after);
+  store_tile(to.k_before, k * decays.before);
 }
 
 // The attention inside one tile, and what other tiles need of it.
 //
-// r, k, w [N][16]; attention [16 s][16 t], the own token through u; whole [N], the product of the
-// tile's decays; rate, decay [N][16], or null.
+// r, k, decay [N][16]; attention [16 s][16 t], the own token through u; whole [N], the product of
+// the tile's decays.
 template <typename T>
-void attention_of_tile(int64_t N, const T* r, const T* k, const T* w, const T* u, T* attention,
-                       Scaled<T> scaled, T* whole, T* rate_out, T* decay_out) {
+void attention_of_tile(int64_t N, const T* r, const T* k, const T* decay, const T* u,
+                       T* attention, const Scaled<T>& scaled, T* whole) {
   Tile<T> sum[kTile];  // at x: of tokens t and t ^ x
   unroll<kTile>([&](auto x) { sum[x] = splat_tile<T>(0); });
   for (int64_t j = 0; j < N; ++j) {
     const int64_t at = j * kTile;
     const Tile<T> r_j = load_tile(r + at), k_j = load_tile(k + at);
-    Tile<T> rate, decay;
-    decays_of(load_tile(w + at), rate, decay);
-    if (rate_out != nullptr) {
-      store_tile(rate_out + at, rate);
-      store_tile(decay_out + at, decay);
-    }
     sum[0] = sum[0] + splat_tile(u[j]) * (r_j * k_j);
-    Decays<T> decays = first_level(decay);
+    Decays<T> decays = first_level(load_tile(decay + at));
     levels_of_tile(decays, [&](auto half) {
       const Tile<T> m = factor<half>(decays);
       const Tile<T> scaled_r = r_j * m, scaled_k = k_j * m;
@@ -106,10 +110,7 @@ void attention_of_tile(int64_t N, const T* r, const T* k, const T* w, const T* u
         sum[half + x] = sum[half + x] + scaled_r * xor_tile<half + x>(scaled_k);
       });
     });
-    store_tile(scaled.r_after + at, r_j * decays.after);
-    store_tile(scaled.r_before + at, r_j * decays.before);
-    store_tile(scaled.k_after + at, k_j * decays.after);
-    store_tile(scaled.k_before + at, k_j * decays.before);
+    store_scaled(r_j, k_j, decays, scaled.at(at));
     whole[j] = lane0(decays.whole);
   }
   xor_rows(sum);
@@ -118,18 +119,13 @@ void attention_of_tile(int64_t N, const T* r, const T* k, const T* w, const T* u
 
 // The same without the attention: what a state needs.
 template <typename T>
-void scale_tile(int64_t N, const T* r, const T* k, const T* w, Scaled<T> scaled, T* whole) {
+void scale_tile(int64_t N, const T* r, const T* k, const T* decay, const Scaled<T>& scaled,
+                T* whole) {
   for (int64_t j = 0; j < N; ++j) {
     const int64_t at = j * kTile;
-    const Tile<T> r_j = load_tile(r + at), k_j = load_tile(k + at);
-    Tile<T> rate, decay;
-    decays_of(load_tile(w + at), rate, decay);
-    Decays<T> decays = first_level(decay);
+    Decays<T> decays = first_level(load_tile(decay + at));
     levels_of_tile(decays, [](auto) {});
-    store_tile(scaled.r_after + at, r_j * decays.after);
-    store_tile(scaled.r_before + at, r_j * decays.before);
-    store_tile(scaled.k_after + at, k_j * decays.after);
-    store_tile(scaled.k_before + at, k_j * decays.before);
+    store_scaled(load_tile(r + at), load_tile(k + at), decays, scaled.at(at));
     whole[j] = lane0(decays.whole);
   }
 }
@@ -162,29 +158,32 @@ struct Enclosing {
 //
 // In: r, k, decay, rate [N][16]; attention [16 s][16 t], the attention's gradient inside the tile;
 // scaled, the gradients of Scaled; enclosing [N], the terms of the pairs that the whole tile lies
-// between. Out: r_out, k_out, w_out [N][16]; added: u_out [N][16].
+// between. Out: r_out, k_out, w_out [N][16]; added: u_out [N][16]. terms [5][N][16] is for passing
+// use.
 template <typename T>
 struct TileGradients {
   const T *r, *k, *decay, *rate, *attention;
   Scaled<T> scaled;
   const T* enclosing;
-  T *r_out, *k_out, *w_out, *u_out;
+  T *r_out, *k_out, *w_out, *u_out, *terms;
 };
 
+// gr, gk and gu; and the terms of gw: of the levels with halves of 2, 4 and 8 tokens, of partners
+// after the tile, and of partners before it.
 template <typename T>
-void gradients_of_tile(int64_t N, const T* u, const TileGradients<T>& io) {
+void gradients_by_level(int64_t N, const T* u, const TileGradients<T>& io) {
   // by_t[x] lane t: of the pair (t, s = t ^ x); by_s[x] lane s: of the pair (t = s ^ x, s).
   Tile<T> by_t[kTile], by_s[kTile];
   unroll<kTile>([&](auto s) { by_t[s] = load_tile(io.attention + s * kTile); });
   xor_rows(by_t);
   unroll<kTile>([&](auto x) { by_s[x] = xor_tile<x>(by_t[x]); });
+  const int64_t count = N * kTile;
   for (int64_t j = 0; j < N; ++j) {
     const int64_t at = j * kTile;
     const Tile<T> r_j = load_tile(io.r + at), k_j = load_tile(io.k + at);
     const Tile<T> own = by_t[0] * splat_tile(u[j]);
     Tile<T> gr = own * k_j, gk = own * r_j;
     store_tile(io.u_out + at, load_tile(io.u_out + at) + by_t[0] * r_j * k_j);
-    Tile<T> terms[4];
     Decays<T> decays = first_level(load_tile(io.decay + at));
     levels_of_tile(decays, [&](auto half) {
       const Tile<T> m = factor<half>(decays);
@@ -197,7 +196,9 @@ void gradients_of_tile(int64_t N, const T* u, const TileGradients<T>& io) {
       gr = gr + g_r * m;
       gk = gk + g_k * m;
       constexpr int level = __builtin_ctz(half);
-      terms[level] = scaled_r * g_r + scaled_k * g_k;
+      if constexpr (level > 0) {
+        store_tile(io.terms + (level - 1) * count + at, scaled_r * g_r + scaled_k * g_k);
+      }
     });
     const Tile<T> gr_after = load_tile(io.scaled.r_after + at) * decays.after;
     const Tile<T> gr_before = load_tile(io.scaled.r_before + at) * decays.before;
@@ -205,14 +206,26 @@ void gradients_of_tile(int64_t N, const T* u, const TileGradients<T>& io) {
     const Tile<T> gk_before = load_tile(io.scaled.k_before + at) * decays.before;
     store_tile(io.r_out + at, gr + gr_after + gr_before);
     store_tile(io.k_out + at, gk + gk_after + gk_before);
-    Enclosing<T> enclosing{r_j * gr_after + k_j * gk_after, r_j * gr_before + k_j * gk_before,
+    store_tile(io.terms + 3 * count + at, r_j * gr_after + k_j * gk_after);
+    store_tile(io.terms + 4 * count + at, r_j * gr_before + k_j * gk_before);
+  }
+}
+
+template <typename T>
+void gradients_of_tile(int64_t N, const T* u, const TileGradients<T>& io) {
+  gradients_by_level(N, u, io);
+  const int64_t count = N * kTile;
+  for (int64_t j = 0; j < N; ++j) {
+    const int64_t at = j * kTile;
+    const T* terms = io.terms + at;
+    Enclosing<T> enclosing{load_tile(terms + 3 * count), load_tile(terms + 4 * count),
                            splat_tile(io.enclosing[j])};
     enclosing.template narrow<8>();
-    enclosing.template add<8>(terms[3]);
+    enclosing.template add<8>(load_tile(terms + 2 * count));
     enclosing.template narrow<4>();
-    enclosing.template add<4>(terms[2]);
+    enclosing.template add<4>(load_tile(terms + count));
     enclosing.template narrow<2>();
-    enclosing.template add<2>(terms[1]);
+    enclosing.template add<2>(load_tile(terms));
     enclosing.template narrow<1>();
     // log d = -exp(w) is its own derivative.
     store_tile(io.w_out + at, splat_tile<T>(0) - enclosing.sum * load_tile(io.rate + at));
