@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t kDenseTokens = 128;
+constexpr int64_t kDenseTokens = 224;
 constexpr int64_t kChunkTokens = 64;
 
 // Products of decays run into denormal numbers, which are 100 times slower and worth nothing.
