@@ -8,12 +8,13 @@ build, although nvcc needs no PyTorch at all. setup.py loads this file by its pa
 package can be imported, so it imports nothing of the package.
 
 RWKV_CLIP_CUDA=0 leaves the CUDA kernels out, 1 insists on them; otherwise they are built where
-nvcc is found (CUDA_HOME, the path, /usr/local/cuda).
+PyTorch has CUDA and nvcc is found (CUDA_HOME, the path, /usr/local/cuda).
 """
 
 import fcntl
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def build(
 
     Args:
         output_dir: the folder that gets `_C.so`; one that is there is replaced only by a whole one.
-        cuda: with or without the CUDA kernels; None decides by RWKV_CLIP_CUDA, then by nvcc.
+        cuda: with or without the CUDA kernels; None decides by RWKV_CLIP_CUDA, then by what is
+            there.
         work_dir: where object files stay for the next build; None uses a temporary folder.
         verbose: show the compilers' commands and output.
 
@@ -101,7 +103,8 @@ def _toolchain(cuda: bool | None) -> Toolchain:
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not cxx:
         raise BuildError("no C++ compiler: install g++ (build-essential), or name one in CXX")
-    nvcc = None if cuda is False else _find_nvcc()
+    wanted = _torch_has_cuda() if cuda is None else cuda
+    nvcc = _find_nvcc() if wanted else None
     if cuda and not nvcc:
         raise BuildError("CUDA was asked for, and nvcc is not found: set CUDA_HOME")
     return Toolchain(cxx, _find_ninja(), nvcc)
@@ -130,19 +133,23 @@ def _find_ninja() -> str:
     return found
 
 
-def _include_folders() -> tuple[Path, Path]:
-    """PyTorch's headers and libraries, without importing it: that would take seconds."""
+def _torch() -> Path:
+    """Where PyTorch is, without importing it: that would take seconds."""
     import importlib.util
 
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.origin:
         raise BuildError("PyTorch is not installed: its headers are needed to build")
-    root = Path(spec.origin).parent
-    return root / "include", root / "lib"
+    return Path(spec.origin).parent
+
+
+def _torch_has_cuda() -> bool:
+    version = (_torch() / "version.py").read_text()
+    return re.search(r"^cuda\b[^=]*= *['\"]", version, re.MULTILINE) is not None
 
 
 def _ninja_file(tools: Toolchain, sources: Sequence[Path]) -> str:
-    include, libraries = _include_folders()
+    include, libraries = _torch() / "include", _torch() / "lib"
     torch_flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {_escape(include)}"
     flags = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"]
     flags += [*WARNINGS, *ARITHMETIC, torch_flags]
@@ -196,8 +203,12 @@ def _nvcc_flags(cxx: str) -> list[str]:
 
 
 def _cuda_libraries(nvcc: str) -> Path:
-    root = Path(nvcc).resolve().parent.parent
-    for name in ("lib64", "lib", "targets/x86_64-linux/lib"):
+    """The folder of the CUDA runtime; nvcc itself may be a script somewhere else."""
+    command = [nvcc, "-dryrun", "-E", "-x", "cu", os.devnull]
+    told = subprocess.run(command, check=False, capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", told.stdout + told.stderr, re.MULTILINE)
+    root = Path(top[1].strip() if top else Path(nvcc).parent.parent).resolve()
+    for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
         if (root / name / "libcudart_static.a").is_file():
             return root / name
     raise BuildError(f"libcudart_static.a is not under {root}: install the CUDA runtime's files")
