@@ -337,4 +337,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # I and I;16: in PNG, TIFF and PGM files these hold 16 bits
         grey = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
         return Image.fromarray(grey.astype(np.uint8))
-    return image if image.mode in _RESIZABLE else image.convert("RGB")
+    if image.mode in _RESIZABLE:
+        return image
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, and no warning about what is dropped
+    return image.convert("RGB")
