@@ -79,13 +79,11 @@ class TimeMix(nn.Module):
         Each has its own share of the neighbours: a learned one by channel, plus one of low rank
         that depends on the token itself.
         """
-        B, T, C = x.shape
+        C = x.shape[-1]
         (mixed,) = fused.token_shift_mix(x, self.time_maa_x.view(1, C), shift=shift)
-        low_rank = torch.tanh(mixed @ self.time_maa_w1).view(B * T, MIXES, MIX_RANK)
-        delta = torch.bmm(low_rank.transpose(0, 1), self.time_maa_w2)  # [5, B*T, C]
+        low_rank = torch.tanh_(mixed @ self.time_maa_w1), self.time_maa_w2
         maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        mix = torch.cat(maa).view(MIXES, C)
-        return fused.token_shift_mix(x, mix, delta.view(MIXES, B, T, C), shift=shift).unbind()
+        return fused.token_shift_mix(x, torch.cat(maa).view(MIXES, C), low_rank, shift=shift)
 
 
 class ChannelMix(nn.Module, ABC):
@@ -109,7 +107,7 @@ class ChannelMix(nn.Module, ABC):
     def forward(self, x: Tensor, shift: TokenShift) -> tuple[Tensor, Tensor]:
         """[B, T, C] -> r and v of [B, T, C]; gating waits until they meet the residual stream."""
         xk, xr = fused.token_shift_mix(x, self.neighbours_share(), shift=shift)
-        return self.receptance(xr), self.value(fused.relu_square(self.key(xk)))
+        return self.receptance(xr), self.value(fused.relu_square_(self.key(xk)))
 
 
 class ImageChannelMix(ChannelMix):

@@ -1,16 +1,25 @@
 """The element-wise steps of a block, each one function so that one kernel can stand behind it.
 
-Each `*_statement` says in plain PyTorch what its step computes: the definition that a kernel is
-tested against, and what runs wherever there is none (other devices and types, tracing).
+Each `*_statement` says in plain PyTorch what its step computes: the definition that its kernel is
+tested against, and what runs wherever there is none (other devices and types, tracing, no compiled
+library). A kernel passes over memory once, and keeps for the backward pass only what it was given
+or what it returned.
 
-Shapes: B batch, T tokens, C = H * N channels, H heads, N head size, n mixtures.
+Shapes: B batch, T tokens, C = H * N channels, H heads, N head size, n mixtures, R rank.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rwkv_clip.ops import _library
+
+# Limits of the kernels: on n, and on C where there is a product to vectorise.
+_MOST_MIXTURES = 8
+_CHANNELS_STEP = 16
 
 
 class TokenShift(NamedTuple):
@@ -32,24 +41,36 @@ class TokenShift(NamedTuple):
 
 
 def token_shift_mix(
-    x: Tensor, mix: Tensor, delta: Tensor | None = None, *, shift: TokenShift
-) -> Tensor:
-    """Mix every token with its neighbours, in n ways: x + (shift(x) - x) * (mix_n + delta_n).
+    x: Tensor,
+    mix: Tensor,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    *,
+    shift: TokenShift,
+) -> tuple[Tensor, ...]:
+    """Mix every token with its neighbours, in n ways: x + (shift(x) - x) * (mix_n + a_n b_n).
 
     Args:
         x: [B, T, C].
         mix: [n, C], the neighbours' share by channel.
-        delta: [n, B, T, C], added to the share of each token; None for zero.
+        low_rank: a [B, T, n * R] and b [n, R, C], whose products are added to the share of each
+            token; None for zero.
         shift: the neighbours.
 
     Returns:
-        [n, B, T, C].
+        n of [B, T, C].
 
     Raises:
         ValueError: if the shift does not fit x.
     """
     _check_shift(x, shift)
-    return token_shift_mix_statement(x, mix, delta, shift=shift)
+    a, b = low_rank if low_rank is not None else (None, None)
+    fits = len(mix) <= _MOST_MIXTURES and (b is None or x.shape[-1] % _CHANNELS_STEP == 0)
+    if not fits or not _has_kernel(x, mix, a, b):
+        return token_shift_mix_statement(x, mix, low_rank, shift=shift)
+    if _is_differentiated(x, mix, a, b):
+        outs: tuple[Tensor, ...] = _apply(_TokenShiftMix, x, mix, a, b, shift)
+        return outs
+    return tuple(torch.ops.rwkv_clip.token_shift_mix(x, mix, a, b, *_plain(shift)))
 
 
 def group_norm_gate(
@@ -68,12 +89,29 @@ def group_norm_gate(
     Returns:
         [B, T, C].
     """
-    return group_norm_gate_statement(y, g, weight, bias, heads, eps)
+    if not _has_kernel(y, g, weight, bias):
+        return group_norm_gate_statement(y, g, weight, bias, heads, eps)
+    out: Tensor
+    if _is_differentiated(y, g, weight, bias):
+        out = _apply(_GroupNormGate, y, g, weight, bias, heads, eps)
+    else:
+        out = torch.ops.rwkv_clip.group_norm_gate(y, g, weight, bias, heads, eps)
+    return out
 
 
-def relu_square(a: Tensor) -> Tensor:
-    """max(a, 0)^2, of any shape."""
-    return relu_square_statement(a)
+def relu_square_(a: Tensor) -> Tensor:
+    """max(a, 0)^2, of any shape, in the memory of a where there is a kernel.
+
+    a must be the output of a step that does not need it on the way back, as a linear layer's, and
+    must not be used again.
+    """
+    if not _has_kernel(a):
+        return relu_square_statement(a)
+    if _is_differentiated(a):
+        out: Tensor = _apply(_ReluSquare, a)
+        return out
+    torch.ops.rwkv_clip.relu_square_(a)
+    return a
 
 
 def gated_residual(x: Tensor, r: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -88,7 +126,14 @@ def gated_residual(x: Tensor, r: Tensor, v: Tensor, scale: Tensor | None = None)
     Returns:
         [B, T, C].
     """
-    return gated_residual_statement(x, r, v, scale)
+    if not _has_kernel(x, r, v, scale) or _is_differentiated(scale):
+        return gated_residual_statement(x, r, v, scale)
+    out: Tensor
+    if _is_differentiated(x, r, v):
+        out = _apply(_GatedResidual, x, r, v, scale)
+    else:
+        out = torch.ops.rwkv_clip.gated_residual(x, r, v, scale)
+    return out
 
 
 def shift_statement(x: Tensor, shift: TokenShift) -> Tensor:
@@ -102,13 +147,19 @@ def shift_statement(x: Tensor, shift: TokenShift) -> Tensor:
 
 
 def token_shift_mix_statement(
-    x: Tensor, mix: Tensor, delta: Tensor | None = None, *, shift: TokenShift
-) -> Tensor:
+    x: Tensor,
+    mix: Tensor,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    *,
+    shift: TokenShift,
+) -> tuple[Tensor, ...]:
     """What `token_shift_mix` computes."""
     share = mix[:, None, None]
-    if delta is not None:
-        share = share + delta
-    return torch.addcmul(x, shift_statement(x, shift) - x, share)
+    if low_rank is not None:
+        a, b = low_rank
+        products = torch.bmm(_by_mixture(a, b), b)  # [n, B * T, C]
+        share = share + products.view(len(b), *x.shape)
+    return torch.addcmul(x, shift_statement(x, shift) - x, share).unbind()
 
 
 def group_norm_gate_statement(
@@ -120,7 +171,7 @@ def group_norm_gate_statement(
 
 
 def relu_square_statement(a: Tensor) -> Tensor:
-    """What `relu_square` computes."""
+    """What `relu_square_` computes."""
     return torch.relu(a).square()
 
 
@@ -132,6 +183,119 @@ def gated_residual_statement(
     if scale is not None:
         gate = gate * scale[:, None, None]
     return torch.addcmul(x, gate, v)
+
+
+class _TokenShiftMix(torch.autograd.Function):
+    """Computes the shift and the products again on the way back, which costs less than memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mix: Tensor, a: Tensor | None, b: Tensor | None, shift: TokenShift
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, mix, a, b)
+        ctx.shift = _plain(shift)
+        return tuple(torch.ops.rwkv_clip.token_shift_mix(x, mix, a, b, *ctx.shift))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gouts: Tensor) -> tuple[Tensor | None, ...]:
+        x, mix, a, b = ctx.saved_tensors
+        gouts = tuple(gout.contiguous() for gout in gouts)
+        gx, gmix, *gproducts = torch.ops.rwkv_clip.token_shift_mix_backward(
+            gouts, x, mix, a, b, *ctx.shift
+        )
+        ga = gb = None
+        if a is not None:
+            (gproduct,) = gproducts
+            ga = torch.bmm(gproduct, b.transpose(1, 2)).transpose(0, 1).reshape(a.shape)
+            gb = torch.bmm(_by_mixture(a, b).transpose(1, 2), gproduct)
+        return gx, gmix, ga, gb, None
+
+
+class _GroupNormGate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(y, g, weight, bias)
+        ctx.constants = heads, eps
+        out: Tensor = torch.ops.rwkv_clip.group_norm_gate(y, g, weight, bias, heads, eps)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gout: Tensor) -> tuple[Tensor | None, ...]:
+        gy, gg, gaffine = torch.ops.rwkv_clip.group_norm_gate_backward(
+            gout.contiguous(), *ctx.saved_tensors, *ctx.constants
+        )
+        return gy, gg, gaffine[0], gaffine[1], None, None
+
+
+class _ReluSquare(torch.autograd.Function):
+    """Keeps its output alone, which the layer behind it keeps too: the slope is 2 sqrt(out)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        torch.ops.rwkv_clip.relu_square_(a)
+        ctx.mark_dirty(a)
+        ctx.save_for_backward(a)
+        return a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gout: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        ga: Tensor = torch.ops.rwkv_clip.relu_square_backward(gout.contiguous(), out)
+        return ga
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, r: Tensor, v: Tensor, scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(r, v, scale)
+        out: Tensor = torch.ops.rwkv_clip.gated_residual(x, r, v, scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gout: Tensor) -> tuple[Tensor | None, ...]:
+        r, v, scale = ctx.saved_tensors
+        gr, gv = torch.ops.rwkv_clip.gated_residual_backward(gout.contiguous(), r, v, scale)
+        return gout, gr, gv, None
+
+
+def _has_kernel(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these. A compiler fuses the statements itself."""
+    if not _library.is_loaded() or torch.compiler.is_compiling():
+        return False
+    return all(
+        type(x) in (Tensor, nn.Parameter)
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        for x in tensors
+        if x is not None
+    )
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _apply(function: Any, *args: object) -> Any:
+    return function.apply(*args)
+
+
+def _plain(shift: TokenShift) -> tuple[int, int, int, bool]:
+    """The shift as the kernels take it: head size, rows, columns (0 for a text), class token."""
+    rows, columns = shift.grid or (0, 0)
+    return shift.head_size, rows, columns, shift.has_class_token
+
+
+def _by_mixture(a: Tensor, b: Tensor) -> Tensor:
+    """[B, T, n * R] -> [n, B * T, R]."""
+    n, R = b.shape[:2]
+    return a.view(-1, n, R).transpose(0, 1)
 
 
 def _shift_text(x: Tensor, head_size: int) -> Tensor:

@@ -1,11 +1,14 @@
 """The element-wise steps of a block are what their definitions say, forwards and backwards."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_clip.ops import fused
+from rwkv_clip.ops import _library, fused
 from rwkv_clip.ops.fused import TokenShift
 
 
@@ -58,10 +61,11 @@ def test_token_shift_mix_equals_a_loop_over_tokens_and_channels(
     generator = torch.Generator().manual_seed(T + C + n)
     x = torch.randn(B, T, C, dtype=torch.float64, generator=generator)
     mix = torch.randn(n, C, dtype=torch.float64, generator=generator)
-    delta = torch.randn(n, B, T, C, dtype=torch.float64, generator=generator)
-    delta = delta if has_delta else None
-    got = fused.token_shift_mix(x, mix, delta, shift=shift)
-    torch.testing.assert_close(got, _mix_by_loop(x, mix, delta, shift))
+    a = torch.randn(B, T, n * 2, dtype=torch.float64, generator=generator)
+    b = torch.randn(n, 2, C, dtype=torch.float64, generator=generator)
+    delta = torch.einsum("btnr,nrc->nbtc", a.view(B, T, n, 2), b) if has_delta else None
+    got = fused.token_shift_mix(x, mix, (a, b) if has_delta else None, shift=shift)
+    torch.testing.assert_close(torch.stack(got), _mix_by_loop(x, mix, delta, shift))
 
 
 SHIFTS = [
@@ -79,10 +83,10 @@ def _leaf(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("has_delta", [True, False])
 def test_token_shift_mix_has_exact_gradients(shift, T, has_delta):
     torch.manual_seed(0)
-    delta = _leaf(2, 2, T, 8) if has_delta else None
+    low_rank = (_leaf(2, T, 6), _leaf(2, 3, 8)) if has_delta else ()
     torch.autograd.gradcheck(
-        lambda x, mix, delta: fused.token_shift_mix(x, mix, delta, shift=shift),
-        (_leaf(2, T, 8), _leaf(2, 8), delta),
+        lambda x, mix, *low_rank: fused.token_shift_mix(x, mix, low_rank or None, shift=shift),
+        (_leaf(2, T, 8), _leaf(2, 8), *low_rank),
     )
 
 
@@ -106,12 +110,12 @@ def test_group_norm_gate_has_exact_gradients():
 
 def test_relu_square_is_zero_below_zero():
     a = torch.tensor([-2.0, 0.0, 3.0])
-    assert fused.relu_square(a).tolist() == [0.0, 0.0, 9.0]
+    assert fused.relu_square_(a).tolist() == [0.0, 0.0, 9.0]
 
 
 def test_relu_square_has_exact_gradients():
     torch.manual_seed(0)
-    torch.autograd.gradcheck(fused.relu_square, (_leaf(2, 3, 4),))
+    torch.autograd.gradcheck(fused.relu_square_, (_leaf(2, 3, 4),))
 
 
 @pytest.mark.parametrize("has_scale", [True, False])
@@ -156,4 +160,208 @@ def test_views_that_are_not_contiguous_are_taken(shift, T):
     for x in (wide[..., :8], wide[..., ::2], tall.transpose(1, 2)):
         mix = torch.rand(1, 8)
         expected = fused.token_shift_mix(x.contiguous(), mix, shift=shift)
-        assert torch.equal(fused.token_shift_mix(x, mix, shift=shift), expected)
+        got = fused.token_shift_mix(x, mix, shift=shift)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+needs_kernels = pytest.mark.skipif(not _library.is_loaded(), reason="the library is not built")
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    """Each instruction set; one that the processor lacks runs as the best that it has."""
+    monkeypatch.setenv("RWKV_CLIP_ISA", request.param)
+
+
+def _check_kernel(kernel, statement, *inputs, error=2e-6):
+    """Values and every gradient in float32 against the statement in float64, and without autograd.
+
+    Errors are relative to the largest element, as sums are made of elements of that size.
+    """
+    singles = [x.clone().requires_grad_() for x in inputs]
+    doubles = [x.double().requires_grad_() for x in inputs]
+    outs, expected = kernel(*singles), statement(*doubles)
+    with torch.inference_mode():
+        inferred = kernel(*(x.clone() for x in inputs))
+    if isinstance(outs, torch.Tensor):
+        outs, expected, inferred = (outs,), (expected,), (inferred,)
+    gouts = [torch.randn_like(out) for out in outs]
+    gradients = torch.autograd.grad(outs, singles, gouts)
+    expected_gradients = torch.autograd.grad(expected, doubles, [g.double() for g in gouts])
+    for out, same in zip(outs, inferred, strict=True):
+        assert torch.equal(out, same)
+    got, want = (*outs, *gradients), (*expected, *expected_gradients)
+    for have, exact in zip(got, want, strict=True):
+        assert have.dtype == torch.float32
+        assert have.shape == exact.shape
+        largest = exact.abs().max().item() if exact.numel() else 0.0
+        torch.testing.assert_close(have.double(), exact, rtol=0, atol=error * max(largest, 1e-30))
+
+
+KERNEL_SHIFTS = [
+    (TokenShift(8), 7, 16),
+    (TokenShift(64), 1, 128),
+    (TokenShift(64), 77, 128),
+    (TokenShift(12), 5, 36),
+    (TokenShift(80, (7, 7)), 49, 160),
+    (TokenShift(80, (3, 5), has_class_token=True), 16, 160),
+    (TokenShift(128, (1, 4)), 4, 128),
+    (TokenShift(64, (5, 1)), 5, 64),
+    (TokenShift(24, (2, 3)), 6, 48),
+    (TokenShift(16, (1, 1), has_class_token=True), 2, 16),
+    (TokenShift(4, (4, 3)), 12, 20),
+]
+
+
+@needs_kernels
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("shift", "T", "C"), KERNEL_SHIFTS)
+@pytest.mark.parametrize(("n", "rank"), [(1, 0), (2, 0), (5, 32), (3, 5)])
+def test_the_mix_kernel_is_exact(shift, T, C, n, rank):
+    torch.manual_seed(T * C + n)
+    inputs = [torch.randn(3, T, C), torch.randn(n, C)]
+    if rank:
+        inputs += [torch.randn(3, T, n * rank), torch.randn(n, rank, C) / rank**0.5]
+    _check_kernel(
+        lambda x, mix, *ab: fused.token_shift_mix(x, mix, ab or None, shift=shift),
+        lambda x, mix, *ab: fused.token_shift_mix_statement(x, mix, ab or None, shift=shift),
+        *inputs,
+    )
+
+
+@needs_kernels
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("T", "heads", "N"), [(49, 8, 80), (1, 1, 8), (9, 2, 24), (5, 3, 7)])
+def test_the_norm_and_gate_kernel_is_exact(T, heads, N):
+    torch.manual_seed(T)
+    C = heads * N
+    _check_kernel(
+        lambda *args: fused.group_norm_gate(*args, heads, 1e-5),
+        lambda *args: fused.group_norm_gate_statement(*args, heads, 1e-5),
+        *(3 * torch.randn(2, T, C) + 1, 4 * torch.randn(2, T, C), torch.randn(C), torch.randn(C)),
+        error=4e-6,
+    )
+
+
+@needs_kernels
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("shape", [(2, 9, 320), (1, 1, 1), (3, 70001), (5,)])
+def test_the_relu_square_kernel_is_exact(shape):
+    torch.manual_seed(0)
+    _check_kernel(
+        lambda a: fused.relu_square_(a * 1),  # a leaf's memory may not be reused
+        fused.relu_square_statement,
+        torch.randn(shape),
+    )
+
+
+@needs_kernels
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.0, 1.25, 2.0])])
+@pytest.mark.parametrize(("T", "C"), [(49, 640), (1, 1), (7, 19)])
+def test_the_residual_kernel_is_exact(scale, T, C):
+    torch.manual_seed(0)
+    wide = scale if scale is None else scale.double()
+    _check_kernel(
+        lambda x, r, v: fused.gated_residual(x, r, v, scale),
+        lambda x, r, v: fused.gated_residual_statement(x, r, v, wide),
+        *(torch.randn(3, T, C), 5 * torch.randn(3, T, C), torch.randn(3, T, C)),
+    )
+
+
+@needs_kernels
+@pytest.mark.usefixtures("isa")
+def test_gates_saturate_without_an_overflow():
+    extremes = torch.tensor([-1e30, -1e4, -100.0, -88.5, 88.5, 100.0, 1e4, 1e30]).view(1, 1, 8)
+    x, v = torch.zeros(1, 1, 8), torch.ones(1, 1, 8)
+    got = fused.gated_residual(x, extremes, v)
+    torch.testing.assert_close(got, torch.sigmoid(extremes), rtol=1e-6, atol=1e-37)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("isa")
+def test_a_number_that_is_none_is_not_hidden():
+    nan = torch.full((1, 2, 16), torch.nan)
+    one, C = torch.ones(1, 2, 16), torch.ones(16)
+    (mixed,) = fused.token_shift_mix(nan, C[None], shift=TokenShift(8))
+    assert mixed.isnan().all()
+    assert fused.group_norm_gate(one, nan, C, C, 2, 1e-5).isnan().all()
+    assert fused.group_norm_gate(nan, one, C, C, 2, 1e-5).isnan().all()
+    assert fused.gated_residual(one, nan, one).isnan().all()
+    assert fused.relu_square_(nan.clone()).isnan().all()
+
+
+@needs_kernels
+def test_what_is_empty_stays_empty():
+    empty = torch.empty(0, 4, 16)
+    C = torch.ones(16)
+    assert fused.token_shift_mix(empty, C[None], shift=TokenShift(8))[0].shape == empty.shape
+    assert fused.group_norm_gate(empty, empty, C, C, 2, 1e-5).shape == empty.shape
+    assert fused.gated_residual(empty, empty, empty).shape == empty.shape
+    assert fused.relu_square_(empty.clone()).shape == empty.shape
+
+
+@needs_kernels
+def test_sums_do_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    x, mix = torch.randn(8, 77, 64), torch.randn(2, 64, requires_grad=True)
+
+    def gradient(threads):
+        torch.set_num_threads(threads)
+        outs = fused.token_shift_mix(x, mix, shift=TokenShift(64))
+        return torch.autograd.grad(outs, mix, [x, x])[0]
+
+    threads = torch.get_num_threads()
+    try:
+        assert torch.equal(gradient(1), gradient(3))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernels
+def test_relu_square_works_in_place_where_nothing_else_needs_its_input():
+    layer = torch.nn.Linear(8, 16)
+    hidden = layer(torch.randn(3, 8))
+    out = fused.relu_square_(hidden)
+    assert out.data_ptr() == hidden.data_ptr()
+    out.sum().backward()
+    assert layer.weight.grad is not None
+
+
+@needs_kernels
+def test_the_kernels_keep_only_what_they_took_or_gave():
+    x = torch.randn(2, 49, 160, requires_grad=True)
+    mix, a, b = torch.randn(5, 160), torch.randn(2, 49, 160), torch.randn(5, 32, 160)
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fused.token_shift_mix(x, mix, (a, b), shift=TokenShift(80, (7, 7)))
+    assert set(saved) <= {t.data_ptr() for t in (x, mix, a, b)}
+
+
+@needs_kernels
+def test_other_types_take_the_statement():
+    x = torch.randn(2, 6, 16, dtype=torch.bfloat16)
+    mix = torch.randn(1, 16, dtype=torch.bfloat16)
+    got = fused.token_shift_mix(x, mix, shift=TokenShift(8))
+    expected = fused.token_shift_mix_statement(x, mix, shift=TokenShift(8))
+    assert torch.equal(got[0], expected[0])
+
+
+def test_without_the_library_the_statements_run():
+    code = """
+import torch
+from rwkv_clip.ops import _library, fused
+assert not _library.is_loaded()
+x, C = torch.ones(1, 2, 8), torch.ones(8)
+fused.token_shift_mix(x, C[None], shift=fused.TokenShift(8))
+fused.group_norm_gate(x, x, C, C, 1, 1e-5)
+fused.gated_residual(x, x, x)
+fused.relu_square_(x)
+"""
+    environment = {"RWKV_CLIP_NO_LIBRARY": "1", "PATH": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
