@@ -223,6 +223,18 @@ inline T* block_of(T* matrix, const ChunkShape& shape, int64_t tile_t, int64_t t
   return matrix + (tile_t * shape.tiles + tile_s) * kTile * kTile;
 }
 
+// The attention inside one tile, whose r, k and decays are `at` in their arrays.
+template <typename T>
+inline void attention_inside(const ChunkShape& shape, int64_t tile, int64_t at, const T* u,
+                             Chunk<T>& chunk) {
+  with_levels(shape.tokens_of(tile), [&](auto levels) {
+    attention_of_tile<levels>(shape.N, chunk.r + at, chunk.k + at, chunk.decay + at, u,
+                              block_of(chunk.attention, shape, tile, tile),
+                              chunk.scaled.at(tile * shape.N * kTile),
+                              chunk.whole + tile * shape.N);
+  });
+}
+
 // f(earlier, later, between) for every two tiles; `between` [N] is the product of the decays of
 // the tiles that lie between them, null where there is none.
 template <typename T, typename F>

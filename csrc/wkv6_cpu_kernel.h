@@ -95,7 +95,7 @@ struct Forward {
       for (int64_t tile = shape.tiles - 1; tile >= 0; --tile) {
         load_inputs(problem, place, tile, shape, 0, chunk);
         load_rows(problem.v, problem.type, place, tile, shape, T(0), chunk.v);
-        scale_tile(shape.N, chunk.r, chunk.k, chunk.decay, chunk.scaled, chunk.whole);
+        scale_tile<4>(shape.N, chunk.r, chunk.k, chunk.decay, chunk.scaled, chunk.whole);
         write_state(shape, shape.tokens_of(tile), chunk.whole, chunk.scaled.k_before, chunk.v,
                     state);
       }
@@ -108,9 +108,7 @@ struct Forward {
     load_by_token(problem.v, problem.type, place, shape, chunk.v);
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
       load_inputs(problem, place, tile, shape, 0, chunk);
-      attention_of_tile(shape.N, chunk.r, chunk.k, chunk.decay, bonus_of<T>(problem, sequence),
-                        block_of(chunk.attention, shape, tile, tile),
-                        chunk.scaled.at(tile * shape.N * kTile), chunk.whole + tile * shape.N);
+      attention_inside(shape, tile, 0, bonus_of<T>(problem, sequence), chunk);
     }
     attention_of_pairs(shape, chunk);
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
@@ -213,7 +211,7 @@ struct Backward {
         load_inputs(problem, place, tile, shape, 0, chunk);
         load_rows(problem.v, problem.type, place, tile, shape, T(0), chunk.v);
         load_rows(problem.gy, problem.type, place, tile, shape, T(0), gy);
-        scale_tile(shape.N, chunk.r, chunk.k, chunk.decay, chunk.scaled, chunk.whole);
+        scale_tile<4>(shape.N, chunk.r, chunk.k, chunk.decay, chunk.scaled, chunk.whole);
         const int64_t tokens = shape.tokens_of(tile);
         write_state(shape, tokens, chunk.whole, chunk.scaled.k_after, chunk.v, next.state);
         write_state(shape, tokens, chunk.whole, chunk.scaled.r_after, gy, next.gradient);
@@ -242,9 +240,7 @@ struct Backward {
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
       const int64_t at = tile * shape.N * kTile;
       load_inputs(problem, place, tile, shape, at, chunk);
-      attention_of_tile(shape.N, chunk.r + at, chunk.k + at, chunk.decay + at, u,
-                        block_of(chunk.attention, shape, tile, tile), chunk.scaled.at(at),
-                        chunk.whole + tile * shape.N);
+      attention_inside(shape, tile, at, u, chunk);
     }
   }
 
@@ -402,10 +398,20 @@ struct Backward {
   void finish(const Wkv6Problem& problem, Place place, const ChunkShape& shape, const T* u) {
     for (int64_t tile = 0; tile < shape.tiles; ++tile) {
       const int64_t at = tile * shape.N * kTile;
-      gradients_of_tile<T>(shape.N, u,
-                           {chunk.r + at, chunk.k + at, chunk.decay + at, chunk.rate + at,
-                            block_of(ga_by_t, shape, tile, tile), gradient.at(at),
-                            enclosing + tile * shape.N, gr, gk, gw, gu, terms_of_gw});
+      const TileGradients<T> io{chunk.r + at,
+                                chunk.k + at,
+                                chunk.decay + at,
+                                chunk.rate + at,
+                                block_of(ga_by_t, shape, tile, tile),
+                                gradient.at(at),
+                                enclosing + tile * shape.N,
+                                gr,
+                                gk,
+                                gw,
+                                gu,
+                                terms_of_gw};
+      with_levels(shape.tokens_of(tile),
+                  [&](auto levels) { gradients_of_tile<levels>(shape.N, u, io); });
       put(gr, problem.gr, problem.type, place, tile, shape);
       put(gk, problem.gk, problem.type, place, tile, shape);
       put(gw, problem.gw, problem.w_type, place, tile, shape);

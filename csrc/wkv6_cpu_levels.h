@@ -45,14 +45,26 @@ RWKV_CLIP_INLINE Tile<T> factor(const Decays<T>& d) {
   return select_tile<Half>(d.after, d.before);
 }
 
-// f(half, decays) for the levels of pairs inside one tile; leaves `decays` at the level above.
-template <typename T, typename F>
+// f(half) for the levels of pairs inside a tile of at most 2^Levels tokens; leaves `decays` at the
+// level above.
+template <int Levels, typename T, typename F>
 RWKV_CLIP_INLINE void levels_of_tile(Decays<T>& decays, F&& f) {
-  unroll<4>([&](auto level) {
+  unroll<Levels>([&](auto level) {
     constexpr int half = 1 << decltype(level)::value;
     f(std::integral_constant<int, half>{});
     next_level<half>(decays);
   });
+}
+
+// f(levels), a compile-time number, for a tile of so many tokens. A sequence of 49 ends in a tile
+// of one, which has no pairs inside.
+template <typename F>
+inline void with_levels(int64_t tokens, F&& f) {
+  if (tokens > 8) return f(std::integral_constant<int, 4>{});
+  if (tokens > 4) return f(std::integral_constant<int, 3>{});
+  if (tokens > 2) return f(std::integral_constant<int, 2>{});
+  if (tokens > 1) return f(std::integral_constant<int, 1>{});
+  return f(std::integral_constant<int, 0>{});
 }
 
 // r and k by tile, times the decays between the token and the end of its tile (`after`), or the
@@ -93,7 +105,7 @@ RWKV_CLIP_INLINE void store_scaled(const Tile<T>& r, const Tile<T>& k, const Dec
 //
 // r, k, decay [N][16]; attention [16 s][16 t], the own token through u; whole [N], the product of
 // the tile's decays.
-template <typename T>
+template <int Levels, typename T>
 void attention_of_tile(int64_t N, const T* r, const T* k, const T* decay, const T* u,
                        T* attention, const Scaled<T>& scaled, T* whole) {
   Tile<T> sum[kTile];  // at x: of tokens t and t ^ x
@@ -103,7 +115,7 @@ void attention_of_tile(int64_t N, const T* r, const T* k, const T* decay, const 
     const Tile<T> r_j = load_tile(r + at), k_j = load_tile(k + at);
     sum[0] = sum[0] + splat_tile(u[j]) * (r_j * k_j);
     Decays<T> decays = first_level(load_tile(decay + at));
-    levels_of_tile(decays, [&](auto half) {
+    levels_of_tile<Levels>(decays, [&](auto half) {
       const Tile<T> m = factor<half>(decays);
       const Tile<T> scaled_r = r_j * m, scaled_k = k_j * m;
       unroll<half>([&](auto x) {
@@ -118,13 +130,13 @@ void attention_of_tile(int64_t N, const T* r, const T* k, const T* decay, const 
 }
 
 // The same without the attention: what a state needs.
-template <typename T>
+template <int Levels, typename T>
 void scale_tile(int64_t N, const T* r, const T* k, const T* decay, const Scaled<T>& scaled,
                 T* whole) {
   for (int64_t j = 0; j < N; ++j) {
     const int64_t at = j * kTile;
     Decays<T> decays = first_level(load_tile(decay + at));
-    levels_of_tile(decays, [](auto) {});
+    levels_of_tile<Levels>(decays, [](auto) {});
     store_scaled(load_tile(r + at), load_tile(k + at), decays, scaled.at(at));
     whole[j] = lane0(decays.whole);
   }
@@ -170,7 +182,7 @@ struct TileGradients {
 
 // gr, gk and gu; and the terms of gw: of the levels with halves of 2, 4 and 8 tokens, of partners
 // after the tile, and of partners before it.
-template <typename T>
+template <int Levels, typename T>
 void gradients_by_level(int64_t N, const T* u, const TileGradients<T>& io) {
   // by_t[x] lane t: of the pair (t, s = t ^ x); by_s[x] lane s: of the pair (t = s ^ x, s).
   Tile<T> by_t[kTile], by_s[kTile];
@@ -185,7 +197,7 @@ void gradients_by_level(int64_t N, const T* u, const TileGradients<T>& io) {
     Tile<T> gr = own * k_j, gk = own * r_j;
     store_tile(io.u_out + at, load_tile(io.u_out + at) + by_t[0] * r_j * k_j);
     Decays<T> decays = first_level(load_tile(io.decay + at));
-    levels_of_tile(decays, [&](auto half) {
+    levels_of_tile<Levels>(decays, [&](auto half) {
       const Tile<T> m = factor<half>(decays);
       const Tile<T> scaled_r = r_j * m, scaled_k = k_j * m;
       Tile<T> g_r = splat_tile<T>(0), g_k = splat_tile<T>(0);
@@ -211,9 +223,9 @@ void gradients_by_level(int64_t N, const T* u, const TileGradients<T>& io) {
   }
 }
 
-template <typename T>
+template <int Levels, typename T>
 void gradients_of_tile(int64_t N, const T* u, const TileGradients<T>& io) {
-  gradients_by_level(N, u, io);
+  gradients_by_level<Levels>(N, u, io);
   const int64_t count = N * kTile;
   for (int64_t j = 0; j < N; ++j) {
     const int64_t at = j * kTile;
@@ -221,11 +233,11 @@ void gradients_of_tile(int64_t N, const T* u, const TileGradients<T>& io) {
     Enclosing<T> enclosing{load_tile(terms + 3 * count), load_tile(terms + 4 * count),
                            splat_tile(io.enclosing[j])};
     enclosing.template narrow<8>();
-    enclosing.template add<8>(load_tile(terms + 2 * count));
+    if constexpr (Levels > 3) enclosing.template add<8>(load_tile(terms + 2 * count));
     enclosing.template narrow<4>();
-    enclosing.template add<4>(load_tile(terms + count));
+    if constexpr (Levels > 2) enclosing.template add<4>(load_tile(terms + count));
     enclosing.template narrow<2>();
-    enclosing.template add<2>(load_tile(terms));
+    if constexpr (Levels > 1) enclosing.template add<2>(load_tile(terms));
     enclosing.template narrow<1>();
     // log d = -exp(w) is its own derivative.
     store_tile(io.w_out + at, splat_tile<T>(0) - enclosing.sum * load_tile(io.rate + at));
