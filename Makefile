@@ -56,7 +56,7 @@ lint: setup ## check style, formatting and types
 	$(BIN)/mypy
 
 bench: setup ## run every benchmark: results verified first, then a table against the baselines
-	@for benchmark in benchmarks/*.py; do \
+	@for benchmark in benchmarks/[!_]*.py; do \
 		echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
 wheel: setup ## build the wheel into dist/
