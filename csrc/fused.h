@@ -67,7 +67,7 @@ struct ResidualBackward {
 // Each works on the rows (or elements) from begin to end. The sums that a call returns over its
 // rows, for parameters, go to `gparameters`.
 struct Kernels {
-  size_t (*mix_scratch)(const Shift&);  // bytes
+  size_t (*mix_scratch)(const Mix&);  // bytes
   void (*mix)(const Mix&, int64_t begin, int64_t end, void* scratch);
   void (*mix_backward)(const MixBackward&, int64_t begin, int64_t end, float* gmix, void* scratch);
   void (*mix_backward_shift)(const MixBackward&, int64_t begin, int64_t end, void* scratch);

@@ -66,6 +66,17 @@ RWKV_CLIP_INLINE V sigmoid(V x) {
   return 1.0f / (1.0f + vexp(minus > largest ? largest : minus));
 }
 
+RWKV_CLIP_INLINE V square_root(V x) {
+#if RWKV_CLIP_VECTOR_BYTES == 64
+  return _mm512_sqrt_ps(x);
+#elif RWKV_CLIP_VECTOR_BYTES == 32
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 // Where each part of a token's heads comes from; -1 for beyond the border.
 struct Neighbours {
   int64_t token[4];
@@ -126,7 +137,7 @@ inline void gather(const float* x, const Shift& s, int64_t row, float* to) {
   }
 }
 
-size_t mix_scratch(const Shift& s) { return 2 * kBlock * s.C * sizeof(float); }
+size_t mix_scratch(const Mix& m) { return (1 + m.n) * kBlock * m.shift.C * sizeof(float); }
 
 // shift(x) - x of `count` rows.
 inline void differences(const Mix& m, int64_t row, int64_t count, float* to) {
@@ -173,40 +184,51 @@ void mix(const Mix& m, int64_t begin, int64_t end, void* scratch) {
   }
 }
 
-// One mixture's part in the gradients of `count` rows; the first one starts the sums.
-inline void mix_backward_block(const MixBackward& m, int64_t n, int64_t row, int64_t count,
-                               const float* difference, const float* share, float* gmix) {
-  const int64_t C = m.forward.shift.C;
-  const bool has_product = m.forward.a != nullptr;
-  const float* learned = m.forward.mix + n * C;
-  for (int64_t i = 0; i < count; ++i) {
-    const float *g = m.gout[n] + (row + i) * C, *d = difference + i * C, *s = share + i * C;
-    float *gx = m.gx + (row + i) * C, *gs = m.gneighbours + (row + i) * C;
-    const int64_t rows_before = n * m.rows + row + i;
-    float* gshare = has_product ? m.gshare + rows_before * C : nullptr;
-    for_vectors(0, C, [&](auto at) {
-      const V go = get(g, at), of_share = go * get(d, at);
-      const V total = has_product ? get(learned, at) + get(s, at) : get(learned, at);
-      const V of_neighbour = go * total, of_token = go - of_neighbour;
-      put(gs, at, n == 0 ? of_neighbour : get(gs, at) + of_neighbour);
-      put(gx, at, n == 0 ? of_token : get(gx, at) + of_token);
-      put(gmix, at, get(gmix, at) + of_share);
-      if (has_product) put(gshare, at, of_share);
-    });
-  }
+// The gradients of one row, given its difference and its shares [n, kBlock, C]. kProduct: whether
+// there are shares, and a gradient of each.
+template <bool kProduct>
+inline void mix_backward_row(const MixBackward& m, int64_t row, const float* difference,
+                             const float* share, float* gmix) {
+  const Mix& f = m.forward;
+  const int64_t C = f.shift.C;
+  float *gx = m.gx + row * C, *gneighbours = m.gneighbours + row * C;
+  for_vectors(0, C, [&](auto at) {
+    const V d = get(difference, at);
+    V of_token{}, of_neighbour{};
+    for (int64_t n = 0; n < f.n; ++n) {
+      const V g = get(m.gout[n] + row * C, at), of_share = g * d;
+      V total = get(f.mix + n * C, at);
+      if constexpr (kProduct) {
+        total += get(share + n * kBlock * C, at);
+        put(m.gshare + (n * m.rows + row) * C, at, of_share);
+      }
+      of_neighbour += g * total;
+      of_token += g;
+      put(gmix + n * C, at, get(gmix + n * C, at) + of_share);
+    }
+    put(gneighbours, at, of_neighbour);
+    put(gx, at, of_token - of_neighbour);
+  });
 }
 
 void mix_backward(const MixBackward& m, int64_t begin, int64_t end, float* gmix, void* scratch) {
-  const int64_t C = m.forward.shift.C;
+  const Mix& f = m.forward;
+  const int64_t C = f.shift.C;
   float* difference = static_cast<float*>(scratch);
   float* share = difference + kBlock * C;
-  std::fill_n(gmix, m.forward.n * C, 0.0f);
+  std::fill_n(gmix, f.n * C, 0.0f);
   for (int64_t row = begin; row < end; row += kBlock) {
     const int64_t count = std::min(kBlock, end - row);
-    differences(m.forward, row, count, difference);
-    for (int64_t n = 0; n < m.forward.n; ++n) {
-      if (m.forward.a != nullptr) products(m.forward, n, row, count, share);
-      mix_backward_block(m, n, row, count, difference, share, gmix + n * C);
+    differences(f, row, count, difference);
+    if (f.a == nullptr) {
+      for (int64_t i = 0; i < count; ++i) {
+        mix_backward_row<false>(m, row + i, difference + i * C, nullptr, gmix);
+      }
+      continue;
+    }
+    for (int64_t n = 0; n < f.n; ++n) products(f, n, row, count, share + n * kBlock * C);
+    for (int64_t i = 0; i < count; ++i) {
+      mix_backward_row<true>(m, row + i, difference + i * C, share + i * C, gmix);
     }
   }
 }
@@ -297,7 +319,9 @@ void relu_square(float* a, int64_t begin, int64_t end) {
 
 void relu_square_backward(const float* gout, const float* out, float* ga, int64_t begin,
                           int64_t end) {
-  for (int64_t i = begin; i < end; ++i) ga[i] = gout[i] * 2.0f * std::sqrt(out[i]);
+  for_vectors(begin, end, [&](auto at) {
+    put(ga, at, get(gout, at) * (2.0f * square_root(get(out, at))));
+  });
 }
 
 void residual(const Residual& m, int64_t begin, int64_t end) {

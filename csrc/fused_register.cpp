@@ -120,7 +120,7 @@ std::vector<Tensor> token_shift_mix(Tensor x, Tensor mix, std::optional<Tensor> 
   const Kernels& with = kernels();
   const Pieces pieces(rows);
   pieces.run(m.shift.C, [&, m = &m](int64_t, int64_t begin, int64_t end) {
-    const Scratch scratch(with.mix_scratch(m->shift));
+    const Scratch scratch(with.mix_scratch(*m));
     with.mix(*m, begin, end, scratch.data());
   });
   return outs;
@@ -155,11 +155,11 @@ std::vector<Tensor> token_shift_mix_backward(std::vector<Tensor> gouts, Tensor x
   Tensor gmix = empty(x, {pieces.count, m.n, C});
   float* gmix_data = mutable_data(gmix);
   pieces.run(C, [&, m = &m](int64_t piece, int64_t begin, int64_t end) {
-    const Scratch scratch(with.mix_scratch(m->shift));
+    const Scratch scratch(with.mix_scratch(*m));
     with.mix_backward(back, begin, end, gmix_data + piece * m->n * C, scratch.data());
   });
   pieces.run(C, [&, m = &m](int64_t, int64_t begin, int64_t end) {
-    const Scratch scratch(with.mix_scratch(m->shift));
+    const Scratch scratch(with.mix_scratch(*m));
     with.mix_backward_shift(back, begin, end, scratch.data());
   });
   std::vector<Tensor> gradients{gx, sum_of_pieces(gmix)};
