@@ -315,13 +315,15 @@ RWKV_CLIP_INLINE void to_storage(float x, Half& to) {
 inline float from_storage(Half x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7FFFu;
-  // The exponents' biases differ by 112: shift into place and multiply, which also normalises.
-  uint32_t bits = magnitude << 13;
   float value;
-  std::memcpy(&value, &bits, sizeof value);
-  value *= 0x1p112f;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (magnitude >= 0x7C00u) bits |= 0x7F800000u;
+  uint32_t bits;
+  if (magnitude < 0x0400u) {  // subnormal: not by way of a subnormal float, which may read as zero
+    value = static_cast<float>(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &value, sizeof bits);
+  } else {
+    bits = (magnitude << 13) + (112u << 23);  // the exponents' biases differ by 112
+    if (magnitude >= 0x7C00u) bits |= 0x7F800000u;
+  }
   bits |= sign;
   std::memcpy(&value, &bits, sizeof value);
   return value;
