@@ -49,6 +49,10 @@ inline Wkv6Shape check_wkv6(const Tensor& r, const Tensor& k, const Tensor& v, c
       w.scalar_type() == r.scalar_type() ||
           (w.scalar_type() == ScalarType::Float && r.scalar_type() != ScalarType::Double),
       "wkv6: w must be float32 or have the type of r");
+  const ScalarType bonus = u.scalar_type();
+  STD_TORCH_CHECK(bonus == ScalarType::Float || bonus == ScalarType::Double ||
+                      bonus == ScalarType::BFloat16 || bonus == ScalarType::Half,
+                  "wkv6: u must be float32, float64, bfloat16 or float16");
   STD_TORCH_CHECK(w.get_device() == r.get_device() && u.get_device() == r.get_device(),
                   "wkv6: w and u must be on the device of r");
   return shape;

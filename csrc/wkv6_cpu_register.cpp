@@ -57,7 +57,7 @@ struct Prepared {
       : r(torch::stable::contiguous(r_)), k(torch::stable::contiguous(k_)),
         v(torch::stable::contiguous(v_)), w(torch::stable::contiguous(w_)),
         u(torch::stable::contiguous(torch::stable::to(u_, computing_type(r_)))) {
-    const Wkv6Shape shape = check_wkv6(r, k, v, w, u);
+    const Wkv6Shape shape = check_wkv6(r, k, v, w, u_);
     problem = {};
     problem.B = shape.B;
     problem.T = shape.T;

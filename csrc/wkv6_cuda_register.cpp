@@ -58,7 +58,7 @@ struct Prepared {
       : r(contiguous_and_aligned(r_)), k(contiguous_and_aligned(k_)),
         v(contiguous_and_aligned(v_)), w(contiguous_and_aligned(w_)),
         u(contiguous_and_aligned(torch::stable::to(u_, ScalarType::Float))) {
-    const Wkv6Shape shape = check_wkv6(r, k, v, w, u);
+    const Wkv6Shape shape = check_wkv6(r, k, v, w, u_);
     args = {shape.B, shape.T, shape.H, shape.N, dtype_of(r, "r"), dtype_of(w, "w")};
   }
 

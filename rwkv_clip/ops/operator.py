@@ -43,7 +43,10 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
 
     Source: RWKV-CLIP (arXiv 2406.06973), equations 5 to 7.
     """
-    check_shapes(r, k, v, w, u)
+    if r.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(r.device.type):
+        check_shapes(r, k, v, w, u)
+    else:
+        check_arguments(r, k, v, w, u)
     y: Tensor = torch.ops.rwkv_clip.wkv6(r, k, v, w, u)
     return y
 
