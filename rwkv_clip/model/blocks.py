@@ -65,8 +65,9 @@ class TimeMix(nn.Module):
         """[B, T, C] -> [B, T, C]."""
         xw, xk, xv, xr, xg = self._mix_with_neighbours(x, shift)
         r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)
+        w = torch.tanh_(xw @ self.time_decay_w1) @ self.time_decay_w2
         # A sum, not addmm: under autocast it leaves the decay in float32.
-        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        w = w.add_(self.time_decay) if w.dtype == self.time_decay.dtype else w + self.time_decay
         y = wkv6(r, k, v, w, self.time_faaaa)
         norm = self.ln_x
         y = fused.group_norm_gate(y, g, norm.weight, norm.bias, self.heads, norm.eps)
