@@ -5,7 +5,7 @@ optimizer; RWKV-CLIP B/32 with its stochastic depth, CLIP with SDPA attention, b
 weights. Gradients are compared with those of the plain definitions before anything is timed. The
 two models are timed in turn and the medians reported; memory is that of fresh processes.
 
-    python benchmarks/training_step.py [--quick] [--batch 32] [--repeats 5]
+    python benchmarks/training_step.py [--quick] [--batch 16] [--repeats 5]
 """
 
 import argparse
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--measure", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    batch = arguments.batch or (8 if arguments.quick else 32)
+    batch = arguments.batch or (8 if arguments.quick else 16)
     if arguments.measure:
         measure(arguments.measure, batch)
         return
