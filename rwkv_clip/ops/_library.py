@@ -1,6 +1,7 @@
-"""Loads the compiled library, or puts the reference in its place under the same operator names.
+"""Loads the compiled library, and puts the reference wherever it has no kernels.
 
-Either way `torch.ops.rwkv_clip.wkv6` and `.wkv6_backward` exist afterwards, with the same schemas.
+`torch.ops.rwkv_clip.wkv6` and `.wkv6_backward` exist afterwards, with the same schemas, whether the
+library was built or not, and on every device, whether the library has kernels for it or not.
 RWKV_CLIP_NO_LIBRARY=1 leaves the library alone, to compare or to rule it out.
 """
 
@@ -40,15 +41,16 @@ class BuildInfo(TypedDict):
 
 
 _reason: str | None = None
-_fallback: torch.library.Library | None = None  # its registrations live as long as it does
+_registrations: list[torch.library.Library] = []  # which live as long as these do
+_devices_told: set[str] = set()
 
 
 def load() -> None:
     """Make the operators exist. Called once, when rwkv_clip.ops is imported."""
     global _reason
     _reason = _try_library()
+    _define_fallback()
     if _reason is not None:
-        _define_fallback()
         logger.warning(
             "WKV6 runs through its reference, correct but slow: %s. To build it: "
             "python -m rwkv_clip._build",
@@ -58,7 +60,7 @@ def load() -> None:
 
 def is_loaded() -> bool:
     """Whether the compiled library is in use."""
-    return _fallback is None
+    return _reason is None
 
 
 def build_info() -> BuildInfo:
@@ -86,16 +88,29 @@ def _try_library() -> str | None:
 
 
 def _define_fallback() -> None:
-    global _fallback
-    _fallback = torch.library.Library("rwkv_clip", "DEF")
+    library = torch.library.Library("rwkv_clip", "FRAGMENT" if is_loaded() else "DEF")
+    _registrations.append(library)
     for schema, kernel in ((FORWARD, _wkv6), (BACKWARD, _wkv6_backward)):
-        _fallback.define(schema)
-        _fallback.impl(schema.partition("(")[0], kernel, "CompositeExplicitAutograd")
+        if not is_loaded():
+            library.define(schema)
+        library.impl(schema.partition("(")[0], kernel, "CompositeExplicitAutograd")
+
+
+def _tell_once(device: str) -> None:
+    if is_loaded() and device not in _devices_told:
+        _devices_told.add(device)
+        logger.warning(
+            "WKV6 on %s runs through its reference, correct but slow: %s has no kernels for it. "
+            "To build them: RWKV_CLIP_CUDA=1 python -m rwkv_clip._build",
+            device,
+            LIBRARY,
+        )
 
 
 def _wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     from rwkv_clip.ops.operator import check_arguments
 
+    _tell_once(r.device.type)
     check_arguments(r, k, v, w, u)
     with torch.no_grad():
         return reference.wkv6(r, k, v, w, u)

@@ -252,6 +252,17 @@ print(OPERATOR._schema, BACKWARD._schema, sep="|")
     assert answer.stdout.strip() == f"{OPERATOR._schema}|{BACKWARD._schema}"
 
 
+def test_a_device_without_kernels_is_served_by_the_reference(caplog):
+    if not build_info()["library"] or build_info()["cuda"]:
+        pytest.skip("needs a library without CUDA kernels")
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    inputs = arguments()
+    for _ in range(2):
+        y = OPERATOR.redispatch(cuda, *inputs)
+        assert torch.equal(y, reference.wkv6(*inputs))
+    assert caplog.text.count("rwkv_clip._build") == 1
+
+
 def test_a_library_that_cannot_be_loaded_is_said_and_passed_over(tmp_path):
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(ROOT / "rwkv_clip", tmp_path / "rwkv_clip", ignore=ignore)
