@@ -1,0 +1,104 @@
+"""The build script, on sources small enough to compile in a second."""
+
+import ctypes
+import threading
+from pathlib import Path
+
+import pytest
+
+from rwkv_clip import _build
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    (folder / "answer.cpp").write_text(
+        '#pragma GCC visibility push(default)\nextern "C" int answer() { return 42; }\n'
+    )
+    monkeypatch.setattr(_build, "SOURCES", folder)
+    monkeypatch.delenv("RWKV_CLIP_CUDA", raising=False)
+    return folder
+
+
+def answer(library: Path) -> int:
+    result: int = ctypes.CDLL(str(library)).answer()
+    return result
+
+
+def test_a_library_is_built_and_put_in_place(sources, tmp_path):
+    library = _build.build(tmp_path / "out", cuda=False)
+    assert library == tmp_path / "out" / "_C.so"
+    assert answer(library) == 42
+    assert [path.name for path in library.parent.iterdir()] == ["_C.so"]
+
+
+def test_files_named_for_an_instruction_set_get_it(sources, tmp_path):
+    (sources / "wide_avx2.cpp").write_text(
+        "#if defined(__x86_64__) && !defined(__AVX2__)\n#error no AVX2\n#endif\n"
+    )
+    assert _build.build(tmp_path / "out", cuda=False).is_file()
+
+
+def test_a_compile_that_fails_says_what_the_compiler_said_and_keeps_the_old_library(
+    sources, tmp_path
+):
+    library = _build.build(tmp_path / "out", cuda=False)
+    before = library.read_bytes()
+    (sources / "broken.cpp").write_text("this is not C++\n")
+    with pytest.raises(_build.BuildError, match=r"broken\.cpp"):
+        _build.build(tmp_path / "out", cuda=False)
+    assert library.read_bytes() == before
+    assert [path.name for path in library.parent.iterdir()] == ["_C.so"]
+
+
+def test_two_builds_at_once_both_end_well(sources, tmp_path):
+    built = []
+    work = tmp_path / "work"
+    builders = [
+        threading.Thread(
+            target=lambda: built.append(_build.build(tmp_path / "out", cuda=False, work_dir=work))
+        )
+        for _ in range(2)
+    ]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+    assert len(built) == 2
+    assert answer(built[0]) == 42
+
+
+def test_folders_with_spaces_are_fine(sources, tmp_path, monkeypatch):
+    spaced = tmp_path / "my sources"
+    sources.rename(spaced)
+    monkeypatch.setattr(_build, "SOURCES", spaced)
+    assert answer(_build.build(tmp_path / "the output", cuda=False)) == 42
+
+
+def test_missing_sources_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(_build, "SOURCES", tmp_path / "csrc")
+    with pytest.raises(_build.BuildError, match="csrc"):
+        _build.build(tmp_path)
+
+
+def test_missing_tools_are_told(sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(_build.BuildError, match=r"no C\+\+ compiler"):
+        _build.build(tmp_path)
+
+
+def test_cuda_without_its_compiler_is_refused(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(_build, "_find_nvcc", lambda: None)
+    with pytest.raises(_build.BuildError, match="CUDA_HOME"):
+        _build.build(tmp_path, cuda=True)
+    monkeypatch.setenv("RWKV_CLIP_CUDA", "1")
+    with pytest.raises(_build.BuildError, match="CUDA_HOME"):
+        _build.build(tmp_path)
+
+
+def test_a_strange_setting_is_refused(sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKV_CLIP_CUDA", "yes")
+    with pytest.raises(_build.BuildError, match=r"RWKV_CLIP_CUDA is 'yes'.*0.*1"):
+        _build.build(tmp_path)
