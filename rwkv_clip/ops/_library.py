@@ -18,6 +18,11 @@ from rwkv_clip.ops import reference
 logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
+# What this version of the code expects of the library.
+COMPILED = (
+    *("wkv6", "wkv6_backward", "cpu_isa", "has_cuda"),
+    *("token_shift_mix", "group_norm_gate", "relu_square_", "gated_residual"),
+)
 CAPABILITIES = ("portable", "AVX2", "AVX512")
 FORWARD = "wkv6(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u) -> Tensor"
 BACKWARD = (
@@ -84,6 +89,11 @@ def _try_library() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY} cannot be loaded ({error})"
+    if absent := [name for name in COMPILED if not hasattr(torch.ops.rwkv_clip, name)]:
+        raise ImportError(
+            f"{LIBRARY} is of another version, without {', '.join(absent)}: "
+            "build it again by python -m rwkv_clip._build"
+        )
     return None
 
 
