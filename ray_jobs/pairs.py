@@ -1,0 +1,179 @@
+"""The pair: one image and its texts, as a row. The one place where its columns are defined.
+
+Choices:
+- A row's image stays an encoded file (JPEG, PNG, WebP) until training decodes it.
+- What a stage adds is a table of its own, aligned row by row with the pairs it describes: filling
+  in 400 million descriptions rewrites no image.
+- A row that cannot be used is no error: it becomes a row of the rejected table, with its reason.
+"""
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+PAIR_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("web_text", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("tags", pa.list_(pa.string())),
+        pa.field("description", pa.string()),
+        pa.field("description_source", pa.string()),
+    ]
+)
+REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("origin", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+IMAGE_FORMATS = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"})
+_MAX_ID = 512
+_MAX_DETAIL = 200
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """What a row may be at most.
+
+    Attributes:
+        image_bytes: of the encoded file.
+        image_pixels: width times height.
+        text_characters: of one text; a longer one is cut, which loses no pair.
+        min_side: shorter side of the image, in pixels.
+        decode: decode each image in full, which finds truncated files; else read headers only.
+    """
+
+    image_bytes: int = 20_000_000
+    image_pixels: int = 64_000_000
+    text_characters: int = 10_000
+    min_side: int = 1
+    decode: bool = True
+
+
+class RejectedRowError(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        reason: one of a few fixed words, which are counted: `no_id`, `no_image`,
+            `image_too_large`, `image_undecodable`, `image_too_small`, `image_format`, `no_text`,
+            `duplicate_id`, and what a source adds, such as `download_failed`.
+        detail: what was found, for a person.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail[:_MAX_DETAIL]
+
+
+def make_pair(raw: Mapping[str, Any], limits: RowLimits) -> dict[str, Any]:
+    """A row of PAIR_SCHEMA from what a source read.
+
+    Args:
+        raw: the columns by name, any of them absent, None, or of a wrong type. Texts may be bytes.
+        limits: what a row may be at most.
+
+    Raises:
+        RejectedRowError: it cannot be used.
+    """
+    identity = clean_text(raw.get("id"), _MAX_ID)
+    if not identity:
+        raise RejectedRowError("no_id", f"got {raw.get('id')!r}")
+    check_image(raw.get("image"), limits)
+    texts = {
+        name: clean_text(raw.get(name), limits.text_characters)
+        for name in ("web_text", "caption", "description")
+    }
+    tags = clean_tags(raw.get("tags"))
+    if not (any(texts.values()) or tags):
+        raise RejectedRowError("no_text", "web_text, caption, tags and description are all empty")
+    return {
+        "id": identity,
+        "image": bytes(raw["image"]),
+        "web_text": texts["web_text"],
+        "caption": texts["caption"] or None,
+        "tags": tags or None,
+        "description": texts["description"] or None,
+        "description_source": raw.get("description_source") if texts["description"] else None,
+    }
+
+
+def clean_text(text: object, limit: int) -> str:
+    """The text without what Arrow or a tokenizer stumbles over, at most `limit` characters.
+
+    Bytes are read as UTF-8; what is not UTF-8, lone surrogates and NULs become spaces.
+    """
+    if isinstance(text, bytes | bytearray | memoryview):
+        text = bytes(text[: 4 * limit]).decode("utf-8", "replace").replace("\ufffd", " ")
+    if not isinstance(text, str):
+        return ""
+    text = text[: 4 * limit].encode("utf-8", "replace").decode("utf-8").replace("\x00", " ")
+    return text.strip()[:limit].rstrip()
+
+
+def clean_tags(tags: object) -> list[str]:
+    """The distinct, non-empty tags in their order; a string is split at commas and bars."""
+    if isinstance(tags, str):
+        tags = tags.replace("|", ",").split(",")
+    if not isinstance(tags, Sequence) and hasattr(tags, "tolist"):
+        tags = tags.tolist()
+    if not isinstance(tags, Sequence):
+        return []
+    cleaned = (clean_text(tag, 100) for tag in tags[:200])
+    return list(dict.fromkeys(tag for tag in cleaned if tag))
+
+
+def check_image(image: object, limits: RowLimits) -> None:
+    """Raises RejectedRowError unless the bytes are an image that training can decode."""
+    if not isinstance(image, bytes | bytearray | memoryview) or len(image) == 0:
+        found = "0 bytes" if isinstance(image, bytes | bytearray | memoryview) else repr(image)[:80]
+        raise RejectedRowError("no_image", found)
+    if len(image) > limits.image_bytes:
+        raise RejectedRowError(
+            "image_too_large", f"{len(image):,} bytes, over {limits.image_bytes:,}"
+        )
+    try:
+        # Pillow's own alarm about many pixels is about what is checked here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opened = Image.open(io.BytesIO(image))
+            _check_header(opened, limits)
+            if limits.decode:
+                opened.load()
+    except RejectedRowError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+        raise RejectedRowError("image_undecodable", f"{type(error).__name__}: {error}") from error
+
+
+def _check_header(image: Image.Image, limits: RowLimits) -> None:
+    width, height = image.size
+    if image.format not in IMAGE_FORMATS:
+        raise RejectedRowError(
+            "image_format", f"{image.format} is none of {', '.join(IMAGE_FORMATS)}"
+        )
+    if width * height > limits.image_pixels:
+        raise RejectedRowError(
+            "image_too_large", f"{width}x{height} pixels, over {limits.image_pixels:,}"
+        )
+    if min(width, height) < limits.min_side:
+        raise RejectedRowError("image_too_small", f"{width}x{height} pixels")
+
+
+def pair_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of PAIR_SCHEMA as a table."""
+    return pa.Table.from_pylist(list(rows), schema=PAIR_SCHEMA)
+
+
+def rejected_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of REJECTED_SCHEMA as a table."""
+    return pa.Table.from_pylist(list(rows), schema=REJECTED_SCHEMA)

@@ -1,0 +1,124 @@
+"""Progress for people: one line a stage, with its rate and the time left.
+
+On a terminal the line is rewritten; elsewhere a new one appears now and then, so that a log of a
+day's run stays readable.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import TextIO
+
+_TERMINAL_SECONDS = 0.2
+_LOG_SECONDS = 10.0
+_SMOOTHING_SECONDS = 20.0
+
+
+class Progress:
+    """Counts what a stage has done, and tells.
+
+    Args:
+        stage: what is being done, for the line's beginning.
+        total: how much there is to do; None if nobody knows.
+        unit: what is counted.
+        done: how much an earlier run had done already; it counts for the share, not for the rate.
+        stream: where the line goes; standard error by default.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total: int | None,
+        unit: str = "rows",
+        *,
+        done: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.stage, self.total, self.unit = stage, total, unit
+        self.count = self.skipped = done
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._started = self._told = time.monotonic()
+        self._rate = 0.0
+        self._last = (self._started, done)
+        self._width = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close("stopped" if kind else "done")
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began."""
+        return time.monotonic() - self._started
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the stage began."""
+        return (self.count - self.skipped) / max(self.seconds, 1e-9)
+
+    def update(self, more: int, note: str = "") -> None:
+        """Count `more` units; tell, if it is time. `note` stands at the line's end."""
+        self.count += more
+        now = time.monotonic()
+        if now - self._told < (_TERMINAL_SECONDS if self._terminal else _LOG_SECONDS):
+            return
+        self._told = now
+        self._smooth(now)
+        self._write(self._line(note))
+
+    def close(self, outcome: str = "done") -> None:
+        """Tell how the stage ended."""
+        count = f"{self.count - self.skipped:,} {self.unit}"
+        kept = f" ({self.skipped:,} were there already)" if self.skipped else ""
+        self._write(
+            f"{self.stage}: {outcome}, {count}{kept} in {duration(self.seconds)}, "
+            f"{self.rate:,.1f} {self.unit}/s"
+        )
+        if self._terminal:
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def _smooth(self, now: float) -> None:
+        """Follow the rate of the last seconds, so that a slow start does not spoil the forecast."""
+        then, count = self._last
+        rate = (self.count - count) / max(now - then, 1e-9)
+        weight = min(1.0, (now - then) / _SMOOTHING_SECONDS) if self._rate else 1.0
+        self._rate += weight * (rate - self._rate)
+        self._last = (now, self.count)
+
+    def _line(self, note: str) -> str:
+        share = left = ""
+        if self.total:
+            share = f" of {self.total:,} ({100 * self.count / self.total:.0f} %)"
+            if self._rate > 0:
+                left = f", {duration(max(self.total - self.count, 0) / self._rate)} left"
+        end = f", {note}" if note else ""
+        rate = f"{self._rate:,.1f} {self.unit}/s"
+        return f"{self.stage}: {self.count:,}{share} {self.unit}, {rate}{left}{end}"
+
+    def _write(self, line: str) -> None:
+        if self._terminal:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 8 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"

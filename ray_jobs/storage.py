@@ -1,0 +1,185 @@
+"""One place for everything a run keeps: a folder, `s3://`, or any file system that pyarrow knows.
+
+Choices:
+- Names are relative and use `/`. A name either holds its whole content or does not exist: local
+  files are written beside their place and moved there; object stores publish on completion.
+- No name is written with two different contents, except for small JSON records. So whoever redoes
+  work after a crash writes the same bytes to the same names, and nothing needs a lock.
+"""
+
+import json
+import posixpath
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from pydantic import Field, field_validator
+
+from rwkv_clip.config import BaseConfig
+
+_TEMPORARY = ".tmp-"
+
+
+class S3Config(BaseConfig):
+    """How an `s3://` storage is reached. Credentials come from the usual AWS chain."""
+
+    endpoint: str | None = Field(None, description="URL of a MinIO or Ceph server; AWS if absent")
+    region: str | None = Field(None, description="region name; the AWS chain's if absent")
+
+
+class StorageConfig(BaseConfig):
+    """Where a run keeps everything."""
+
+    uri: str = Field(description="a folder, s3://bucket/prefix, or another pyarrow file system")
+    s3: S3Config = S3Config()
+
+    @field_validator("uri")
+    @classmethod
+    def _not_empty(cls, uri: str) -> str:
+        if not uri.strip():
+            raise ValueError("takes a folder or a URI such as s3://bucket/prefix")
+        return uri.rstrip("/") or "/"
+
+
+class Storage:
+    """Files under one root. Small, and safe to send to other processes and nodes."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        self.config = config
+        if "://" not in config.uri:
+            # A relative folder means the driver's, wherever the worker that gets this runs.
+            self.config = config.model_copy(update={"uri": str(Path(config.uri).resolve())})
+
+    @classmethod
+    def at(cls, uri: str | Path) -> "Storage":
+        """A storage at a folder or URI, everything else by default."""
+        return cls(StorageConfig(uri=str(uri)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config}
+
+    @property
+    def uri(self) -> str:
+        return self.config.uri
+
+    @cached_property
+    def _where(self) -> tuple[pafs.FileSystem, str]:
+        uri = self.config.uri
+        if not uri.startswith("s3://"):
+            filesystem, root = pafs.FileSystem.from_uri(uri)
+            return filesystem, root
+        options: dict[str, Any] = {}
+        if self.config.s3.endpoint:
+            options["endpoint_override"] = self.config.s3.endpoint
+        if self.config.s3.region:
+            options["region"] = self.config.s3.region
+        return pafs.S3FileSystem(**options), uri.removeprefix("s3://")
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        return self._where[0]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def path(self, name: str = "") -> str:
+        """The name as `filesystem` takes it."""
+        return posixpath.join(self._where[1], name) if name else self._where[1]
+
+    def child_uri(self, name: str) -> str:
+        """The name as a URI or absolute path."""
+        return f"{self.uri}/{name}"
+
+    def child(self, name: str) -> "Storage":
+        """The storage below a name."""
+        return Storage(self.config.model_copy(update={"uri": self.child_uri(name)}))
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder of that name is there."""
+        found: bool = self.filesystem.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+        return found
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return int(self.filesystem.get_file_info(self.path(name)).size or 0)
+
+    def names(self, name: str = "", suffix: str = "", recursive: bool = False) -> list[str]:
+        """The names of the files below a folder, sorted; none if there is no such folder."""
+        selector = pafs.FileSelector(self.path(name), recursive=recursive, allow_not_found=True)
+        root = self.path().rstrip("/") + "/"
+        return sorted(
+            info.path.removeprefix(root)
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == pafs.FileType.File
+            and info.path.endswith(suffix)
+            and _TEMPORARY not in info.base_name
+        )
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[pa.NativeFile]:
+        """A file to write; it appears under its name when the block ends well, and only then."""
+        path = self.path(name)
+        if not self.is_local:
+            # An object store's stream publishes what it has when it is dropped, so nothing is sent
+            # before all of it is there. Our files are small enough to be held in memory.
+            buffer = pa.BufferOutputStream()
+            yield buffer
+            with self.filesystem.open_output_stream(path) as stream:
+                stream.write(buffer.getvalue())
+            return
+        folder, base = posixpath.split(path)
+        self.filesystem.create_dir(folder, recursive=True)
+        temporary = posixpath.join(folder, f"{_TEMPORARY}{uuid.uuid4().hex}-{base}")
+        try:
+            with self.filesystem.open_output_stream(temporary) as stream:
+                yield stream
+            self.filesystem.move(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file whole."""
+        with self.writing(name) as stream:
+            stream.write(data)
+
+    def read_bytes(self, name: str) -> bytes:
+        """A file's content; raises FileNotFoundError."""
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            return bytes(stream.read())
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a JSON document."""
+        self.write_bytes(name, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON document; raises FileNotFoundError, and ValueError where it is none."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise ValueError(f"{self.child_uri(name)} is not JSON: {error}") from error
+
+    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
+        """Write a Parquet file, compressed with zstd."""
+        with self.writing(name) as stream:
+            pq.write_table(table, stream, compression="zstd", row_group_size=row_group_size)
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Read a Parquet file, or some of its columns."""
+        with self.filesystem.open_input_file(self.path(name)) as stream:
+            return pq.read_table(stream, columns=columns)
+
+    def delete(self, name: str) -> None:
+        """Remove a file or a folder with all it holds; nothing happens if there is none."""
+        info = self.filesystem.get_file_info(self.path(name))
+        if info.type == pafs.FileType.Directory:
+            self.filesystem.delete_dir(info.path)
+        elif info.type == pafs.FileType.File:
+            self.filesystem.delete_file(info.path)
