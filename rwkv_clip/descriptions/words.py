@@ -1,0 +1,218 @@
+"""Words of a text and what each of them supports: tokens, stems, numbers, synonyms.
+
+Choices:
+- A word becomes keys: its stem, and the names of the meanings that it carries. A source's word
+  also supplies the keys of what is more general: a dog is an animal, an animal is no dog.
+- The stemmer undoes English inflection (plurals, -ing, -ed, -ly) and no derivation. It need not
+  give words, only the same key for forms of one word; on other languages it does little.
+- Pronouns say whether a person is male or female, so they must be supported like nouns.
+- Scripts written without spaces (Han, Kana, Thai, ...) come as whole runs, for the guard to search.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+from rwkv_clip.descriptions import lexicon
+from rwkv_clip.descriptions.lexicon import NEGATIONS, PRONOUNS, STOP_WORDS, TENS
+
+NEGATION = "#no"
+
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+# In the scripts of India, vowel signs are no letters to a regular expression.
+_LETTER = rf"(?:[^\W\d_{_UNSPACED}]|[\u0900-\u0963\u0970-\u0dff])"
+_TOKEN = re.compile(
+    rf"\d+(?:st|nd|rd|th)\b|\d+(?:[.,]\d+)*|[{_UNSPACED}]+|{_LETTER}+(?:'{_LETTER}+)*"
+)
+_ASCII_TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)*|\d+(?:st|nd|rd|th)\b|\d+(?:[.,]\d+)*")
+_RUN = re.compile(f"[{_UNSPACED}]")
+# Accents of Latin, Greek and Cyrillic, vowel points of Hebrew and Arabic, joiners and selectors.
+_ACCENTS = re.compile(
+    "[\u0300-\u036f\u0591-\u05c7\u0640\u064b-\u065f\u0670\u200b-\u200d\ufe00-\ufe0f]"
+)
+_LETTERS = str.maketrans(
+    {"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i", "’": "'", "ʼ": "'", "‘": "'"}
+)
+
+_VOWEL = re.compile("[aeiouy]")
+
+
+def tokens(text: str) -> list[str]:
+    """The words and numbers of a text, folded: no case, no accents, no possessives."""
+    return split(fold(text))
+
+
+def split(folded: str) -> list[str]:
+    """The words and numbers of a folded text; twenty-five is the number 25."""
+    pattern = _ASCII_TOKEN if folded.isascii() else _TOKEN
+    found: list[str] = pattern.findall(folded)
+    return found if TENS.keys().isdisjoint(found) else _join_tens(found)
+
+
+def fold(text: str) -> str:
+    """The text without differences of case, width and accent."""
+    if text.isascii():
+        return text.lower()
+    text = unicodedata.normalize("NFKD", text).casefold().translate(_LETTERS)
+    return unicodedata.normalize("NFC", _ACCENTS.sub("", text))
+
+
+def is_run(token: str) -> bool:
+    """Whether a token is a run of a script that does not separate words."""
+    return _RUN.match(token) is not None
+
+
+def is_number(token: str) -> bool:
+    """Whether a token states a number or a rank, in digits or as a word."""
+    return token[0].isdigit() or token in lexicon.NUMBERS or token in lexicon.ORDINALS
+
+
+@lru_cache(1 << 17)
+def asked(token: str) -> tuple[str, ...]:
+    """The keys of a description's token, any of which supports it; () if it needs no support."""
+    if token in STOP_WORDS:
+        return ()
+    if token[0].isdigit():
+        return (_digits(token),)
+    word = _possessor(token)
+    if token.endswith("n't") or word in NEGATIONS:
+        return (NEGATION,)
+    if word in STOP_WORDS:
+        return ()
+    keys = _meanings(PRONOUNS.get(word, word))
+    number = _number_key(word)
+    if number is None:
+        return keys
+    return (number, *keys) if word in lexicon.ALSO_WORDS else (number,)
+
+
+@lru_cache(1 << 17)
+def supplied(token: str) -> frozenset[str]:
+    """The keys that a source's token supports."""
+    if token[0].isdigit():
+        return frozenset({_digits(token)})
+    word = _possessor(token)
+    keys = {*_meanings(word), *_meanings(PRONOUNS.get(word, word))}
+    if token.endswith("n't") or word in NEGATIONS:
+        keys.add(NEGATION)
+    number = _number_key(word)
+    if number is not None:
+        keys.add(number)
+    for key in tuple(keys):
+        keys |= _ABOVE.get(key, frozenset())
+    return frozenset(keys)
+
+
+@lru_cache(1 << 17)
+def stem(word: str) -> str:
+    """The same key for the inflected forms of an English word."""
+    word = _IRREGULAR.get(word, word)
+    if len(word) <= 3:
+        return word
+    word = _without_s(word)
+    word = _without_ending(_IRREGULAR.get(word, word))
+    if len(word) > 3 and word.endswith("e"):
+        word = word[:-1]
+    # Cookie and puppy end alike, as cookies and puppies do.
+    return word[:-1] + "i" if len(word) > 3 and word.endswith("y") else word
+
+
+def _without_s(word: str) -> str:
+    if not word.endswith("s") or word.endswith(("ss", "us", "is")):
+        return word
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith(("sses", "shes", "ches", "xes", "zzes")):
+        return word[:-2]
+    return word[:-1]
+
+
+def _without_ending(word: str) -> str:
+    if word.endswith("ied"):
+        return word[:-3] + "y" if len(word) > 4 else word[:-1]
+    if word.endswith("ly") and len(word) > 5:
+        return word[:-2]
+    for ending in ("ing", "ed"):
+        base = word.removesuffix(ending)
+        if base == word or len(base) < 2 or base.endswith("e") or not _VOWEL.search(base):
+            continue
+        if len(base) > 2 and base[-1] == base[-2] and base[-1] not in "lsz":
+            return base[:-1]
+        return base
+    return word
+
+
+def _join_tens(found: list[str]) -> list[str]:
+    joined: list[str] = []
+    for token in found:
+        unit = lexicon.NUMBERS.get(token, 0) if token in lexicon.UNITS else 0
+        if joined and joined[-1] in TENS and 0 < unit < 10:
+            joined[-1] = str(TENS[joined[-1]] + unit)
+        else:
+            joined.append(token)
+    return joined
+
+
+def _possessor(token: str) -> str:
+    head, mark, _ = token.partition("'")
+    return head if mark else token
+
+
+def _digits(token: str) -> str:
+    rank = token[-1].isalpha()
+    number = token[:-2] if rank else token
+    # 1,000 is a thousand; 1,5 is one and a half.
+    number = re.sub(r",(?=\d{3}(?!\d))", "", number).replace(",", ".")
+    whole, point, fraction = number.partition(".")
+    whole = "".join(str(unicodedata.digit(digit, digit)) for digit in whole).lstrip("0") or "0"
+    return f"#{whole}{point}{fraction}{'th' if rank else ''}"
+
+
+def _number_key(word: str) -> str | None:
+    if word in lexicon.ORDINALS:
+        return f"#{lexicon.ORDINALS[word]}th"
+    number = lexicon.NUMBERS.get(word)
+    if number is None:
+        number = lexicon.NUMBERS.get(word.removesuffix("s"))
+    return None if number is None else f"#{number}"
+
+
+def _meanings(word: str) -> tuple[str, ...]:
+    base = stem(word)
+    return (base, *_GROUPS.get(base, ()))
+
+
+def _groups() -> dict[str, tuple[str, ...]]:
+    """Stem -> the names of its meanings."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for synonyms in lexicon.entries(lexicon.SYNONYMS):
+        for base in map(stem, synonyms):
+            groups[base] = (*groups.get(base, ()), f"={synonyms[0]}")
+    return groups
+
+
+def _above() -> dict[str, frozenset[str]]:
+    """Key -> the keys of everything more general."""
+    direct: dict[str, set[str]] = {}
+    for general, *special in lexicon.entries(lexicon.GENERAL):
+        for word in special:
+            for key in _meanings(word):
+                direct.setdefault(key, set()).update(_meanings(general))
+    return {key: frozenset(_reachable(key, direct)) for key in direct}
+
+
+def _reachable(start: str, direct: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    todo = [start]
+    while todo:
+        new = direct.get(todo.pop(), set()) - found
+        found |= new
+        todo += new
+    return found
+
+
+_IRREGULAR = {form: base for base, *forms in lexicon.entries(lexicon.IRREGULAR) for form in forms}
+_GROUPS = _groups()
+_ABOVE = _above()
