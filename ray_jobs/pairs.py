@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -35,7 +35,8 @@ REJECTED_SCHEMA = pa.schema(
         pa.field("detail", pa.string(), nullable=False),
     ]
 )
-IMAGE_FORMATS = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"})
+# MPO is what Pillow calls the JPEG files of phones that hold a second picture.
+IMAGE_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF"})
 _MAX_ID = 512
 _MAX_DETAIL = 200
 
@@ -96,6 +97,7 @@ def make_pair(raw: Mapping[str, Any], limits: RowLimits) -> dict[str, Any]:
     tags = clean_tags(raw.get("tags"))
     if not (any(texts.values()) or tags):
         raise RejectedRowError("no_text", "web_text, caption, tags and description are all empty")
+    source = clean_text(raw.get("description_source"), _MAX_DETAIL)
     return {
         "id": identity,
         "image": bytes(raw["image"]),
@@ -103,7 +105,7 @@ def make_pair(raw: Mapping[str, Any], limits: RowLimits) -> dict[str, Any]:
         "caption": texts["caption"] or None,
         "tags": tags or None,
         "description": texts["description"] or None,
-        "description_source": raw.get("description_source") if texts["description"] else None,
+        "description_source": (source if texts["description"] else None) or None,
     }
 
 
@@ -112,12 +114,12 @@ def clean_text(text: object, limit: int) -> str:
 
     Bytes are read as UTF-8; what is not UTF-8, lone surrogates and NULs become spaces.
     """
-    if isinstance(text, bytes | bytearray | memoryview):
-        text = bytes(text[: 4 * limit]).decode("utf-8", "replace").replace("\ufffd", " ")
-    if not isinstance(text, str):
+    if isinstance(text, str):
+        text = text[: 4 * limit].encode("utf-8", "surrogatepass")
+    if not isinstance(text, bytes | bytearray | memoryview):
         return ""
-    text = text[: 4 * limit].encode("utf-8", "replace").decode("utf-8").replace("\x00", " ")
-    return text.strip()[:limit].rstrip()
+    read = bytes(text[: 16 * limit]).decode("utf-8", "replace")
+    return read.replace("\ufffd", " ").replace("\x00", " ").strip()[:limit].rstrip()
 
 
 def clean_tags(tags: object) -> list[str]:
@@ -151,6 +153,11 @@ def check_image(image: object, limits: RowLimits) -> None:
                 opened.load()
     except RejectedRowError:
         raise
+    except Image.DecompressionBombError as error:
+        raise RejectedRowError("image_too_large", str(error)) from error
+    except UnidentifiedImageError as error:
+        begins = f"no image begins with {bytes(image[:16])!r}"
+        raise RejectedRowError("image_undecodable", begins) from error
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
         raise RejectedRowError("image_undecodable", f"{type(error).__name__}: {error}") from error
 
@@ -159,7 +166,7 @@ def _check_header(image: Image.Image, limits: RowLimits) -> None:
     width, height = image.size
     if image.format not in IMAGE_FORMATS:
         raise RejectedRowError(
-            "image_format", f"{image.format} is none of {', '.join(IMAGE_FORMATS)}"
+            "image_format", f"{image.format} is none of {', '.join(sorted(IMAGE_FORMATS))}"
         )
     if width * height > limits.image_pixels:
         raise RejectedRowError(

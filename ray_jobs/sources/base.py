@@ -1,0 +1,159 @@
+"""What a source of pairs is: it lists units of work, and reads each unit's rows.
+
+Choices:
+- Listing is cheap and its order fixed: a unit's place in the list names what is made of it, so a
+  run that starts again finds what is done.
+- What is wrong with the whole source raises SourceError before work starts. What is wrong with one
+  row, or with a part of a file, is yielded as a Rejected and counted.
+- Rows are raw: whether they are pairs is for `make_pair` to say, for every source alike.
+"""
+
+import difflib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
+
+from pydantic import Field, PositiveInt
+
+from ray_jobs.storage import S3Config
+from rwkv_clip.config import BaseConfig
+
+# No larger file is read into memory, whatever the limits of a pair say.
+MAX_FILE_BYTES = 100_000_000
+
+
+class SourceError(ValueError):
+    """A source that cannot be used; says which key or file, what was found, and what to do."""
+
+
+class BaseSourceConfig(BaseConfig):
+    """The base of the sources' configurations.
+
+    Attributes:
+        runtime: the fields that change how fast rows are read but not which; a run may go on with
+            other values of these.
+    """
+
+    runtime: ClassVar[frozenset[str]] = frozenset()
+
+
+class FilesConfig(BaseSourceConfig):
+    """Files that a source reads."""
+
+    path: str | tuple[str, ...] = Field(
+        description="a file, a folder, a pattern with * and **, or several of these; s3:// too"
+    )
+    s3: S3Config = S3Config()
+    unit_rows: PositiveInt = Field(4096, description="rows a task reads, about")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class ColumnsConfig(BaseConfig):
+    """What our columns are called in a source.
+
+    A name that is given must be there; a default is used where it is there. Without an id column
+    ids are made of the file's name and the row's number.
+    """
+
+    id: str | None = Field("id", description="column of unique ids; null makes them")
+    web_text: str | None = Field("web_text", description="column of what the web said")
+    caption: str | None = Field("caption", description="column of synthetic captions")
+    tags: str | None = Field("tags", description="column of tags: a list, or text with commas")
+    description: str | None = Field("description", description="column of generated descriptions")
+
+    def present(self, found: Collection[str], where: str, required: str) -> dict[str, str]:
+        """Our names to theirs, as far as they are there.
+
+        Args:
+            found: the columns that are there.
+            where: the file, for the error.
+            required: the column of ours that must be there besides the given ones.
+
+        Raises:
+            SourceError: a column is missing, or there is no text among them.
+        """
+        wanted = {name: theirs for name, theirs in self.model_dump().items() if theirs is not None}
+        for name, theirs in wanted.items():
+            if theirs not in found and (name == required or name in self.model_fields_set):
+                close = difflib.get_close_matches(theirs, found, n=1)
+                meant = f" (did you mean {close[0]!r}?)" if close else ""
+                raise SourceError(
+                    f"source.columns.{name}: {where} has no column {theirs!r}{meant}; it has "
+                    f"{', '.join(sorted(found)) or 'none'}"
+                )
+        return {name: theirs for name, theirs in wanted.items() if theirs in found}
+
+
+def require_text(present: Collection[str], found: Collection[str], where: str) -> None:
+    """Raises SourceError unless one of our texts is among a source's columns."""
+    if not {"web_text", "caption", "tags", "description"} & set(present):
+        raise SourceError(
+            f"source.columns: {where} has none of the texts; name at least one of web_text, "
+            f"caption, tags and description. Its columns are {', '.join(sorted(found)) or 'none'}"
+        )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one task reads. JSON-able by `as_dict`.
+
+    Attributes:
+        path: a file or folder, as path or URI.
+        label: its name below what the configuration names, for ids and for people.
+        first: the first row of it, in the source's own counting.
+        rows: how many rows from there; None for all.
+        offset: where the first row begins, in bytes, for files of lines.
+        size: the file's bytes when it was listed, so that a changed file is noticed.
+    """
+
+    path: str
+    label: str = ""
+    first: int = 0
+    rows: int | None = None
+    offset: int | None = None
+    size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.rows is None:
+            return self.path
+        return f"{self.path} rows {self.first:,} to {self.first + self.rows - 1:,}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON takes it; `Unit(**unit.as_dict())` is the unit again."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that could not even be read; the columns of REJECTED_SCHEMA."""
+
+    id: str
+    origin: str
+    reason: str
+    detail: str
+
+
+# A raw row has the columns of a pair by name, as far as the source knows them, and `origin`: where
+# it was read, for a person.
+Raw = Mapping[str, Any]
+
+
+class Source(Protocol):
+    """Where pairs come from. Safe to send to other processes."""
+
+    def units(self) -> list[Unit]:
+        """All there is to read, always in the same order; raises SourceError."""
+        ...
+
+    def read(self, unit: Unit) -> Iterator[Raw | Rejected]:
+        """A unit's rows, always in the same order.
+
+        Raises:
+            OSError: the file cannot be reached now; reading the unit again may succeed.
+        """
+        ...

@@ -1,0 +1,137 @@
+"""Finding and opening a source's files, on any file system that pyarrow knows."""
+
+import posixpath
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from ray_jobs.sources.base import FilesConfig, SourceError
+from ray_jobs.storage import S3Config, Storage, StorageConfig
+
+_MAGIC = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that was found.
+
+    Attributes:
+        uri: as `open_file` takes it.
+        label: its name below what the configuration names: the same wherever the files lie.
+        size: in bytes.
+    """
+
+    uri: str
+    label: str
+    size: int
+
+
+def find_files(config: FilesConfig, suffixes: Sequence[str]) -> list[File]:
+    """The files that `path` means, those of each entry sorted, none twice; raises SourceError.
+
+    Args:
+        config: the source's configuration.
+        suffixes: the endings that files of a folder must have, such as `.parquet`.
+    """
+    found: dict[str, File] = {}
+    if not config.paths:
+        raise SourceError("source.path: is an empty list; name a file, a folder or a pattern")
+    for path in config.paths:
+        for file in _find(path, config.s3, suffixes):
+            found.setdefault(file.uri, file)
+    return list(found.values())
+
+
+def open_file(uri: str, s3: S3Config) -> pa.NativeFile:
+    """Open a file for random access."""
+    filesystem, path = locate(uri, s3)
+    return filesystem.open_input_file(path)
+
+
+def locate(uri: str, s3: S3Config) -> tuple[pafs.FileSystem, str]:
+    """The file system of a path or URI, and the path in it; raises SourceError."""
+    try:
+        if uri.startswith("s3://"):
+            return _s3_filesystem(s3), uri.removeprefix("s3://").rstrip("/")
+        storage = Storage(StorageConfig(uri=uri, s3=s3))
+        return storage.filesystem, storage.path()
+    except (ValueError, NotImplementedError) as error:
+        raise SourceError(
+            f"source.path: {uri} is neither a path nor a URI of a known file system ({error}); "
+            "takes a path, s3://BUCKET/KEY, gs://, hdfs:// or file://"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _s3_filesystem(s3: S3Config) -> pafs.FileSystem:
+    return Storage(StorageConfig(uri="s3://bucket", s3=s3)).filesystem
+
+
+def _find(path: str, s3: S3Config, suffixes: Sequence[str]) -> list[File]:
+    base = _static(path)
+    filesystem, root = locate(base, s3)
+    try:
+        info = filesystem.get_file_info(root)
+        if info.type == pafs.FileType.File:
+            return [File(_uri(path, root), posixpath.basename(root), info.size)]
+        if info.type == pafs.FileType.NotFound:
+            raise SourceError(f"source.path: {base} does not exist{_here(base)}")
+        below = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    except OSError as error:
+        raise SourceError(f"source.path: {base} cannot be listed: {error}") from error
+    pattern = _pattern(path.removeprefix(base).lstrip("/"))
+    prefix = root.rstrip("/") + "/"
+    files = [
+        File(_uri(path, info.path), info.path.removeprefix(prefix), info.size)
+        for info in below
+        if info.type == pafs.FileType.File
+        and info.path.endswith(tuple(suffixes))
+        and not info.base_name.startswith((".", "_"))
+        and pattern.fullmatch(info.path.removeprefix(prefix))
+    ]
+    if not files:
+        raise SourceError(
+            f"source.path: {path} holds no file that ends in {' or '.join(suffixes)} "
+            f"({len(below):,} other files and folders)"
+        )
+    return sorted(files, key=lambda file: file.uri)
+
+
+def _static(path: str) -> str:
+    """The part of a pattern before its first special character, up to a slash."""
+    match = _MAGIC.search(path)
+    if match is None or ("://" not in path and Path(path).exists()):
+        return path
+    return path[: path.rfind("/", 0, match.start()) + 1].rstrip("/") or (
+        "/" if path.startswith("/") else "."
+    )
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """A pattern as a regular expression: * stays within a folder, ** does not."""
+    if not text:
+        return re.compile(".*")
+    parts = re.split(r"(\*\*/?|\*|\?|\[[^\]]+\])", text)
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile(
+        "".join(
+            meaning.get(part, part if part.startswith("[") else re.escape(part)) for part in parts
+        )
+    )
+
+
+def _uri(path: str, found: str) -> str:
+    scheme, separator, _ = path.partition("://")
+    return f"{scheme}://{found}" if separator else found
+
+
+def _here(path: str) -> str:
+    """Where a relative path was looked for."""
+    if "://" in path or Path(path).is_absolute():
+        return ""
+    return f" in {Path.cwd()}; paths are those of the machine that starts the job"

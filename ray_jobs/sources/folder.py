@@ -1,0 +1,110 @@
+"""A folder of image files, with a list of their names and texts beside them.
+
+Choices:
+- The list is JSON lines, CSV, TSV or Parquet, and names images relative to itself, as the
+  `imagefolder` of Hugging Face's data sets does: `metadata.jsonl` with `file_name` and texts.
+- A list is data, and data may be hostile: a name that leads out of the list's folder, also by a
+  symbolic link, is refused and not read.
+"""
+
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pyarrow.fs as pafs
+from pydantic import Field
+
+from ray_jobs.sources.base import (
+    MAX_FILE_BYTES,
+    ColumnsConfig,
+    FilesConfig,
+    Raw,
+    Rejected,
+    Unit,
+    require_text,
+)
+from ray_jobs.sources.files import locate
+from ray_jobs.sources.lists import column_names, list_units, read_list
+from ray_jobs.sources.parquet import id_text
+from ray_jobs.storage import S3Config
+
+
+class FolderColumnsConfig(ColumnsConfig):
+    """Columns of the list beside the images."""
+
+    image: str = Field("file_name", description="column of image files, relative to the list")
+    web_text: str | None = Field("text", description="column of what the web said")
+
+
+class FolderConfig(FilesConfig):
+    """Image files, and lists that name them."""
+
+    kind: Literal["folder"]
+    columns: FolderColumnsConfig = FolderColumnsConfig()
+
+
+class FolderSource:
+    """See FolderConfig."""
+
+    def __init__(self, config: FolderConfig) -> None:
+        self.config = config
+
+    def units(self) -> list[Unit]:
+        units = list_units(self.config)
+        for unit in {unit.path: unit for unit in units}.values():
+            self._present(unit)
+        return units
+
+    def read(self, unit: Unit) -> Iterator[Raw | Rejected]:
+        present = self._present(unit)
+        folder = posixpath.dirname(unit.path)
+        for origin, row in read_list(unit, list(present.values()), self.config.s3):
+            if isinstance(row, Rejected):
+                yield row
+                continue
+            raw = {ours: row.get(theirs) for ours, theirs in present.items()}
+            name = str(raw.pop("image") or "")
+            made_up = posixpath.join(posixpath.dirname(unit.label), name)
+            identity = str(id_text(raw.get("id", made_up)) or "")
+            problem, image = self._image(folder, name)
+            if problem:
+                yield Rejected(identity, origin, problem, f"{name!r}: {_EXPLAINED[problem]}")
+            else:
+                yield {**raw, "id": identity, "image": image, "origin": origin}
+
+    def _present(self, unit: Unit) -> dict[str, str]:
+        found = column_names(unit, self.config.s3)
+        present = self.config.columns.present(found, unit.path, "image")
+        require_text(present, found, unit.path)
+        return present
+
+    def _image(self, folder: str, name: str) -> tuple[str, bytes]:
+        """Why the image cannot be had, or its bytes."""
+        inside = posixpath.normpath(name)
+        if not name or "\x00" in name:
+            return "no_image", b""
+        if inside.startswith(("/", "../")) or inside in (".", "..") or "\\" in name:
+            return "outside_folder", b""
+        filesystem, path = locate(f"{folder}/{inside}", self.config.s3)
+        if isinstance(filesystem, pafs.LocalFileSystem) and not _leads_inside(path, folder):
+            return "outside_folder", b""
+        info = filesystem.get_file_info(path)
+        if info.type != pafs.FileType.File:
+            return "no_image", b""
+        if info.size > MAX_FILE_BYTES:
+            return "image_too_large", b""
+        with filesystem.open_input_stream(path) as stream:
+            return "", bytes(stream.read(MAX_FILE_BYTES))
+
+
+_EXPLAINED = {
+    "no_image": "there is no such file",
+    "outside_folder": "leads out of the folder of the list",
+    "image_too_large": f"over {MAX_FILE_BYTES:,} bytes",
+}
+
+
+def _leads_inside(path: str, folder: str) -> bool:
+    _, root = locate(folder, S3Config())
+    return Path(path).resolve().is_relative_to(Path(root).resolve())

@@ -1,0 +1,246 @@
+"""Parquet files, plain or as Hugging Face publishes images.
+
+Choices:
+- A unit is a run of whole row groups, of about `unit_rows` rows; footers are read when listing,
+  so a missing column or a file that is no Parquet is found before work starts.
+- An image column holds bytes, or the struct {bytes, path} of the `datasets` library; which of the
+  two is seen in the file.
+- A column may hold several texts of a pair, as a list: of strings, or of token ids of CLIP's
+  tokenizer, 77 a text. The data set Kaichengalex/YFCC15M of RWKV-CLIP's authors is of the latter
+  kind, with the image in `images` and 77 numbers in `texts`, the generated description:
+      kind: hf_parquet
+      columns: {image: images}
+      texts: {column: texts, are: [description]}
+  Their raw texts and captions are an array [15061515, 154], published apart; as a list column
+  beside the images that would be `are: [web_text, caption]`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, islice, pairwise
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, PositiveInt
+
+from ray_jobs.sources.base import (
+    ColumnsConfig,
+    FilesConfig,
+    Raw,
+    Rejected,
+    SourceError,
+    Unit,
+    require_text,
+)
+from ray_jobs.sources.files import File, find_files, open_file
+from ray_jobs.storage import S3Config
+from rwkv_clip.config import BaseConfig
+
+_BATCH_ROWS = 64  # in memory at once: encoded images are large
+_TOKENS = 77  # a text, in columns of token ids
+
+TextName = Literal["web_text", "caption", "description"]
+
+
+class ParquetColumnsConfig(ColumnsConfig):
+    """Columns of a Parquet file of pairs."""
+
+    image: str = Field("image", description="column of encoded images")
+    description_source: str | None = Field(
+        "description_source", description="column of where descriptions are from"
+    )
+
+
+class HfColumnsConfig(ParquetColumnsConfig):
+    """Columns as Hugging Face's data sets usually call them."""
+
+    web_text: str | None = Field("text", description="column of what the web said")
+
+
+class TextListConfig(BaseConfig):
+    """A column that holds several texts of a pair."""
+
+    column: str = Field(description="a list of strings, or of token ids, 77 a text")
+    are: tuple[TextName, ...] = Field(
+        min_length=1, description="what the texts are, in order: web_text, caption, description"
+    )
+
+
+class ParquetConfig(FilesConfig):
+    """Parquet files with one pair a row."""
+
+    kind: Literal["parquet"]
+    columns: ParquetColumnsConfig = ParquetColumnsConfig()
+    texts: TextListConfig | None = Field(None, description="a column with several texts")
+    unit_bytes: PositiveInt = Field(512_000_000, description="a task reads at most, about")
+
+
+class HfParquetConfig(ParquetConfig):
+    """Parquet files of the Hugging Face hub."""
+
+    kind: Literal["hf_parquet"]  # type: ignore[assignment]
+    columns: HfColumnsConfig = HfColumnsConfig()
+
+
+class ParquetSource:
+    """See ParquetConfig and HfParquetConfig."""
+
+    def __init__(self, config: ParquetConfig) -> None:
+        self.config = config
+
+    def units(self) -> list[Unit]:
+        files = find_files(self.config, (".parquet", ".pq"))
+
+        def units_of(file: File) -> list[Unit]:
+            metadata, schema = read_footer(file.uri, self.config.s3)
+            self._present(schema, file.uri)
+            return row_group_units(file, metadata, self.config.unit_rows, self.config.unit_bytes)
+
+        with ThreadPoolExecutor(16) as pool:
+            return [unit for units in pool.map(units_of, files) for unit in units]
+
+    def read(self, unit: Unit) -> Iterator[Raw | Rejected]:
+        _, schema = read_footer(unit.path, self.config.s3)
+        present = self._present(schema, unit.path)
+        columns = list(present.values())
+        if self.config.texts:
+            columns.append(self.config.texts.column)
+        name = unit.label
+        for number, row in read_rows(unit, columns, self.config.s3):
+            origin = f"{name} row {number}"
+            if isinstance(row, str):
+                yield Rejected("", origin, "unreadable", row)
+                continue
+            raw = {ours: row[theirs] for ours, theirs in present.items()}
+            raw["image"] = image_bytes(raw["image"])
+            raw.setdefault("id", f"{name}:{number}")
+            if self.config.texts:
+                raw.update(split_texts(row[self.config.texts.column], self.config.texts.are))
+            yield {**raw, "id": id_text(raw["id"]), "origin": origin}
+
+    def _present(self, schema: pa.Schema, where: str) -> dict[str, str]:
+        """Our columns to the file's; raises SourceError."""
+        present = self.config.columns.present(schema.names, where, "image")
+        _check_image_column(schema.field(present["image"]), where)
+        texts = self.config.texts
+        if texts is None:
+            require_text(present, schema.names, where)
+        elif texts.column not in schema.names:
+            raise SourceError(
+                f"source.texts.column: {where} has no column {texts.column!r}; it has "
+                f"{', '.join(schema.names)}"
+            )
+        return present
+
+
+def read_footer(uri: str, s3: S3Config) -> tuple[pq.FileMetaData, pa.Schema]:
+    """A Parquet file's metadata and schema; raises SourceError where it is no Parquet file."""
+    try:
+        with open_file(uri, s3) as stream:
+            file = pq.ParquetFile(stream)
+            return file.metadata, file.schema_arrow
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SourceError(
+            f"source.path: {uri} cannot be read as Parquet: {error}. Fetch the file again, or "
+            "leave it out of source.path"
+        ) from error
+
+
+def row_group_units(
+    file: File, metadata: pq.FileMetaData, unit_rows: int, unit_bytes: int
+) -> list[Unit]:
+    """A file's row groups, neighbours put together as long as they are small enough."""
+    units: list[Unit] = []
+    first = rows = size = 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        if rows and (
+            rows + group.num_rows > unit_rows or size + group.total_byte_size > unit_bytes
+        ):
+            units.append(Unit(file.uri, file.label, first, rows, size=file.size))
+            first, rows, size = first + rows, 0, 0
+        rows += group.num_rows
+        size += group.total_byte_size
+    return [*units, Unit(file.uri, file.label, first, rows, size=file.size)] if rows else units
+
+
+def read_rows(
+    unit: Unit, columns: Sequence[str], s3: S3Config
+) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """A unit's rows by number; for rows that cannot be read, what is wrong, as a string.
+
+    A broken page loses the rest of its row group, and no more.
+    """
+    with open_file(unit.path, s3) as stream:
+        file = pq.ParquetFile(stream)
+        sizes = [file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)]
+        end = unit.first + (file.metadata.num_rows if unit.rows is None else unit.rows)
+        for group, (first, after) in enumerate(pairwise(accumulate(sizes, initial=0))):
+            if not unit.first <= first < end:
+                continue
+            number = first
+            try:
+                batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(columns))
+                for batch in batches:
+                    for row in _rows_of(batch):
+                        yield number, row
+                        number += 1
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                # The footer was read before. If it can be read now, then the file can be reached,
+                # and it is the row group that is broken; else whoever asked may try again.
+                with open_file(unit.path, s3) as again:
+                    pq.ParquetFile(again)
+                for lost in range(number, after):
+                    yield lost, f"{type(error).__name__}: {error}"
+
+
+def image_bytes(value: object) -> object:
+    """An image's bytes, out of the struct if there is one."""
+    return value.get("bytes") if isinstance(value, Mapping) else value
+
+
+def id_text(value: object) -> object:
+    """Ids may be numbers."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def split_texts(values: object, names: Sequence[str]) -> dict[str, str]:
+    """The texts of a list column by their names.
+
+    Args:
+        values: strings, or token ids of CLIP's tokenizer, 77 a text.
+        names: what the texts are, in order.
+    """
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes) or not values:
+        return {}
+    if isinstance(values[0], str | None):
+        return {name: text for name, text in zip(names, values, strict=False) if text}
+    from rwkv_clip.tokenizer import decode
+
+    numbers = iter(values)
+    rows = {name: [int(token) for token in islice(numbers, _TOKENS)] for name in names}
+    return {name: decode(tokens) for name, tokens in rows.items() if any(tokens)}
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        # Some writers do not check their strings: take them as bytes, which `make_pair` reads.
+        columns = [
+            column.cast(pa.binary()) if pa.types.is_string(column.type) else column
+            for column in batch.columns
+        ]
+        yield from pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+
+
+def _check_image_column(field: pa.Field, where: str) -> None:
+    kind = field.type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise SourceError(
+            f"source.columns.image: {field.name!r} of {where} is {field.type}; takes binary, or a "
+            "struct {bytes, path}. For a column of URLs use kind: urls"
+        )

@@ -1,0 +1,167 @@
+"""Folders of images with a list beside them; and lists in general, as URLs come in them too."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import TypeAdapter
+
+from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source
+
+Png = Callable[[int], bytes]
+
+
+def source(path: Path, **options: Any) -> Source:
+    config = {"kind": "folder", "path": str(path), **options}
+    return open_source(TypeAdapter(SourceConfig).validate_python(config))
+
+
+def rows_of(one: Source) -> list[Any]:
+    return [row for unit in one.units() for row in one.read(unit)]
+
+
+def texts_of(one: Source) -> list[str]:
+    return [row.reason if isinstance(row, Rejected) else row["web_text"] for row in rows_of(one)]
+
+
+@pytest.fixture
+def images(tmp_path: Path, png: Png) -> Path:
+    (tmp_path / "img").mkdir()
+    for number in range(6):
+        (tmp_path / f"img/{number}.png").write_bytes(png(number))
+    return tmp_path
+
+
+def entries(count: int = 6) -> list[dict[str, Any]]:
+    return [{"file_name": f"img/{i}.png", "text": f"text, {i}\nline two"} for i in range(count)]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]], **options: Any) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), **options)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], delimiter: str = ",", **options: Any) -> None:
+    with path.open("w", newline="", **options) as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "jsonl.gz", "csv.gz", "parquet"])
+@pytest.mark.parametrize("unit_rows", [2, 100])
+def test_lists_of_every_kind_are_read_alike(kind: str, unit_rows: int, images: Path) -> None:
+    path = images / f"metadata.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(entries()), path, row_group_size=2)
+    elif "jsonl" in kind:
+        write_jsonl(path, entries())
+    else:
+        write_csv(path, entries(), "\t" if kind == "tsv" else ",")
+    if kind.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    one = source(path, unit_rows=unit_rows)
+    assert len(one.units()) == (3 if unit_rows == 2 and not kind.endswith(".gz") else 1)
+    rows = rows_of(one)
+    assert [row["web_text"] for row in rows] == [f"text, {i}\nline two" for i in range(6)]
+    assert [row["id"] for row in rows] == [f"img/{i}.png" for i in range(6)]
+    assert [row["image"] for row in rows] == [
+        (images / f"img/{i}.png").read_bytes() for i in range(6)
+    ]
+
+
+def test_a_folder_is_searched_for_its_lists(images: Path) -> None:
+    write_jsonl(images / "metadata.jsonl", entries(2))
+    assert len(rows_of(source(images))) == 2
+
+
+def test_broken_lines_are_rejected_and_the_rest_is_read(images: Path) -> None:
+    lines = [
+        json.dumps(entries()[0]).encode(),
+        b'{"file_name": "img/1.png", "text": "caf\xe9"}',
+        b'{"file_name": "img/2.png", "te',
+        b"",
+        b"[1, 2]",
+        b"[" * 100_000,
+        b"\xff\xfe\x00",
+        b'\xef\xbb\xbf{"file_name": "img/3.png", "text": "with a mark"}',
+        b'{"file_name": "img/4.png", "text": "no line end"}',
+    ]
+    (images / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    assert texts_of(source(images, unit_rows=3)) == [
+        "text, 0\nline two", "caf\ufffd", "bad_row", "bad_row", "bad_row", "bad_row",
+        "with a mark", "no line end",
+    ]  # fmt: skip
+
+
+def test_broken_csv_rows_are_rejected_and_the_rest_is_read(images: Path) -> None:
+    text = "file_name,text\nimg/0.png,zero\n\nimg/1.png\nimg/2.png,two,three\nimg/3.png,three\n"
+    (images / "metadata.csv").write_text(text)
+    assert texts_of(source(images)) == ["zero", "bad_row", "bad_row", "three"]
+
+
+def test_ten_megabytes_in_a_line_are_read(images: Path) -> None:
+    write_jsonl(images / "metadata.jsonl", [{**entries()[0], "text": "x" * 10_000_000}])
+    assert len(texts_of(source(images))[0]) == 10_000_000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.png",
+        "/etc/passwd",
+        "img/../../secret.png",
+        "img/link.png",
+        "..\\secret.png",
+        "..",
+    ],
+)
+def test_a_name_that_leads_out_of_the_folder_is_refused(name: str, images: Path) -> None:
+    inner = images / "inner"
+    (images / "img").rename(images / "moved")
+    inner.mkdir()
+    (images / "moved").rename(inner / "img")
+    (images / "secret.png").write_bytes((inner / "img/0.png").read_bytes())
+    (inner / "img/link.png").symlink_to(images / "secret.png")
+    write_jsonl(inner / "metadata.jsonl", [{"file_name": name, "text": "hi"}, *entries(1)])
+    refused, good = rows_of(source(inner))
+    assert refused.reason == "outside_folder"
+    assert good["id"] == "img/0.png"
+
+
+def test_files_that_are_not_there_are_rejected(images: Path) -> None:
+    names = ["img/77.png", "img", "", None, "img/\x00.png"]
+    write_jsonl(images / "metadata.jsonl", [{"file_name": name, "text": "hi"} for name in names])
+    assert texts_of(source(images)) == ["no_image"] * 4 + ["no_image"]
+
+
+def test_a_missing_column_is_found_before_work(images: Path) -> None:
+    write_jsonl(images / "metadata.jsonl", [{"path": "img/0.png", "text": "hi"}])
+    with pytest.raises(
+        SourceError, match=r"columns.image: .*no column 'file_name'.*it has path, text"
+    ):
+        source(images).units()
+    assert len(rows_of(source(images, columns={"image": "path"}))) == 1
+    with pytest.raises(SourceError, match=r"columns.caption: .*no column 'blip'"):
+        source(images, columns={"image": "path", "caption": "blip"}).units()
+
+
+def test_a_list_of_another_kind_is_refused(images: Path) -> None:
+    (images / "list.xlsx").write_bytes(b"PK")
+    with pytest.raises(
+        SourceError, match=r"no list that can be read; takes files ending in .jsonl"
+    ):
+        source(images / "list.xlsx").units()
+
+
+def test_an_empty_list_has_no_units(images: Path) -> None:
+    (images / "metadata.jsonl").write_bytes(b"")
+    assert source(images).units() == []
+    (images / "metadata.jsonl").unlink()
+    (images / "metadata.csv").write_text("file_name,text\n")
+    assert source(images).units() == []

@@ -1,0 +1,188 @@
+"""Parquet files: other people's columns, row groups, and pages that are broken."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import TypeAdapter
+
+from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source
+from rwkv_clip.tokenizer import tokenize
+
+Png = Callable[[int], bytes]
+
+
+def source(path: Path | str | list[str], kind: str = "parquet", **options: Any) -> Source:
+    config = {"kind": kind, "path": path if isinstance(path, list) else str(path), **options}
+    return open_source(TypeAdapter(SourceConfig).validate_python(config))
+
+
+def rows_of(one: Source) -> list[Any]:
+    return [row for unit in one.units() for row in one.read(unit)]
+
+
+def write(path: Path, table: dict[str, Any], group: int = 4) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(table), path, row_group_size=group)
+
+
+def pairs(png: Png, count: int) -> dict[str, Any]:
+    return {
+        "id": [f"p{i}" for i in range(count)],
+        "image": [png(i) for i in range(count)],
+        "web_text": [f"text {i}" for i in range(count)],
+    }
+
+
+def test_our_own_columns_need_no_mapping(tmp_path: Path, png: Png) -> None:
+    write(tmp_path / "a.parquet", pairs(png, 10))
+    one = source(tmp_path, unit_rows=8)
+    assert [(unit.first, unit.rows) for unit in one.units()] == [(0, 8), (8, 2)]
+    rows = rows_of(one)
+    assert [row["id"] for row in rows] == [f"p{i}" for i in range(10)]
+    assert rows[9]["image"] == png(9)
+    assert rows[9]["origin"] == "a.parquet row 9"
+
+
+def test_other_names_are_mapped(tmp_path: Path, png: Png) -> None:
+    write(tmp_path / "a.parquet", {"key": [1, 2], "jpg": [png(1), png(2)], "alt": ["one", "two"]})
+    one = source(tmp_path, columns={"id": "key", "image": "jpg", "web_text": "alt"})
+    assert [(row["id"], row["web_text"]) for row in rows_of(one)] == [("1", "one"), ("2", "two")]
+
+
+def test_folders_patterns_and_lists_find_files_once_and_in_order(tmp_path: Path, png: Png) -> None:
+    for name in ("x/b.parquet", "x/a.parquet", "y/deep/c.parquet", "x/_hidden.parquet"):
+        write(tmp_path / name, pairs(png, 1))
+    (tmp_path / "x/readme.txt").write_text("no data")
+
+    def found(path: Any) -> list[str]:
+        return [Path(unit.path).name for unit in source(path).units()]
+
+    assert found(tmp_path) == ["a.parquet", "b.parquet", "c.parquet"]
+    assert found(f"{tmp_path}/x/*.parquet") == ["a.parquet", "b.parquet"]
+    assert found(f"{tmp_path}/**/c.parquet") == ["c.parquet"]
+    assert found(f"{tmp_path}/?/[ac]*") == ["a.parquet"]
+    assert found([f"{tmp_path}/x/b.parquet", f"{tmp_path}/x"]) == ["b.parquet", "a.parquet"]
+    assert found(f"file://{tmp_path}/y") == ["c.parquet"]
+
+
+def test_made_up_ids_do_not_depend_on_where_the_files_lie(tmp_path: Path, png: Png) -> None:
+    table = pairs(png, 2)
+    del table["id"]
+    write(tmp_path / "one/data/a.parquet", table)
+    write(tmp_path / "two/data/a.parquet", table)
+    ids = [[row["id"] for row in rows_of(source(tmp_path / name))] for name in ("one", "two")]
+    assert ids == [["data/a.parquet:0", "data/a.parquet:1"]] * 2
+
+
+def test_a_relative_path_is_that_of_the_driver(
+    tmp_path: Path, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "data/a.parquet", pairs(png, 1))
+    monkeypatch.chdir(tmp_path)
+    one = source("data")
+    units = one.units()
+    monkeypatch.chdir("/")
+    assert len(list(one.read(units[0]))) == 1
+
+
+def test_hugging_face_images_are_structs(tmp_path: Path, png: Png) -> None:
+    images = [{"bytes": png(1), "path": "a.png"}, {"bytes": None, "path": "b.png"}]
+    write(tmp_path / "a.parquet", {"image": images, "text": ["one", "two"]})
+    rows = rows_of(source(tmp_path, "hf_parquet"))
+    assert rows[0]["image"] == png(1)
+    assert rows[0]["web_text"] == "one"
+    assert rows[1]["image"] is None
+
+
+def test_the_published_yfcc15m_is_read(tmp_path: Path, png: Png) -> None:
+    tokens = tokenize(["A red bicycle leans on a wall.", ""]).float().tolist()
+    table = {
+        "images": [{"bytes": png(1)}, {"bytes": png(2)}],
+        "texts": pa.array(tokens, pa.list_(pa.float32())),
+    }
+    write(tmp_path / "train-00000-of-01507.parquet", table)
+    texts = {"column": "texts", "are": ["description"]}
+    rows = rows_of(source(tmp_path, "hf_parquet", columns={"image": "images"}, texts=texts))
+    assert [row.get("description") for row in rows] == ["a red bicycle leans on a wall .", ""]
+
+
+def test_a_column_may_hold_several_texts(tmp_path: Path, png: Png) -> None:
+    tokens = tokenize(["raw words", "a nice caption"]).flatten().tolist()
+    write(tmp_path / "tokens.parquet", {"image": [png(1)], "texts": [tokens]})
+    write(tmp_path / "strings.parquet", {"image": [png(2)], "texts": [["raw words", None]]})
+    texts = {"column": "texts", "are": ["web_text", "caption"]}
+    strings, numbers = rows_of(source(tmp_path, texts=texts))
+    assert (numbers["web_text"], numbers["caption"]) == ("raw words", "a nice caption")
+    assert (strings["web_text"], strings.get("caption")) == ("raw words", None)
+
+
+def test_a_broken_page_loses_its_row_group_and_no_more(tmp_path: Path, png: Png) -> None:
+    path = tmp_path / "a.parquet"
+    write(path, pairs(png, 12))
+    group = pq.ParquetFile(path).metadata.row_group(1)
+    column = group.column(1)
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+    rows = rows_of(source(tmp_path))
+    assert [isinstance(row, Rejected) for row in rows] == [False] * 4 + [True] * 4 + [False] * 4
+    assert rows[4].reason == "unreadable"
+    assert rows[4].origin == "a.parquet row 4"
+
+
+def test_strings_that_are_no_utf8_are_still_read(tmp_path: Path, png: Png) -> None:
+    text = pa.array([b"caf\xe9", b"tea"], pa.binary()).view(pa.string())
+    write(tmp_path / "a.parquet", {"image": [png(1), png(2)], "web_text": text})
+    assert [row["web_text"] for row in rows_of(source(tmp_path))] == [b"caf\xe9", b"tea"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"columns": {"image": "imag"}},
+            r"columns.image: .*no column 'imag' \(did you mean 'image'",
+        ),
+        ({"columns": {"caption": "blip"}}, "columns.caption: .*no column 'blip'.*it has id, image"),
+        ({"columns": {"image": "id"}}, "columns.image: 'id' of .* is string; takes binary"),
+        ({"columns": {"web_text": None}}, "has none of the texts; name at least one"),
+        ({"texts": {"column": "t", "are": ["caption"]}}, "texts.column: .*no column 't'"),
+    ],
+)
+def test_a_wrong_column_is_found_before_work(
+    options: dict[str, Any], message: str, tmp_path: Path, png: Png
+) -> None:
+    write(tmp_path / "a.parquet", pairs(png, 1))
+    with pytest.raises(SourceError, match=message):
+        source(tmp_path, **options).units()
+
+
+def test_a_wrong_path_is_found_before_work(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"nothing.here does not exist"):
+        source(tmp_path / "nothing/here").units()
+    with pytest.raises(SourceError, match=r"holds no file that ends in .parquet"):
+        source(tmp_path).units()
+    with pytest.raises(SourceError, match="holds no file"):
+        source(f"{tmp_path}/*.parquet").units()
+    with pytest.raises(SourceError, match="neither a path nor a URI"):
+        source("gopher://host/data").units()
+    with pytest.raises(SourceError, match="empty list"):
+        source([]).units()
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, png: Png) -> None:
+    write(tmp_path / "a.parquet", pairs(png, 1))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and then the download broke off")
+    with pytest.raises(SourceError, match=r"b.parquet cannot be read as Parquet.*Fetch the file"):
+        source(tmp_path).units()
+
+
+def test_an_empty_file_has_no_units(tmp_path: Path, png: Png) -> None:
+    schema = pa.schema([("image", pa.binary()), ("web_text", pa.string())])
+    pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
+    assert source(tmp_path).units() == []

@@ -1,0 +1,340 @@
+"""Downloads from a real server that behaves as badly as the web."""
+
+import email.utils
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import TypeAdapter
+
+from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source
+from ray_jobs.sources.urls import is_public, retry_after
+
+Png = Callable[[int], bytes]
+QUICK = {
+    "allow_private": True,
+    "total_seconds": 0.6,
+    "retries": 1,
+    "backoff_seconds": 0.01,
+    "max_bytes": 100_000,
+    "max_redirects": 3,
+}
+
+
+class Server(ThreadingHTTPServer):
+    """Counts requests by path, and how many are answered at a time."""
+
+    daemon_threads = True
+
+    def __init__(self, image: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.image = image
+        self.asked: Counter[str] = Counter()
+        self.agents: set[str] = set()
+        self.busy = self.busiest = 0
+        self.lock = threading.Lock()
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that hang up are part of the tests."""
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A path a kind of trouble."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        server = self.server
+        with server.lock:
+            server.asked[self.path] += 1
+            server.agents.add(self.headers["User-Agent"])
+            server.busy += 1
+            server.busiest = max(server.busiest, server.busy)
+        try:
+            kind = self.path.split("/")[1]
+            getattr(self, f"give_{kind}", self.give_404)()
+        finally:
+            with server.lock:
+                server.busy -= 1
+
+    def give(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def give_404(self) -> None:
+        self.give(404)
+
+    def give_ok(self) -> None:
+        self.give(200, self.server.image, Content_Type="application/octet-stream")
+
+    def give_busy(self) -> None:
+        time.sleep(0.05)
+        self.give_ok()
+
+    def give_slow(self) -> None:
+        time.sleep(1.5)
+        self.give_ok()
+
+    def give_drip(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "50")
+        self.end_headers()
+        for _ in range(20):
+            self.wfile.write(b"x")
+            self.wfile.flush()
+            time.sleep(0.1)
+
+    def give_short(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "5000")
+        self.end_headers()
+        self.wfile.write(self.server.image)
+        self.close_connection = True
+
+    def give_once503(self) -> None:
+        if self.server.asked[self.path] == 1:
+            self.give(503, Retry_After="0")
+        else:
+            self.give_ok()
+
+    def give_500(self) -> None:
+        self.give(500)
+
+    def give_later(self) -> None:
+        self.give(429, Retry_After="3600")
+
+    def give_html(self) -> None:
+        self.give(200, b"<html>gone</html>", Content_Type="image/png")
+
+    def give_huge(self) -> None:
+        self.give(200, self.server.image + b"\x00" * 200_000)
+
+    def give_stream(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for _ in range(1000):
+            self.wfile.write(b"2710\r\n" + b"\xff" * 10_000 + b"\r\n")
+
+    def give_redirect(self) -> None:
+        self.give(302, Location="/ok/after-redirect")
+
+    def give_loop(self) -> None:
+        self.give(301, Location="/loop")
+
+    def give_tofile(self) -> None:
+        self.give(302, Location="file:///etc/passwd")
+
+    def give_tometadata(self) -> None:
+        self.give(302, Location="http://169.254.169.254/latest/meta-data/")
+
+    def give_noai(self) -> None:
+        self.give(200, self.server.image, X_Robots_Tag="noindex, noai")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(png: Png) -> Iterator[Server]:
+    with Server(png(1)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+
+
+def source(path: Path, **options: Any) -> Source:
+    config = {"kind": "urls", "path": str(path), **QUICK, **options}
+    return open_source(TypeAdapter(SourceConfig).validate_python(config))
+
+
+def rows_of(one: Source) -> list[Any]:
+    return [row for unit in one.units() for row in one.read(unit)]
+
+
+def download(tmp_path: Path, urls: list[str], **options: Any) -> list[Any]:
+    path = tmp_path / "list.jsonl"
+    rows = [{"url": url, "text": f"text {i}"} for i, url in enumerate(urls)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows_of(source(path, **options))
+
+
+def test_images_come_in_the_order_of_the_list(tmp_path: Path, server: Server) -> None:
+    paths = [f"/{'busy' if i % 3 else 'ok'}/{i}" for i in range(30)]
+    rows = download(tmp_path, [server.url(path) for path in paths], concurrency=5, unit_rows=11)
+    assert [row["web_text"] for row in rows] == [f"text {i}" for i in range(30)]
+    assert all(row["image"] == server.image for row in rows)
+    assert len({row["id"] for row in rows}) == 30
+    assert server.agents == {"rwkv-clip"}
+
+
+def test_no_more_connections_to_a_host_than_allowed(tmp_path: Path, server: Server) -> None:
+    urls = [server.url(f"/busy/{i}") for i in range(12)]
+    rows = download(tmp_path, urls, connections_per_host=3, total_seconds=0.3)
+    assert not any(isinstance(row, Rejected) for row in rows)
+    assert server.busiest == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "reason", "detail", "asked"),
+    [
+        ("/404", "download_failed", "HTTP 404 Not Found", 1),
+        ("/500", "download_failed", r"HTTP 500 .* \(2 attempts\)", 2),
+        ("/slow", "download_failed", "no answer in 0.6 s", 2),
+        ("/drip", "download_failed", "no answer in 0.6 s", 2),
+        ("/short", "download_failed", "ClientPayloadError", 2),
+        ("/later", "download_failed", "HTTP 429 .*Retry-After 3600 s", 1),
+        ("/loop", "download_failed", "more than 3 redirects", 4),
+        ("/tofile", "download_refused", "'file:///etc/passwd' is no http", 1),
+        ("/html", "download_not_image", "image/png, 17 bytes: b'<html>", 1),
+        ("/huge", "download_too_large", "Content-Length 200,", 1),
+        ("/stream", "download_too_large", "over 100,000 bytes", 1),
+        ("/noai", "download_disallowed", "X-Robots-Tag", 1),
+    ],
+)
+def test_a_failed_download_is_a_reason_and_not_an_error(
+    path: str, reason: str, detail: str, asked: int, tmp_path: Path, server: Server
+) -> None:
+    failed, good = download(tmp_path, [server.url(path), server.url("/ok")])
+    assert failed.reason == reason
+    assert re.search(detail, failed.detail)
+    assert server.url(path) in failed.detail
+    assert server.asked[path] == asked
+    assert failed.origin == "list.jsonl row 0"
+    assert good["image"] == server.image
+
+
+def test_what_fails_once_is_tried_again(tmp_path: Path, server: Server) -> None:
+    (row,) = download(tmp_path, [server.url("/once503")])
+    assert row["image"] == server.image
+    assert server.asked["/once503"] == 2
+
+
+def test_redirects_are_followed(tmp_path: Path, server: Server) -> None:
+    (row,) = download(tmp_path, [server.url("/redirect")])
+    assert row["image"] == server.image
+
+
+def test_a_host_that_fails_again_and_again_is_given_up_on(tmp_path: Path, server: Server) -> None:
+    urls = [server.url(f"/slow/{i}") for i in range(30)]
+    rows = download(tmp_path, urls, total_seconds=0.05, retries=0, connections_per_host=2)
+    assert [row.reason for row in rows] == ["download_failed"] * 30
+    assert server.asked.total() <= 12
+    assert "given up on after 10 failures" in rows[-1].detail
+
+
+def test_names_are_resolved_to_public_addresses_only(tmp_path: Path, server: Server) -> None:
+    url = server.url("/ok").replace("127.0.0.1", "localhost")
+    (refused,) = download(tmp_path, [url], allow_private=False)
+    assert "localhost has private addresses only" in refused.detail
+    assert server.asked.total() == 0
+    (row,) = download(tmp_path, [url])
+    assert row["image"] == server.image
+
+
+def test_a_refused_connection_is_told(tmp_path: Path) -> None:
+    (row,) = download(tmp_path, ["http://127.0.0.1:9/a.png"])
+    assert row.reason == "download_failed"
+    assert "(2 attempts)" in row.detail
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/",
+        "http://localhost/",
+        "http://[::1]/",
+        "http://2130706433/",
+        "http://0x7f.1/",
+        "http://10.0.0.1/",
+        "http://169.254.169.254/latest/meta-data",
+        "http://[::ffff:127.0.0.1]/",
+        "file:///etc/passwd",
+        "ftp://example.com/a.png",
+        "not a url",
+        "http://",
+        "http://[1/",
+        "",
+    ],
+)
+def test_only_public_web_addresses_are_asked(url: str, tmp_path: Path) -> None:
+    (row,) = download(tmp_path, [url], allow_private=False)
+    assert row.reason == "download_refused"
+
+
+def test_a_redirect_to_a_private_address_is_refused(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "ray_jobs.sources.urls.is_public",
+        lambda address: address == "127.0.0.1" or is_public(address),
+    )
+    (row,) = download(tmp_path, [server.url("/tometadata")], allow_private=False)
+    assert (row.reason, "169.254.169.254" in row.detail) == ("download_refused", True)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True), ("2606:2800:220:1::1", True), ("127.0.0.1", False),
+        ("192.168.1.1", False), ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False),
+        ("fe80::1%eth0", False), ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False),
+        ("2002:7f00:1::", False), ("64:ff9b::5db8:d822", True),
+    ],
+)  # fmt: skip
+def test_which_addresses_are_public(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    assert retry_after("7") == 7
+    assert retry_after(email.utils.formatdate(1_000_030, usegmt=True), now=1_000_000) == 30
+    assert retry_after(email.utils.formatdate(0, usegmt=True)) == 0
+    assert retry_after("soon") == retry_after(None) == 0
+
+
+def test_lists_may_be_parquet_with_other_columns(tmp_path: Path, server: Server) -> None:
+    table = pa.table({"URL": [server.url("/ok"), None], "TEXT": ["hi", "ho"], "key": [5, 6]})
+    pq.write_table(table, tmp_path / "part.parquet")
+    columns = {"url": "URL", "web_text": "TEXT", "id": "key"}
+    good, bad = rows_of(source(tmp_path / "part.parquet", columns=columns))
+    assert (good["id"], good["web_text"], good["image"]) == ("5", "hi", server.image)
+    assert (bad.id, bad.reason) == ("6", "download_refused")
+
+
+def test_a_list_without_urls_is_found_before_work(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("link,text\nhttp://example.com,hi\n")
+    with pytest.raises(SourceError, match=r"columns.url: .*no column 'url'.*it has link, text"):
+        source(tmp_path).units()
+
+
+def test_reading_may_stop_in_the_middle(tmp_path: Path, server: Server) -> None:
+    (tmp_path / "list.jsonl").write_text(
+        "".join(
+            json.dumps({"url": server.url(f"/busy/{i}"), "text": "x"}) + "\n" for i in range(99)
+        )
+    )
+    one = source(tmp_path, concurrency=4)
+    rows = one.read(one.units()[0])
+    next(rows)
+    rows.close()
+    assert server.asked.total() < 60
+    assert not [thread for thread in threading.enumerate() if thread.name == "downloads"]

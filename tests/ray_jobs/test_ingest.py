@@ -1,0 +1,360 @@
+"""Ingest: every pair once, whatever happens in between, and a reason for every other row."""
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ray_jobs import ingest as module
+from ray_jobs.ingest import (
+    IngestConfig,
+    IngestError,
+    Manifest,
+    hash_of_words,
+    ingest,
+    later_duplicates,
+)
+from ray_jobs.pairs import PAIR_SCHEMA, REJECTED_SCHEMA, pair_table
+from ray_jobs.sources import Rejected, SourceError, Unit
+from ray_jobs.storage import Storage
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256, 90)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pair(number: int, **changes: Any) -> dict[str, Any]:
+    text = f"a text about thing {'abcdefghijklmnopqrstuvwxyz'[number % 26] * (2 + number // 26)}"
+    return {"id": f"p{number:03d}", "image": png(number), "web_text": text, **changes}
+
+
+def write(folder: Path, *files: list[dict[str, Any]]) -> None:
+    folder.mkdir(exist_ok=True)
+    for index, rows in enumerate(files):
+        pq.write_table(pair_table(rows), folder / f"{index}.parquet")
+
+
+def config(source: Path | dict[str, Any], **options: Any) -> IngestConfig:
+    if isinstance(source, Path):
+        source = {"kind": "parquet", "path": str(source)}
+    return IngestConfig.model_validate({"source": source, "cpus_per_task": 0.5, **options})
+
+
+def content(storage: Storage) -> dict[str, bytes]:
+    return {name: storage.read_bytes(name) for name in storage.names(recursive=True)}
+
+
+def ids_of(storage: Storage, name: str = "train") -> list[str]:
+    manifest = Manifest.from_storage(storage, name)
+    return [
+        identity
+        for part in manifest.parts
+        for identity in storage.read_table(part.path, ["id"])["id"].to_pylist()
+    ]
+
+
+def rejected_of(storage: Storage) -> list[tuple[str, str]]:
+    return [
+        (row["id"], row["reason"])
+        for name in storage.names("rejected/train")
+        for row in storage.read_table(name).to_pylist()
+    ]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage.at(tmp_path / "storage")
+
+
+def test_emoji_become_pairs(storage: Storage) -> None:
+    emoji = {"kind": "emoji", "limit": 50, "unit_rows": 20}
+    manifest = ingest(config(emoji, row_group_rows=8), storage)
+    assert [part.rows for part in manifest.parts] == [20, 20, 10]
+    assert manifest.parts[0].row_groups == (8, 8, 4)
+    assert manifest.rows == 50
+    assert manifest == Manifest.from_storage(storage)
+    for part in manifest.parts:
+        file = pq.ParquetFile(storage.path(part.path))
+        assert file.schema_arrow == PAIR_SCHEMA
+        groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+        assert groups == part.row_groups
+        assert storage.size(part.path) == part.bytes
+    assert len(set(ids_of(storage))) == 50
+
+
+def test_what_is_done_is_done(storage: Storage, tmp_path: Path) -> None:
+    write(tmp_path / "data", [pair(1), pair(2)])
+    first = ingest(config(tmp_path / "data"), storage)
+    (tmp_path / "data/0.parquet").unlink()
+    assert ingest(config(tmp_path / "data"), storage) == first
+    # What does not change the rows does not change the data set either.
+    assert (
+        ingest(config(tmp_path / "data", max_rejected_share=1, cpus_per_task=1), storage) == first
+    )
+
+
+def test_two_data_sets_share_a_storage(storage: Storage, tmp_path: Path) -> None:
+    write(tmp_path / "a", [pair(1)])
+    write(tmp_path / "b", [pair(2)])
+    ingest(config(tmp_path / "a"), storage, "train")
+    ingest(config(tmp_path / "b"), storage, "test")
+    assert (ids_of(storage), ids_of(storage, "test")) == (["p001"], ["p002"])
+
+
+def test_a_run_that_lost_some_parts_ends_like_an_undisturbed_one(
+    storage: Storage, tmp_path: Path
+) -> None:
+    write(
+        tmp_path / "data",
+        [pair(i) for i in range(5)],
+        [pair(i) for i in range(3, 8)],
+        [pair(i, image=b"") for i in range(1)] + [pair(9), pair(9)],
+        [pair(4), pair(10)],
+    )
+    options = config(tmp_path / "data", row_group_rows=2, max_rejected_share=0.5)
+    whole = ingest(options, storage)
+    undisturbed = content(storage)
+    assert ids_of(storage) == [f"p{i:03d}" for i in (0, 1, 2, 3, 4, 5, 6, 7, 9, 10)]
+
+    for lost in (
+        ["pairs/train/manifest.json"],
+        ["pairs/train/manifest.json", "pairs/train/part-00001.json"],
+        [
+            "pairs/train/manifest.json",
+            "pairs/train/part-00000.json",
+            "keys/train/part-00003.parquet",
+        ],
+        ["pairs/train/manifest.json", "pairs/train", "rejected/train"],
+    ):
+        for name in lost:
+            storage.delete(name)
+        assert ingest(options, storage) == whole
+        assert content(storage) == undisturbed
+
+
+def test_a_crash_while_duplicates_are_taken_out_loses_nothing(
+    storage: Storage, tmp_path: Path
+) -> None:
+    write(tmp_path / "data", [pair(1), pair(2)], [pair(2), pair(3), pair(1)])
+    options = config(tmp_path / "data", max_rejected_share=0.5)
+    whole = ingest(options, storage)
+    undisturbed = content(storage)
+    # As if the part had been rewritten, and its record had not.
+    name = "pairs/train/part-00001.json"
+    record = storage.read_json(name)
+    record.update(rows=3, row_groups=[3], dropped={}, drop_digest="", digest="")
+    storage.write_json(name, record)
+    storage.delete("pairs/train/manifest.json")
+    assert ingest(options, storage) == whole
+    assert content(storage) == undisturbed
+
+
+def test_a_worker_that_dies_is_replaced(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "died"
+
+    class Deadly:
+        def units(self) -> list[Unit]:
+            return [Unit(str(first), first=first, rows=3) for first in range(0, 9, 3)]
+
+        def read(self, unit: Unit) -> Iterator[dict[str, Any]]:
+            for number in range(unit.first, unit.first + 3):
+                if number == 4 and not mark.exists():
+                    mark.touch()
+                    os._exit(1)
+                yield pair_of(number)
+
+    pair_of = {number: pair(number) for number in range(9)}.__getitem__
+    monkeypatch.setattr(module, "open_source", lambda _: Deadly())
+    manifest = ingest(config(tmp_path), storage)
+    assert mark.exists()
+    assert [part.rows for part in manifest.parts] == [3, 3, 3]
+    assert ids_of(storage) == [f"p{i:03d}" for i in range(9)]
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_another_configuration_is_refused(done: bool, storage: Storage, tmp_path: Path) -> None:
+    write(tmp_path / "data", [pair(1), pair(2)])
+    ingest(config(tmp_path / "data"), storage)
+    if not done:
+        storage.delete("pairs/train/manifest.json")
+    with pytest.raises(IngestError, match=r"another configuration\. Choose another storage"):
+        ingest(config(tmp_path / "data", row_group_rows=7), storage)
+
+
+def test_other_files_under_a_begun_run_are_refused(storage: Storage, tmp_path: Path) -> None:
+    write(tmp_path / "data", [pair(1)], [pair(2)])
+    ingest(config(tmp_path / "data"), storage)
+    storage.delete("pairs/train/manifest.json")
+    write(tmp_path / "data", [pair(1)], [pair(2), pair(3)])
+    with pytest.raises(IngestError, match=r"source was another .*1\.parquet"):
+        ingest(config(tmp_path / "data"), storage)
+
+
+def test_the_first_row_of_an_id_wins(storage: Storage, tmp_path: Path) -> None:
+    write(
+        tmp_path / "data",
+        [pair(1, web_text="first"), pair(1, web_text="same part")],
+        [pair(2), pair(1, web_text="other part")],
+    )
+    manifest = ingest(config(tmp_path / "data", max_rejected_share=0.5), storage)
+    assert ids_of(storage) == ["p001", "p002"]
+    assert storage.read_table(manifest.parts[0].path)["web_text"].to_pylist() == ["first"]
+    assert rejected_of(storage) == [("p001", "duplicate_id")] * 2
+    assert manifest.rejected == {"duplicate_id": 2}
+    assert manifest.duplicates == {"id": 2, "image": 0, "text": 0}
+
+
+def test_a_part_of_duplicates_alone_disappears(storage: Storage, tmp_path: Path) -> None:
+    write(tmp_path / "data", [pair(1), pair(2)], [pair(1)], [pair(3)])
+    manifest = ingest(config(tmp_path / "data", max_rejected_share=0.5), storage)
+    assert [part.name for part in manifest.parts] == ["part-00000", "part-00002"]
+
+
+def test_an_id_column_that_is_none_stops_the_job(storage: Storage, tmp_path: Path) -> None:
+    write(tmp_path / "data", *[[pair(7)]] * 4)
+    with pytest.raises(IngestError, match=r"3 of 4 rows \(75.0 %\).*duplicate_id \(3\)"):
+        ingest(config(tmp_path / "data"), storage)
+    assert not storage.exists("pairs/train/manifest.json")
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_repeated_images_and_texts_are_counted_and_may_be_dropped(
+    drop: bool, storage: Storage, tmp_path: Path
+) -> None:
+    write(
+        tmp_path / "data",
+        [pair(1), pair(2, web_text="The quick brown fox!")],
+        [pair(3, image=png(1)), pair(4, web_text="fox, quick brown the 2024")],
+        [pair(5, web_text="a dog"), pair(6, web_text="a dog")],
+    )
+    options = config(tmp_path / "data", drop_duplicate_images=drop, drop_near_duplicate_texts=drop)
+    manifest = ingest(options, storage)
+    assert manifest.duplicates == {"id": 0, "image": 1, "text": 1}
+    kept = [1, 2, 5, 6] if drop else [1, 2, 3, 4, 5, 6]
+    assert ids_of(storage) == [f"p00{i}" for i in kept]
+    dropped = [("p003", "duplicate_image"), ("p004", "near_duplicate_text")]
+    assert rejected_of(storage) == (dropped if drop else [])
+
+
+def test_every_unusable_row_is_told(storage: Storage, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = [{"file_name": f"{i}.png", "text": f"text {i}"} for i in range(12)]
+    for number in range(9):
+        (folder / f"{number}.png").write_bytes(png(number))
+    (folder / "9.png").write_bytes(b"")
+    (folder / "10.png").write_bytes(png(10)[:50])
+    lines += [{"file_name": "../x.png", "text": "\ud800"}, {"file_name": "8.png", "text": ""}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + "{broken\n"
+    (folder / "metadata.jsonl").write_text(text)
+    source = {"kind": "folder", "path": str(folder)}
+    manifest = ingest(config(source, max_rejected_share=0.5), storage)
+    assert manifest.rows == 9
+    assert sorted(rejected_of(storage)) == [
+        ("", "bad_row"),
+        ("../x.png", "outside_folder"),
+        ("10.png", "image_undecodable"),
+        ("11.png", "no_image"),
+        ("8.png", "no_text"),
+        ("9.png", "no_image"),
+    ]
+    table = storage.read_table("rejected/train/part-00000.parquet")
+    assert table.schema == REJECTED_SCHEMA
+    assert table["origin"].to_pylist()[-1] == "metadata.jsonl row 14"
+
+
+def test_too_many_unusable_rows_stop_the_job(storage: Storage, tmp_path: Path) -> None:
+    bad = [pair(i, image=b"<html>") for i in range(6)] + [pair(8, web_text="")]
+    write(tmp_path / "data", bad, [pair(i) for i in range(20, 30)])
+    for _ in range(2):  # also when it is started again
+        with pytest.raises(
+            IngestError,
+            match=r"7 of 17 rows \(41.2 %\) cannot be used, over max_rejected_share \(20.0 %\)\. "
+            r"Commonest reasons: image_undecodable \(6, such as 0\.parquet row 0: no image begins",
+        ):
+            ingest(config(tmp_path / "data"), storage)
+    assert ingest(config(tmp_path / "data", max_rejected_share=0.5), storage).rows == 10
+
+
+def test_it_stops_early(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_EARLY_ROWS", 5)
+    write(tmp_path / "data", *[[pair(i, image=b"") for i in range(9)]] * 40)
+    with pytest.raises(IngestError, match="no_image"):
+        ingest(config(tmp_path / "data"), storage)
+    assert len(storage.names("pairs/train", ".json")) < 30
+
+
+def test_a_source_without_rows_is_an_error(storage: Storage, tmp_path: Path) -> None:
+    write(tmp_path / "data", [])
+    with pytest.raises(IngestError, match="the parquet source is empty"):
+        ingest(config(tmp_path / "data"), storage)
+    write(tmp_path / "data", [pair(1, image=b"")])
+    with pytest.raises(IngestError, match=r"no row could be used.*no_image"):
+        ingest(config(tmp_path / "data", max_rejected_share=1), storage)
+    with pytest.raises(SourceError, match="does not exist"):
+        ingest(config(tmp_path / "nothing"), storage)
+
+
+def test_a_file_that_cannot_be_reached_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    calls = []
+
+    def work(index: int) -> Any:
+        calls.append(index)
+        raise OSError("connection reset")
+
+    answer = module._answer(3, "s3://bucket/a.parquet", work)
+    assert calls == [3, 3, 3]
+    assert (
+        "s3://bucket/a.parquet cannot be read or written (connection reset)" in answer["error"][0]
+    )
+
+
+def test_a_manifest_that_is_not_there_is_told(storage: Storage) -> None:
+    with pytest.raises(IngestError, match="was not ingested to its end; run ingest"):
+        Manifest.from_storage(storage)
+
+
+def test_limits_are_passed_on(storage: Storage, tmp_path: Path) -> None:
+    write(tmp_path / "data", [pair(1)])
+    with pytest.raises(IngestError, match="image_too_small"):
+        ingest(config(tmp_path / "data", limits={"min_side": 9}), storage)
+
+
+@given(st.lists(st.integers(0, 6), max_size=30), st.data())
+def test_later_duplicates_are_found(values: list[int], data: st.DataObject) -> None:
+    considered = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    later, first = later_duplicates(np.array(values, np.uint64), np.array(considered, bool))
+    expected, seen = [], {}
+    for row, (value, counts) in enumerate(zip(values, considered, strict=True)):
+        if value and counts and seen.setdefault(value, row) != row:
+            expected.append((row, seen[value]))
+    assert sorted(zip(later.tolist(), first.tolist(), strict=True)) == expected
+
+
+def test_texts_of_the_same_words_are_alike() -> None:
+    one = hash_of_words("A red-brown fox jumps, 2 times")
+    assert one == hash_of_words("times FOX a brown   jumps red")
+    assert one != hash_of_words("a red brown fox jumps")
+    assert hash_of_words("a fox 1 2 3 4") == 0
+
+
+def test_rejected_rows_travel() -> None:
+    row = Rejected("a", "b", "c", "d")
+    assert pickle.loads(pickle.dumps(row)) == row
