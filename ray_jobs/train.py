@@ -1,0 +1,203 @@
+"""The training job: pairs from the storage, Ray Train's workers, checkpoints in the storage.
+
+    python -m ray_jobs.train --config FILE
+
+Everything lives below `train/` in the storage. A run that was killed goes on from its last
+checkpoint when it is started again; one that ended returns its result at once.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from ray_jobs.ingest import Manifest
+from ray_jobs.storage import Storage
+from ray_jobs.training.batches import PairFiles
+from ray_jobs.training.checkpoint import STATE_FILE
+from ray_jobs.training.config import TrainConfig
+from ray_jobs.training.loop import NonFiniteLossError, WorkerTask, train_worker
+from ray_jobs.training.plan import DataPlan, PlanError
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "train"
+RESULT = f"{FOLDER}/result.json"
+
+
+class TrainError(RuntimeError):
+    """Training cannot start or go on; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left.
+
+    Attributes:
+        checkpoint: the last checkpoint's folder, as a name in the storage.
+        steps: of the optimizer.
+        left_out: samples that could not be decoded.
+        seconds: in steps, waiting for data included.
+        history: the records of metrics, in order.
+        resumed: whether an earlier run had done all of it.
+    """
+
+    checkpoint: str
+    steps: int
+    left_out: int
+    seconds: float
+    history: list[dict[str, float]]
+    resumed: bool = False
+
+
+def pair_files(storage: Storage, name: str = "train") -> PairFiles:
+    """A data set's pairs, with the descriptions that synthesis wrote, where there are any."""
+    manifest = Manifest.from_storage(storage, name)
+    parts = manifest.parts
+    described = storage.exists(f"descriptions/{name}/manifest.json")
+    return PairFiles(
+        storage,
+        tuple(part.path for part in parts),
+        tuple(part.row_groups for part in parts),
+        tuple(f"descriptions/{name}/{part.name}.parquet" for part in parts) if described else None,
+    )
+
+
+def total_steps(config: TrainConfig, files: PairFiles) -> int:
+    """Steps of a run; raises TrainError where data, batch, lanes and workers do not fit."""
+    try:
+        data = config.data
+        plan = DataPlan(
+            files.flat_row_groups, config.batch, data.lanes, data.shuffle_steps, config.seed
+        )
+        plan.lanes_of(0, config.workers)
+    except PlanError as error:
+        raise TrainError(f"train.batch, train.data.lanes, train.workers: {error}") from error
+    return max(1, round(config.epochs * plan.steps_per_epoch))
+
+
+def train(
+    config: TrainConfig,
+    storage: Storage,
+    name: str = "train",
+    on_record: Callable[[Mapping[str, float]], None] | None = None,
+) -> TrainResult:
+    """Train on a data set of the storage; goes on where an earlier run stopped.
+
+    Ray must be initialised.
+
+    Args:
+        config: of the run.
+        storage: holds the pairs, and gets the checkpoints.
+        name: of the data set.
+        on_record: called on the first worker with every record of metrics; sent there, so it must
+            be possible to serialise.
+
+    Raises:
+        TrainError: the data does not fit the configuration, or the storage holds another run.
+        NonFiniteLossError: the loss stopped being a number.
+    """
+    files = pair_files(storage, name)
+    steps = total_steps(config, files)
+    identity = {"config": config.model_dump(mode="json"), "steps": steps}
+    if storage.exists(RESULT):
+        return _finished(storage, identity)
+    _claim(storage, identity)
+    task = WorkerTask(config, files, steps, on_record)
+    result = _trainer(config, storage, task).fit()
+    _raise_if_not_finite(storage, result.checkpoint)
+    return _conclude(storage, identity, result.checkpoint)
+
+
+def _trainer(config: TrainConfig, storage: Storage, task: WorkerTask) -> TorchTrainer:
+    resources = {"CPU": config.cpus_per_worker}
+    if config.gpus_per_worker:
+        resources["GPU"] = config.gpus_per_worker
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=FOLDER,
+            storage_path=storage.path(),
+            storage_filesystem=storage.filesystem,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+        ),
+    )
+
+
+def _claim(storage: Storage, identity: Mapping[str, Any]) -> None:
+    """Note whose run the folder holds; refuse to go on with another's."""
+    name = f"{FOLDER}/run.json"
+    if not storage.exists(name):
+        storage.write_json(name, identity)
+    elif (held := storage.read_json(name)) != identity:
+        raise TrainError(
+            f"{storage.child_uri(FOLDER)} holds a run with other settings "
+            f"({_differences(held, identity)}); choose another storage.uri, or delete that folder"
+        )
+
+
+def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
+    """The keys whose values differ, with both."""
+    found = []
+    for key in sorted({*held, *wanted}):
+        old, new = held.get(key), wanted.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            inner = _differences(old, new, f"{prefix}{key}.")
+            found += [inner] if inner else []
+        elif old != new:
+            found.append(f"{prefix}{key}: {old!r} there, {new!r} now")
+    return ", ".join(found)
+
+
+def _raise_if_not_finite(storage: Storage, checkpoint: Any) -> None:
+    records = storage.names(FOLDER, suffix=".json")
+    found = [name for name in records if "/not-finite-" in name]
+    if not found:
+        return
+    value = storage.read_json(found[0])
+    for name in found:
+        storage.delete(name)  # the next attempt starts from the checkpoint, perhaps mended
+    ids, last = value["ids"], checkpoint.path if checkpoint else "none"
+    raise NonFiniteLossError(
+        f"the loss or its gradient at step {value['step']} is not a number; the batch's ids on "
+        f"worker {value['rank']} are {', '.join(ids[:8])} ... ({len(ids)} in all); the last good "
+        f"checkpoint is {last}. Lower train.recipe.learning_rate, or look at these pairs"
+    )
+
+
+def _conclude(storage: Storage, identity: Mapping[str, Any], checkpoint: Any) -> TrainResult:
+    """Read the run's end from its last checkpoint, and note it."""
+    if checkpoint is None:
+        raise TrainError("training ended without a checkpoint")
+    folder = f"{FOLDER}/{checkpoint.path.rstrip('/').rpartition('/')[2]}"
+    state = storage.read_json(f"{folder}/{STATE_FILE}")
+    value = {
+        "checkpoint": folder,
+        "steps": state["step"],
+        "left_out": state["left_out"],
+        "seconds": sum(record["seconds"] for record in state["history"]),
+        "history": state["history"],
+    }
+    storage.write_json(RESULT, {"run": identity, "result": value})
+    return TrainResult(**value)
+
+
+def _finished(storage: Storage, identity: Mapping[str, Any]) -> TrainResult:
+    value = storage.read_json(RESULT)
+    if value["run"] != identity:
+        raise TrainError(
+            f"{storage.child_uri(FOLDER)} holds a finished run with other settings "
+            f"({_differences(value['run'], identity)}); choose another storage.uri, or delete "
+            "that folder"
+        )
+    return TrainResult(**value["result"], resumed=True)

@@ -1,0 +1,207 @@
+"""Batches for a training worker: read, decoded, augmented and tokenized on Ray Data's CPU workers.
+
+Choices:
+- A worker has a stream of its own: a Ray Data execution whose work items are the plan's windows,
+  in order, across epochs, so that the pipeline never drains at an epoch's end.
+- Images are encoded files until the last stage. What travels to the worker are uint8 pixels and
+  int32 tokens; the worker normalises, which on a GPU is free.
+- A sample's text, crop and flip are drawn from (seed, epoch, id): whoever prepares it, whenever.
+- A row whose image cannot be decoded (or whose texts are all empty) is marked and left out by the
+  worker, which counts it. Ingestion has decoded each image once, so this is rare.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+
+from ray_jobs.storage import Storage
+from ray_jobs.training.plan import DataPlan, RowAddress, Rows, Window
+from rwkv_clip.tokenizer import tokenize
+from rwkv_clip.transforms import ImageDecodeError, ImageTransform
+
+logger = logging.getLogger(__name__)
+
+TEXTS = ("web_text", "caption", "description")
+_COLUMNS = ["id", "image", "web_text", "caption", "tags", "description"]
+
+Batch = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """A data set's files: the pairs, and what stages wrote beside them.
+
+    Attributes:
+        storage: where they are.
+        parts: names of the pairs' files.
+        row_groups: each part's row group sizes.
+        descriptions: names of the tables aligned with the parts; None to take the pairs' own.
+    """
+
+    storage: Storage
+    parts: tuple[str, ...]
+    row_groups: tuple[tuple[int, ...], ...]
+    descriptions: tuple[str, ...] | None = None
+
+    @cached_property
+    def address(self) -> RowAddress:
+        return RowAddress.of(self.row_groups)
+
+    @property
+    def flat_row_groups(self) -> tuple[int, ...]:
+        """Rows in each row group, over all parts."""
+        return tuple(rows for part in self.row_groups for rows in part)
+
+    def take(self, rows: Rows) -> list[dict[str, Any]]:
+        """The pairs at these positions, in their order."""
+        groups = self.address.groups(rows)
+        found: dict[int, list[dict[str, Any]]] = {}
+        for group in np.unique(groups).tolist():
+            found[group] = self._read(group, np.unique(rows[groups == group]))
+        index = {
+            (group, row): at
+            for group in found
+            for at, row in enumerate(np.unique(rows[groups == group]).tolist())
+        }
+        pairs = zip(groups.tolist(), rows.tolist(), strict=True)
+        return [found[group][index[group, row]] for group, row in pairs]
+
+    def _read(self, group: int, rows: Rows) -> list[dict[str, Any]]:
+        """Some rows of a row group, with their descriptions."""
+        part = int(self.address.part_of_group[group])
+        inside = int(self.address.group_in_part[group])
+        within = pa.array(rows - self.address.first_row[group])
+        table = _row_group(self.storage, self.parts[part], inside, _COLUMNS).take(within)
+        if self.descriptions is not None:
+            first = sum(self.row_groups[part][:inside])
+            texts = self.storage.read_table(
+                self.descriptions[part], columns=["id", "description"]
+            ).slice(first, self.row_groups[part][inside])
+            texts = texts.take(within)
+            if not texts["id"].equals(table["id"]):
+                raise ValueError(
+                    f"{self.descriptions[part]} does not belong to {self.parts[part]}: their ids "
+                    "differ; delete the descriptions and run synthesis again"
+                )
+            at = table.schema.get_field_index("description")
+            table = table.set_column(at, "description", texts["description"])
+        return list(table.to_pylist())
+
+
+def _row_group(storage: Storage, name: str, group: int, columns: list[str]) -> pa.Table:
+    with storage.filesystem.open_input_file(storage.path(name)) as stream:
+        return pq.ParquetFile(stream, pre_buffer=True).read_row_group(group, columns=columns)
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Turns windows of the plan into batches for one worker.
+
+    Attributes:
+        files: the pairs.
+        plan: their order.
+        lanes: those of the worker.
+        transform: of the images, with training augmentation.
+        context_length: tokens of a text.
+        weights: how often each text is chosen, of those that a pair has.
+    """
+
+    files: PairFiles
+    plan: DataPlan
+    lanes: range
+    transform: ImageTransform
+    context_length: int
+    weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TEXTS, 1.0))
+
+    def __call__(self, windows: Mapping[str, Any]) -> Iterator[Batch]:
+        """A batch for each step of the windows; what `map_batches` calls."""
+        columns = (windows[name].tolist() for name in ("epoch", "first", "steps"))
+        for epoch, first, steps in zip(*columns, strict=True):
+            yield from self.batches(Window(epoch, first, steps))
+
+    def batches(self, window: Window) -> Iterator[Batch]:
+        """The worker's share of each batch of a window, in order."""
+        shape = (len(self.lanes), window.steps, self.plan.slice_rows)
+        rows = np.concatenate([self.plan.rows_of(window, lane) for lane in self.lanes])
+        pairs = self.files.take(rows)
+        for step in range(window.steps):
+            order = np.arange(rows.size).reshape(shape)[:, step].ravel()
+            chosen = [pairs[at] for at in order]
+            number = window.epoch * self.plan.steps_per_epoch + window.first + step
+            yield self._batch(chosen, window.epoch, number)
+
+    def _batch(self, pairs: Sequence[Mapping[str, Any]], epoch: int, step: int) -> Batch:
+        size = self.transform.image_size
+        pixels = np.zeros((len(pairs), size, size, 3), np.uint8)
+        usable = np.ones(len(pairs), np.bool_)
+        texts = []
+        for at, pair in enumerate(pairs):
+            rng = sample_generator(self.plan.seed, epoch, pair["id"])
+            text = choose_text(pair, self.weights, rng)
+            texts.append(text)
+            try:
+                pixels[at] = self.transform.uint8(pair["image"], rng, name=pair["id"])
+            except ImageDecodeError as error:
+                logger.warning("left out: %s", error)
+                usable[at] = False
+            usable[at] &= bool(text)
+        return {
+            "pixels": pixels,
+            "tokens": tokenize(texts, self.context_length).numpy().astype(np.int32),
+            "usable": usable,
+            "id": np.array([pair["id"] for pair in pairs], dtype=object),
+            "step": np.full(len(pairs), step, np.int64),
+        }
+
+
+def sample_generator(seed: int, epoch: int, identity: str) -> np.random.Generator:
+    """The random numbers of one sample in one epoch."""
+    return np.random.Generator(np.random.PCG64([seed, epoch, crc32(identity.encode())]))
+
+
+def choose_text(
+    pair: Mapping[str, Any], weights: Mapping[str, float], rng: np.random.Generator
+) -> str:
+    """One of a pair's texts, by weight among those it has; its tags if it has none of them."""
+    there = [(pair[name], weights.get(name, 0.0)) for name in TEXTS if pair.get(name)]
+    total = sum(weight for _, weight in there)
+    if total <= 0:
+        return ", ".join(pair.get("tags") or ())
+    mark = rng.random() * total
+    for text, weight in there:
+        mark -= weight
+        if mark < 0:
+            return str(text)
+    return str(there[-1][0])
+
+
+def stream(
+    maker: BatchMaker, first_step: int, last_step: int, cpus_per_task: float
+) -> ray.data.Dataset:
+    """The worker's batches from one global step to before another, as a Ray Data stream in order.
+
+    Rows come out in the batches' order, `plan.slice_rows * len(lanes)` rows a step.
+    """
+    windows = list(maker.plan.windows(first_step, last_step))
+    table = pa.table(
+        {
+            "epoch": [window.epoch for window in windows],
+            "first": [window.first for window in windows],
+            "steps": [window.steps for window in windows],
+        }
+    )
+    blocks = [table.slice(at, 1) for at in range(len(windows))]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        maker, batch_size=1, num_cpus=cpus_per_task, zero_copy_batch=True
+    )
+    dataset.context.execution_options.preserve_order = True
+    return dataset

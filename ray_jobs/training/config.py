@@ -1,0 +1,105 @@
+"""What a training run is made of."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+
+from ray_jobs.training.recipe import RecipeConfig
+from rwkv_clip.config import BaseConfig
+from rwkv_clip.model.config import CONFIGS, CLIPConfig, named_config
+
+
+class ImageTowerConfig(BaseConfig):
+    """The image encoder; what is absent is as in the named model."""
+
+    depth: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    hidden_dim: PositiveInt | None = None
+    patch_size: PositiveInt | None = None
+    image_size: PositiveInt | None = None
+    drop_path: float | None = Field(None, ge=0, lt=1)
+
+
+class TextTowerConfig(BaseConfig):
+    """The text encoder; what is absent is as in the named model."""
+
+    depth: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    hidden_dim: PositiveInt | None = None
+    context_length: int | None = Field(None, ge=3)
+    dropout: float | None = Field(None, ge=0, lt=1)
+
+
+class ModelConfig(BaseConfig):
+    """A named model, and what is to differ from it."""
+
+    name: str = Field("RWKV-CLIP-B-32", description=f"one of {', '.join(CONFIGS)}")
+    embed_dim: PositiveInt | None = Field(None, description="of both encoders")
+    image: ImageTowerConfig = ImageTowerConfig()
+    text: TextTowerConfig = TextTowerConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        named_config(name)
+        return name
+
+    def clip_config(self) -> CLIPConfig:
+        """The library's configuration; raises ValueError, naming the key."""
+        base = named_config(self.name).to_dict()
+        changed = False
+        for tower in ("image", "text"):
+            given = getattr(self, tower).model_dump(exclude_none=True)
+            if self.embed_dim is not None:
+                given["embed_dim"] = self.embed_dim
+            changed |= any(base[tower][key] != value for key, value in given.items())
+            base[tower] |= given
+        if changed:
+            base["name"] = f"{self.name} (changed)"
+        return CLIPConfig.from_dict(base)
+
+
+class TextWeights(BaseConfig):
+    """How often each of a pair's texts is chosen, among those that it has."""
+
+    web_text: NonNegativeFloat = 1.0
+    caption: NonNegativeFloat = 1.0
+    description: NonNegativeFloat = 1.0
+
+
+class DataConfig(BaseConfig):
+    """How batches are drawn and made; see DataPlan."""
+
+    texts: TextWeights = TextWeights()
+    lanes: PositiveInt = Field(
+        8, description="streams a batch is drawn from, a multiple of workers"
+    )
+    shuffle_steps: PositiveInt = Field(16, description="steps whose samples are mixed")
+    cpus_per_task: PositiveFloat = Field(1.0, description="CPUs that a task making batches holds")
+
+
+class TrainConfig(BaseConfig):
+    """A training run."""
+
+    model: ModelConfig = ModelConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    data: DataConfig = DataConfig()
+    epochs: PositiveFloat = Field(32.0, description="passes over the data")
+    batch: PositiveInt = Field(4096, description="pairs in a global batch")
+    micro_batches: PositiveInt = Field(
+        1, description="pieces that a worker's batch is computed in; the gradient stays that of all"
+    )
+    workers: PositiveInt = Field(1, description="training processes")
+    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that a worker holds")
+    gpus_per_worker: NonNegativeFloat = Field(0.0, description="GPUs that a worker holds")
+    threads: PositiveInt | None = Field(None, description="of a CPU worker; PyTorch's default")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products")
+    sharding: Literal["none", "fsdp2"] = Field("none", description="of parameters over workers")
+    compile: bool = Field(False, description="compile the model")
+    activation_checkpointing: bool = Field(False, description="less memory for a third more time")
+    loss: Literal["contrastive", "sigmoid"] = "contrastive"
+    seed: int = Field(0, description="of weights, order, augmentation and regularisation")
+    log_steps: PositiveInt = Field(10, description="steps between two records of metrics")
+    checkpoint_steps: PositiveInt = Field(1000, description="steps between two checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints that are kept")
+    max_failures: int = Field(3, ge=-1, description="workers' deaths that are made good; -1: any")

@@ -1,0 +1,358 @@
+"""What every training worker runs: batches in, steps, checkpoints out.
+
+Choices:
+- The gradient is that of the global batch, whatever the number of workers and of micro-batches
+  (GradCache's two passes, arXiv 2101.06983).
+- All randomness of a step (stochastic depth, dropout) is seeded from (seed, step, rank), so a run
+  that goes on in the middle of an epoch draws what it would have drawn.
+- A loss that is not finite ends the run, with the batch's ids and the last good checkpoint: trying
+  again would end the same way.
+"""
+
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ray_jobs.training.batches import Batch, BatchMaker, PairFiles, stream
+from ray_jobs.training.checkpoint import RunState, load_state, save_state
+from ray_jobs.training.config import TrainConfig
+from ray_jobs.training.plan import DataPlan
+from ray_jobs.training.recipe import (
+    MAX_LOGIT_SCALE,
+    create_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
+from rwkv_clip.loss import PairLoss, create_loss
+from rwkv_clip.memory import keep_freed_memory
+from rwkv_clip.model import RWKVCLIP, create_model
+from rwkv_clip.transforms import image_transform
+
+logger = logging.getLogger(__name__)
+
+OnRecord = Callable[[Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What a worker is told: everything it needs, small enough to be sent.
+
+    Attributes:
+        config: of the run.
+        files: the pairs.
+        steps: of the whole run.
+        on_record: called on rank 0 with every record of metrics.
+        stop_after: leave after so many steps in all, for tests and benchmarks.
+    """
+
+    config: TrainConfig
+    files: PairFiles
+    steps: int
+    on_record: OnRecord | None = None
+    stop_after: int | None = None
+
+    @property
+    def plan(self) -> DataPlan:
+        config = self.config
+        return DataPlan(
+            self.files.flat_row_groups,
+            config.batch,
+            config.data.lanes,
+            config.data.shuffle_steps,
+            config.seed,
+        )
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training met a loss that is no number."""
+
+
+def train_worker(settings: Mapping[str, Any]) -> None:
+    """Ray Train's training function."""
+    Worker(settings["task"]).run()
+
+
+class Worker:
+    """One training process."""
+
+    def __init__(self, task: WorkerTask) -> None:
+        self.task = task
+        self.config = task.config
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        keep_freed_memory()
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        self.device = ray.train.torch.get_device()
+        torch.manual_seed(self.config.seed)
+        self.model = create_model(self.config.model.clip_config(), device=self.device)
+        self.model.set_activation_checkpointing(self.config.activation_checkpointing)
+        self.trained = self._distribute(self.model)
+        self.optimizer = create_optimizer(self.model, self.config.recipe)
+        self.loss: PairLoss = create_loss(self.config.loss)
+        self.state = RunState()
+
+    def run(self) -> None:
+        """Train from the last checkpoint, or from the beginning, to the end."""
+        self._restore()
+        last = min(self.task.steps, self.task.stop_after or self.task.steps)
+        meter = _Meter()
+        for batch in self._batches(last):
+            step = self.state.step
+            waited = meter.waited()
+            metrics = self._step(step, batch)
+            if not math.isfinite(metrics["loss"]):
+                self._stop_not_finite(step, batch)
+                return
+            self.state.step = step + 1
+            meter.count(len(batch["id"]) * self.world_size, waited)
+            ended = self.state.step == last
+            if self.state.step % self.config.log_steps == 0 or ended:
+                self._record(metrics, meter)
+            if self.state.step % self.config.checkpoint_steps == 0 or ended:
+                self._checkpoint(metrics)
+            meter.begin_wait()
+
+    def _distribute(self, model: RWKVCLIP) -> nn.Module:
+        if self.config.compile:
+            model.compile()
+        if self.world_size == 1:
+            return model
+        if self.config.sharding == "fsdp2":
+            for block in (*model.image_model.layers, *model.text_model.blocks):
+                fully_shard(block)
+            # PyTorch shards no scalars: the logit scale stays whole on every worker.
+            fully_shard(model, ignored_params={model.logit_scale})
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            self.state = load_state(Path(folder), self.model, self.optimizer)
+        logger.info("goes on after step %d", self.state.step)
+
+    def _batches(self, last: int) -> Iterator[Batch]:
+        """The worker's share of each batch from where the run stands."""
+        if self.state.step >= last:
+            return
+        plan = self.task.plan
+        lanes = plan.lanes_of(self.rank, self.world_size)
+        transform = image_transform(self.model.config, train=True)
+        length = self.model.config.context_length
+        weights = self.config.data.texts.model_dump()
+        maker = BatchMaker(self.task.files, plan, lanes, transform, length, weights)
+        dataset = stream(maker, self.state.step, last, self.config.data.cpus_per_task)
+        rows = plan.slice_rows * len(lanes)
+        (share,) = dataset.streaming_split(1, equal=False)
+        yield from share.iter_batches(
+            batch_size=rows, batch_format="numpy", prefetch_batches=4, drop_last=False
+        )
+
+    def _step(self, step: int, batch: Batch) -> dict[str, float]:
+        """One step of the optimizer; its metrics."""
+        recipe = self.config.recipe
+        rate = learning_rate(step, self.task.steps, recipe)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        pixels, tokens = self._to_device(batch)
+        self._seed(step)
+        if self.config.micro_batches == 1:
+            loss = self._backward(pixels, tokens)
+        else:
+            loss = self._backward_in_pieces(pixels, tokens)
+        self._reduce_scale()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        if loss.isfinite() and norm.isfinite():
+            self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return {
+            "loss": float(loss) if whole.isfinite() else math.nan,
+            "learning_rate": rate,
+            "logit_scale": float(self.model.logit_scale.exp()),
+            "gradient_norm": float(whole),
+        }
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Normalised pixels [B, 3, S, S] and tokens [B, T] of the usable samples."""
+        usable = batch["usable"]
+        self.state.left_out += int((~usable).sum())
+        whole = bool(usable.all())
+        pixels = torch.from_numpy(np.ascontiguousarray(_kept(batch["pixels"], usable, whole)))
+        tokens = torch.from_numpy(np.ascontiguousarray(_kept(batch["tokens"], usable, whole)))
+        mean, scale = self._normalisation
+        image = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return (image - mean) * scale, tokens.to(self.device, torch.int64, non_blocking=True)
+
+    @cached_property
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        """Mean and inverse spread of pixels in 0..255, [1, 3, 1, 1] each."""
+        config = self.model.config
+        mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+        shape = (1, 3, 1, 1)
+        return (255 * mean).view(shape).to(self.device), (1 / (255 * std)).view(shape).to(
+            self.device
+        )
+
+    def _seed(self, step: int) -> None:
+        mixed = np.random.SeedSequence([self.config.seed, step, self.rank]).generate_state(1)
+        torch.manual_seed(int(mixed[0]))
+
+    def _autocast(self) -> torch.autocast | nullcontext[None]:
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _backward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        with self._autocast():
+            loss: Tensor = self.loss(*self.trained(pixels, tokens))
+        loss.backward()
+        return loss.detach()
+
+    def _backward_in_pieces(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        """The same gradient with the activations of one piece at a time."""
+        pieces = list(
+            zip(
+                pixels.tensor_split(self.config.micro_batches),
+                tokens.tensor_split(self.config.micro_batches),
+                strict=True,
+            )
+        )
+        states, embeddings = [], []
+        for image, text in pieces:
+            states.append(_random_state(self.device))
+            with torch.no_grad(), self._autocast():
+                embeddings.append(self.trained(image, text))
+        images = torch.cat([images for images, _, _ in embeddings])
+        texts = torch.cat([texts for _, texts, _ in embeddings])
+        solved = self.loss.value_and_gradients(images, texts, embeddings[0][2])
+        sizes = [len(image) for image, _ in pieces]
+        gradients = zip(solved.image_emb.split(sizes), solved.text_emb.split(sizes), strict=True)
+        for at, ((image, text), (d_image, d_text)) in enumerate(
+            zip(pieces, gradients, strict=True)
+        ):
+            last = at == len(pieces) - 1
+            _set_random_state(self.device, states[at])
+            with self._reducing(last), self._autocast():
+                outputs = self.trained(image, text)
+                d_scale = solved.logit_scale if last else torch.zeros_like(solved.logit_scale)
+                torch.autograd.backward(outputs, (d_image, d_text, d_scale))
+        return solved.loss
+
+    def _reducing(self, last: bool) -> Any:
+        """Workers exchange gradients after the last piece only."""
+        if isinstance(self.trained, DistributedDataParallel) and not last:
+            return self.trained.no_sync()
+        return nullcontext()
+
+    def _reduce_scale(self) -> None:
+        """What DistributedDataParallel does for all parameters and FSDP for those it shards."""
+        gradient = self.model.logit_scale.grad
+        if self.config.sharding == "fsdp2" and self.world_size > 1 and gradient is not None:
+            dist.all_reduce(gradient)
+            gradient /= self.world_size
+
+    def _record(self, metrics: Mapping[str, float], meter: "_Meter") -> None:
+        record = {"step": float(self.state.step), **metrics, **meter.read()}
+        self.state.history.append(record)
+        if self.rank == 0 and self.task.on_record is not None:
+            self.task.on_record(record)
+
+    def _checkpoint(self, metrics: Mapping[str, float]) -> None:
+        """Write the state and hand it to Ray Train, which uploads it while training goes on."""
+        folder = Path(tempfile.mkdtemp(prefix="rwkv-clip-"))
+        config = self.model.config
+        save_state(folder, self.model, self.optimizer, config, self.state, writes=self.rank == 0)
+        checkpoint = None
+        if self.rank == 0:
+            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+        else:
+            folder.rmdir()
+        ray.train.report(
+            {"step": self.state.step, **metrics},
+            checkpoint=checkpoint,
+            checkpoint_dir_name=f"step-{self.state.step:09d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        )
+
+    def _stop_not_finite(self, step: int, batch: Batch) -> None:
+        """Leave word of what happened where the driver finds it."""
+        value = {
+            "step": step,
+            "rank": self.rank,
+            "ids": [str(identity) for identity in batch["id"]],
+            "state": {**asdict(self.state), "history": self.state.history[-3:]},
+        }
+        self.task.files.storage.write_json(f"train/not-finite-{self.rank}.json", value)
+        logger.error("the loss of step %d is not finite: %s", step, json.dumps(value["state"]))
+
+
+class _Meter:
+    """Throughput and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = self._wait_start = time.perf_counter()
+        self._pairs = 0
+        self._waiting = 0.0
+
+    def begin_wait(self) -> None:
+        self._wait_start = time.perf_counter()
+
+    def waited(self) -> float:
+        return time.perf_counter() - self._wait_start
+
+    def count(self, pairs: int, waited: float) -> None:
+        self._pairs += pairs
+        self._waiting += waited
+
+    def read(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        read = {
+            "pairs_per_second": self._pairs / seconds,
+            "data_wait_share": self._waiting / seconds,
+            "seconds": seconds,
+        }
+        self._restart()
+        return read
+
+
+def _kept(values: np.ndarray[Any, Any], usable: np.ndarray[Any, Any], whole: bool) -> Any:
+    return values if whole else values[usable]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

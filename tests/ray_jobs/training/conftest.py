@@ -1,0 +1,26 @@
+"""A small ingested data set that the training tests share."""
+
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.storage import Storage
+
+PAIRS = 200
+
+
+@pytest.fixture(scope="session")
+def emoji_storage(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """Two hundred emoji pairs in row groups of 32, in more than one part."""
+    storage = Storage.at(tmp_path_factory.mktemp("emoji"))
+    source = {"kind": "emoji", "limit": PAIRS, "unit_rows": 90}
+    ingest(IngestConfig(source=source, row_group_rows=32), storage)
+    return storage
+
+
+@pytest.fixture
+def own_storage(emoji_storage: Storage, tmp_path: Path) -> Storage:
+    """A storage with the same pairs, and a training folder of its own."""
+    (tmp_path / "pairs").symlink_to(emoji_storage.path("pairs"))
+    return Storage.at(tmp_path)

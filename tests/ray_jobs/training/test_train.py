@@ -1,0 +1,121 @@
+"""Training on a real Ray cluster: it ends, goes on after a kill, and is one for any workers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from ray_jobs.storage import Storage
+from ray_jobs.train import TrainError, _trainer, pair_files, total_steps, train
+from ray_jobs.training.config import TrainConfig
+from ray_jobs.training.loop import NonFiniteLossError, WorkerTask
+from rwkv_clip.model import load_checkpoint
+
+SMALL: dict[str, Any] = {
+    "model": {
+        "name": "RWKV-CLIP-Tiny",
+        "embed_dim": 32,
+        "image": {"depth": 1, "heads": 2, "hidden_dim": 64, "patch_size": 16, "image_size": 32},
+        "text": {"depth": 1, "heads": 2, "hidden_dim": 64, "context_length": 12},
+    },
+    "batch": 32,
+    "epochs": 1.5,
+    "threads": 1,
+    "cpus_per_worker": 0.4,
+    "data": {"lanes": 4, "shuffle_steps": 2, "cpus_per_task": 0.2},
+    "log_steps": 1,
+    "checkpoint_steps": 4,
+}
+
+
+def config_of(**changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate({**SMALL, **changes})
+
+
+def curve(history: list[dict[str, float]]) -> list[tuple[float, float]]:
+    return [(record["step"], record["loss"]) for record in history]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(emoji_storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "pairs").symlink_to(emoji_storage.path("pairs"))
+    storage = Storage.at(folder)
+    return storage, train(config_of(), storage)
+
+
+def test_a_run_ends_with_a_model_and_its_history(undisturbed):
+    storage, result = undisturbed
+    assert result.steps == total_steps(config_of(), pair_files(storage)) == 9
+    assert [record["step"] for record in result.history] == list(range(1, 10))
+    assert {"loss", "learning_rate", "logit_scale", "gradient_norm"} <= result.history[0].keys()
+    assert {"pairs_per_second", "data_wait_share"} <= result.history[0].keys()
+    model = load_checkpoint(storage.path(result.checkpoint))
+    assert model.config.image_size == 32
+
+
+def test_a_finished_run_is_not_run_again(undisturbed):
+    storage, result = undisturbed
+    again = train(config_of(), storage)
+    assert again.resumed
+    assert again.history == result.history
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_with_the_same_curve(undisturbed, own_storage):
+    _, expected = undisturbed
+    config = config_of()
+    files = pair_files(own_storage)
+    steps = total_steps(config, files)
+    # The first attempt leaves in the middle of an epoch, as a killed one does.
+    _trainer(config, own_storage, WorkerTask(config, files, steps, stop_after=4)).fit()
+    result = train(config, own_storage)
+    assert [step for step, _ in curve(result.history)] == list(range(1, 10))
+    for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"workers": 2}, {"micro_batches": 2}], ids=str)
+def test_two_workers_and_two_pieces_have_the_curve_of_one(undisturbed, own_storage, changes):
+    _, expected = undisturbed
+    result = train(config_of(**changes), own_storage)
+    for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_names_the_pairs_and_the_checkpoint(own_storage):
+    recipe = {"learning_rate": 1e30, "clip_norm": 1e30}
+    with pytest.raises(
+        NonFiniteLossError, match=r"ids on worker 0 are noto-.*last good checkpoint"
+    ):
+        train(config_of(recipe=recipe), own_storage)
+
+
+def test_another_configuration_is_refused_with_what_differs(undisturbed):
+    storage, _ = undisturbed
+    with pytest.raises(TrainError, match=r"config.seed: 0 there, 7 now"):
+        train(config_of(seed=7), storage)
+
+
+def test_what_does_not_fit_is_refused_before_the_work(own_storage):
+    with pytest.raises(TrainError, match=r"train\.batch.*do not fill a batch of 4,096"):
+        train(config_of(batch=4096), own_storage)
+    with pytest.raises(TrainError, match="4 lanes cannot be shared by 3 workers"):
+        train(config_of(workers=3), own_storage)
+
+
+class _Recorder:
+    """Collects records through the storage, as it is called in another process."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def __call__(self, record: Mapping[str, float]) -> None:
+        self.storage.write_json(f"records/{int(record['step']):03d}.json", dict(record))
+
+
+def test_records_reach_whoever_listens(own_storage):
+    result = train(
+        config_of(epochs=0.5, log_steps=2), own_storage, on_record=_Recorder(own_storage)
+    )
+    records = [own_storage.read_json(name) for name in own_storage.names("records")]
+    assert records == result.history
