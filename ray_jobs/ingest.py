@@ -42,6 +42,7 @@ import ray.data
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from ray.data.exceptions import ExecutionTimeoutError
 
+from ray_jobs.execution import arrange
 from ray_jobs.pairs import (
     PAIR_SCHEMA,
     RejectedRowError,
@@ -378,8 +379,7 @@ class _Ingestion:
         dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map_batches(
             task, batch_size=1, num_cpus=self.config.cpus_per_task
         )
-        dataset.context.enable_progress_bars = False  # ours counts rows
-        dataset.context.execution_no_progress_timeout_s = self.config.hang_seconds
+        arrange(dataset).context.execution_no_progress_timeout_s = self.config.hang_seconds
         try:
             for row in dataset.iter_rows():
                 if row["error"]:

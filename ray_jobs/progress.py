@@ -74,6 +74,11 @@ class Progress:
         self._smooth(now)
         self._write(self._line(note))
 
+    def skip(self, count: int) -> None:
+        """Note that this much turned out to be done already."""
+        self.count = self.skipped = count
+        self._last = (time.monotonic(), count)
+
     def close(self, outcome: str = "done") -> None:
         """Tell how the stage ended."""
         count = f"{self.count - self.skipped:,} {self.unit}"

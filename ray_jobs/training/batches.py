@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
+from ray_jobs.execution import arrange
 from ray_jobs.storage import Storage
 from ray_jobs.training.plan import DataPlan, RowAddress, Rows, Window
 from rwkv_clip.tokenizer import tokenize
@@ -185,7 +186,11 @@ def choose_text(
 
 
 def stream(
-    maker: BatchMaker, first_step: int, last_step: int, cpus_per_task: float
+    maker: BatchMaker,
+    first_step: int,
+    last_step: int,
+    cpus_per_task: float,
+    tasks: int | None = None,
 ) -> ray.data.Dataset:
     """The worker's batches from one global step to before another, as a Ray Data stream in order.
 
@@ -201,7 +206,10 @@ def stream(
     )
     blocks = [table.slice(at, 1) for at in range(len(windows))]
     dataset = ray.data.from_arrow(blocks).map_batches(
-        maker, batch_size=1, num_cpus=cpus_per_task, zero_copy_batch=True
+        maker,
+        batch_size=1,
+        num_cpus=cpus_per_task,
+        zero_copy_batch=True,
+        compute=ray.data.TaskPoolStrategy(tasks),
     )
-    dataset.context.execution_options.preserve_order = True
-    return dataset
+    return arrange(dataset, ordered=True)

@@ -76,6 +76,9 @@ class DataConfig(BaseConfig):
     )
     shuffle_steps: PositiveInt = Field(16, description="steps whose samples are mixed")
     cpus_per_task: PositiveFloat = Field(1.0, description="CPUs that a task making batches holds")
+    tasks: PositiveInt | None = Field(
+        None, description="tasks making batches for a worker at a time; as many as fit if absent"
+    )
 
 
 class TrainConfig(BaseConfig):

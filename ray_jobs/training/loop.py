@@ -162,7 +162,8 @@ class Worker:
         length = self.model.config.context_length
         weights = self.config.data.texts.model_dump()
         maker = BatchMaker(self.task.files, plan, lanes, transform, length, weights)
-        dataset = stream(maker, self.state.step, last, self.config.data.cpus_per_task)
+        data = self.config.data
+        dataset = stream(maker, self.state.step, last, data.cpus_per_task, data.tasks)
         rows = plan.slice_rows * len(lanes)
         (share,) = dataset.streaming_split(1, equal=False)
         yield from share.iter_batches(

@@ -10,26 +10,11 @@ from ray_jobs.train import TrainError, _trainer, pair_files, total_steps, train
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError, WorkerTask
 from rwkv_clip.model import load_checkpoint
-
-SMALL: dict[str, Any] = {
-    "model": {
-        "name": "RWKV-CLIP-Tiny",
-        "embed_dim": 32,
-        "image": {"depth": 1, "heads": 2, "hidden_dim": 64, "patch_size": 16, "image_size": 32},
-        "text": {"depth": 1, "heads": 2, "hidden_dim": 64, "context_length": 12},
-    },
-    "batch": 32,
-    "epochs": 1.5,
-    "threads": 1,
-    "cpus_per_worker": 0.4,
-    "data": {"lanes": 4, "shuffle_steps": 2, "cpus_per_task": 0.2},
-    "log_steps": 1,
-    "checkpoint_steps": 4,
-}
+from tests.ray_jobs.small import TRAIN
 
 
 def config_of(**changes: Any) -> TrainConfig:
-    return TrainConfig.model_validate({**SMALL, **changes})
+    return TrainConfig.model_validate({**TRAIN, **changes})
 
 
 def curve(history: list[dict[str, float]]) -> list[tuple[float, float]]:

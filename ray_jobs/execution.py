@@ -1,0 +1,43 @@
+"""How Ray Data runs our streams: in order where asked, and without taking a core for itself.
+
+Ray Data's scheduling loop waits for tasks to have output. Where a task has output that nobody may
+read yet, because the consumer is slower, it does not wait at all: the loop turns as fast as it can
+and takes most of a CPU core from the work. Fifty turns a second are plenty for batches that take
+longer than that to make.
+"""
+
+import time
+from typing import TYPE_CHECKING
+
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+if TYPE_CHECKING:
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+_TURN_SECONDS = 0.02
+
+
+class Pace(ExecutionCallback):
+    """Lets the scheduling loop turn fifty times a second at most."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def on_execution_step(self, executor: "StreamingExecutor") -> None:  # noqa: ARG002
+        """Wait for what is left of the turn."""
+        time.sleep(max(0.0, self._last + _TURN_SECONDS - time.monotonic()))
+        self._last = time.monotonic()
+
+
+def arrange(dataset: ray.data.Dataset, *, ordered: bool = False) -> ray.data.Dataset:
+    """The dataset, to be executed quietly and at our pace; `ordered` keeps its rows' order."""
+    context = dataset.context
+    context.execution_options.preserve_order = ordered
+    context.enable_progress_bars = False
+    if Pace not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes = [
+            *context.custom_execution_callback_classes,
+            Pace,
+        ]
+    return dataset

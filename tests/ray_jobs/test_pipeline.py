@@ -1,0 +1,63 @@
+"""The main job by its command line: from a source to an evaluated model, and again in no time."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ray_jobs.pipeline import PipelineConfig, pipeline
+from ray_jobs.storage import Storage
+from rwkv_clip.cli import main
+from rwkv_clip.config import load_config
+from tests.ray_jobs.small import TRAIN
+
+ROOT = Path(__file__).parents[2]
+
+
+def config_file(folder: Path, **changes: object) -> Path:
+    source = {"kind": "emoji", "limit": 120, "unit_rows": 60}
+    config = {
+        "storage": {"uri": str(folder / "storage")},
+        "train_data": {"source": {**source, "vendor": "noto"}, "cpus_per_task": 0.2},
+        "test_data": {"source": {**source, "vendor": "twemoji"}, "cpus_per_task": 0.2},
+        "train": TRAIN,
+        "evaluation": {"cpus_per_worker": 0.2, "batch": 50},
+        **changes,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster, tmp_path, capsys):
+    config = load_config(PipelineConfig, config_file(tmp_path))
+    storage = Storage(config.storage)
+    first = pipeline(config, storage)
+    assert first.evaluation is not None
+    assert first.evaluation.metrics["pairs"] == 120
+    assert first.evaluation.chance == pytest.approx(10 / 120)
+    assert 0 <= first.evaluation.metrics["text_to_image_recall_at_10"] <= 1
+    example = first.evaluation.examples[0]
+    assert len(example["nearest"]) == 5
+    assert example["similarity"] == sorted(example["similarity"], reverse=True)
+    vectors = storage.read_table("evaluation/test/embeddings/part-00000.parquet")
+    assert vectors.num_rows == 120
+    second = pipeline(config, storage)
+    assert second.train.resumed
+    assert second.evaluation == first.evaluation
+    assert "train: done" in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_configuration_is_told_before_any_work(tmp_path, capsys):
+    path = config_file(tmp_path, trian={"epochs": 1})
+    assert main(["pipeline", "--config", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "trian" in told
+    assert "did you mean 'train'?" in told
+    assert not (tmp_path / "storage").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_committed_configurations_are_valid(path):
+    config = load_config(PipelineConfig, path)
+    assert config.train.model.clip_config().name
