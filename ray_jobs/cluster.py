@@ -33,6 +33,7 @@ class RayConfig(BaseConfig):
 @contextmanager
 def connected(config: RayConfig) -> Iterator[Path]:
     """A connection to Ray for the block; gives the folder of its log files."""
+    _quieten()
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -44,11 +45,18 @@ def connected(config: RayConfig) -> Iterator[Path]:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+    _quieten()
     ray.data.DataContext.get_current().enable_progress_bars = False
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     session = ray.get_runtime_context().get_session_name()
     try:
         yield Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", session, "logs")
     finally:
         ray.shutdown()
+
+
+def _quieten() -> None:
+    """Let errors alone of Ray's own talk onto the terminal; its files get all of it."""
+    for name in ("ray", "ray.data", "ray.llm", "ray.serve", "ray.train"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler).__name__ != "SessionFileHandler":
+                handler.setLevel(logging.ERROR)

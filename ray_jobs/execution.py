@@ -35,6 +35,7 @@ def arrange(dataset: ray.data.Dataset, *, ordered: bool = False) -> ray.data.Dat
     context = dataset.context
     context.execution_options.preserve_order = ordered
     context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []  # they repeat advice on the terminal
     if Pace not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes = [
             *context.custom_execution_callback_classes,

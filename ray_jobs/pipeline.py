@@ -21,6 +21,7 @@ from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
 from ray_jobs.progress import Progress, duration
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage, StorageConfig
+from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.train import TrainError, TrainResult, pair_files, total_steps, train
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError
@@ -30,8 +31,8 @@ from rwkv_clip.config import BaseConfig, add_config_options, config_from_args
 
 logger = logging.getLogger(__name__)
 
-SUMMARY = "run every stage: ingest, train, evaluate"
-_FAILURES = (SourceError, IngestError, TrainError, NonFiniteLossError)
+SUMMARY = "run every stage: ingest, describe, train, evaluate"
+_FAILURES = (SourceError, IngestError, SynthesisError, TrainError, NonFiniteLossError)
 
 
 class PipelineConfig(BaseConfig):
@@ -41,6 +42,9 @@ class PipelineConfig(BaseConfig):
     ray: RayConfig = RayConfig()
     train_data: IngestConfig = Field(description="the pairs that are learnt from")
     test_data: IngestConfig | None = Field(None, description="the pairs that are searched")
+    synthesis: SynthesisConfig | None = Field(
+        None, description="how descriptions are written; absent to train without"
+    )
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -59,6 +63,7 @@ class PipelineResult:
     """What a run left."""
 
     stages: list[Stage]
+    synthesis: SynthesisResult | None
     train: TrainResult
     evaluation: EvaluationResult | None
 
@@ -86,13 +91,19 @@ def pipeline(config: PipelineConfig, storage: Storage) -> PipelineResult:
     """Run all stages; Ray must be initialised.
 
     Raises:
-        SourceError, IngestError, TrainError, NonFiniteLossError: as the stages do.
+        SourceError, IngestError, SynthesisError, TrainError, NonFiniteLossError: as the stages do.
     """
     stages: list[Stage] = []
     start = time.perf_counter()
     data = ingest(config.train_data, storage, "train")
     test = ingest(config.test_data, storage, "test") if config.test_data else None
     stages.append(Stage("ingest", _ingested(data, test), time.perf_counter() - start))
+
+    described = None
+    if config.synthesis is not None:
+        start = time.perf_counter()
+        described = synthesize(config.synthesis, storage)
+        stages.append(Stage("describe", _described(described), time.perf_counter() - start))
 
     start = time.perf_counter()
     trained = _train(config, storage)
@@ -107,7 +118,7 @@ def pipeline(config: PipelineConfig, storage: Storage) -> PipelineResult:
         evaluated = evaluate(config.evaluation, storage, trained.checkpoint, "test")
         recall = 100 * evaluated.metrics["text_to_image_recall_at_10"]
         stages.append(Stage("evaluate", f"R@10 {recall:.1f} %", time.perf_counter() - start))
-    return PipelineResult(stages, trained, evaluated)
+    return PipelineResult(stages, described, trained, evaluated)
 
 
 def _train(config: PipelineConfig, storage: Storage) -> TrainResult:
@@ -136,6 +147,13 @@ def _ingested(train_data: Manifest, test: Manifest | None) -> str:
         counts.append(f"{test.rows:,} to test")
     rejected = sum(train_data.rejected.values()) + sum(test.rejected.values() if test else ())
     return ", ".join([*counts, f"{rejected:,} rejected"])
+
+
+def _described(result: SynthesisResult) -> str:
+    told = f"{100 * result.kept_share:.0f} % of {result.rows:,} by {result.model}"
+    if result.incidents:
+        told += f", {len(result.incidents)} chunks redone"
+    return told + (", were done already" if result.resumed else "")
 
 
 def _table(storage: Storage, result: PipelineResult) -> str:

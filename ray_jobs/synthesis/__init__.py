@@ -1,0 +1,1 @@
+"""Description synthesis on a cluster: chunks of pairs, engines that describe them, what befell."""

@@ -1,0 +1,131 @@
+"""What befell the engines: an actor that outlives them keeps count, for the job and its report.
+
+An engine that dies takes its process with it, so nobody there can tell. But Ray starts the process
+again and hands it the same chunks, and who begins a chunk that was begun before tells enough.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray
+
+# An engine that comes up this often without finishing a chunk will not do better the next time.
+MAX_STARTS = 5
+# A chunk that was begun this often is done row by row, to find the row that kills engines.
+CAREFUL_BEGIN = 3
+# A row that was in work alone when this many engines died is given up.
+MAX_ROW_DEATHS = 2
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a worker needs to know of a chunk's history.
+
+    Attributes:
+        careful: do it row by row, and tell of each row.
+        poison: ids that are to be given up.
+    """
+
+    careful: bool
+    poison: frozenset[str]
+
+
+@dataclass
+class Incident:
+    """Something that cost a chunk.
+
+    Attributes:
+        kind: `engine_died`, `engine_hung` or `engine_lost` (its process was gone without a word).
+        chunk: the file that was not written.
+        detail: what the engine said.
+    """
+
+    kind: str
+    chunk: str
+    detail: str
+
+
+@dataclass
+class _Chunk:
+    begins: int = 0
+    running: str | None = None
+    row: str | None = None
+    deaths: dict[str, int] = field(default_factory=dict)
+
+
+class _Watch:
+    """The state; see `Watch` for what it is asked."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[str, _Chunk] = {}
+        self._incidents: list[Incident] = []
+        self._last_words: dict[str, tuple[str, str]] = {}
+        self._starts = 0
+
+    def start(self) -> int:
+        """An engine comes up; how often that happened since a chunk was finished."""
+        self._starts += 1
+        return self._starts
+
+    def begin(self, name: str, worker: str) -> Begun:
+        chunk = self._chunks.setdefault(name, _Chunk())
+        if chunk.running is not None:
+            kind, detail = self._last_words.get(chunk.running, ("engine_lost", "no word from it"))
+            self._incidents.append(Incident(kind, name, detail))
+            if chunk.row is not None:
+                chunk.deaths[chunk.row] = chunk.deaths.get(chunk.row, 0) + 1
+        chunk.begins += 1
+        chunk.running, chunk.row = worker, None
+        poison = {row for row, deaths in chunk.deaths.items() if deaths >= MAX_ROW_DEATHS}
+        return Begun(chunk.begins >= CAREFUL_BEGIN, frozenset(poison))
+
+    def row(self, name: str, identity: str | None) -> None:
+        """The row that a careful worker is at."""
+        self._chunks[name].row = identity
+
+    def end(self, name: str) -> None:
+        self._chunks.pop(name, None)
+        self._starts = 0
+
+    def last_words(self, worker: str, kind: str, detail: str) -> None:
+        """A worker ends itself, and says why."""
+        self._last_words[worker] = (kind, detail)
+
+    def incidents(self) -> list[dict[str, Any]]:
+        return [asdict(incident) for incident in self._incidents]
+
+
+class Watch:
+    """A handle that can be sent to workers; the driver makes and closes it."""
+
+    def __init__(self) -> None:
+        self._actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Watch).remote()
+
+    def start(self) -> int:
+        """See `_Watch.start`; waits for the answer."""
+        return int(ray.get(self._actor.start.remote()))
+
+    async def begin(self, name: str, worker: str) -> Begun:
+        """A worker takes a chunk."""
+        begun: Begun = await self._actor.begin.remote(name, worker)
+        return begun
+
+    async def row(self, name: str, identity: str | None) -> None:
+        """A careful worker takes a row; waits until that is noted."""
+        await self._actor.row.remote(name, identity)
+
+    async def end(self, name: str) -> None:
+        """A chunk is published."""
+        await self._actor.end.remote(name)
+
+    def last_words(self, worker: str, kind: str, detail: str) -> None:
+        """Wait until it is noted, since the caller ends."""
+        ray.get(self._actor.last_words.remote(worker, kind, detail), timeout=10)
+
+    def incidents(self) -> list[dict[str, Any]]:
+        """All that happened so far."""
+        return list(ray.get(self._actor.incidents.remote()))
+
+    def close(self) -> None:
+        """End the actor."""
+        ray.kill(self._actor)
