@@ -60,3 +60,5 @@ def _quieten() -> None:
         for handler in logging.getLogger(name).handlers:
             if type(handler).__name__ != "SessionFileHandler":
                 handler.setLevel(logging.ERROR)
+    for name in ("alembic", "mlflow", "vllm"):
+        logging.getLogger(name).setLevel(logging.WARNING)

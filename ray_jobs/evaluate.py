@@ -4,6 +4,7 @@ Images and texts are embedded on Ray Data's workers; the scores are the library'
 the embeddings. What is written, below `evaluation/NAME/`:
     embeddings/part-*.parquet   id, image and text embedding of every pair
     result.json                 the metrics, and the examples that the report shows
+    clip_benchmark.json         the metrics in LAION's CLIP_benchmark's form
 """
 
 import logging
@@ -29,7 +30,7 @@ from ray_jobs.progress import Progress
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip.config import BaseConfig
-from rwkv_clip.evaluation import retrieval, top_k
+from rwkv_clip.evaluation import benchmark_result, retrieval, top_k
 from rwkv_clip.model import RWKVCLIP, load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class EvaluationResult:
         examples: queries, each with its text, its id, and the ids of the five nearest images.
         checkpoint: what was evaluated.
         data_digest: of the pairs.
+        clip_benchmark: the result as LAION's CLIP_benchmark writes it.
     """
 
     metrics: dict[str, float]
@@ -65,10 +67,15 @@ class EvaluationResult:
     examples: list[dict[str, Any]]
     checkpoint: str
     data_digest: str
+    clip_benchmark: dict[str, Any]
 
 
 def evaluate(
-    config: EvaluationConfig, storage: Storage, checkpoint: str, name: str = "test"
+    config: EvaluationConfig,
+    storage: Storage,
+    checkpoint: str,
+    name: str = "test",
+    folder: str = "evaluation",
 ) -> EvaluationResult:
     """Evaluate a checkpoint of the storage on one of its data sets.
 
@@ -79,6 +86,7 @@ def evaluate(
         storage: holds the checkpoint and the pairs.
         checkpoint: the checkpoint folder's name in the storage.
         name: of the data set.
+        folder: of the storage, that gets embeddings and result.
     """
     manifest = Manifest.from_storage(storage, name)
     wanted = {
@@ -86,11 +94,13 @@ def evaluate(
         "checkpoint": checkpoint,
         "data_digest": manifest.data_digest,
     }
-    record = f"evaluation/{name}/result.json"
+    record = f"{folder}/{name}/result.json"
     if storage.exists(record) and (held := storage.read_json(record))["run"] == wanted:
         return EvaluationResult(**held["result"])
     table = _embed(config, storage, checkpoint, manifest)
-    result = _score(config, table, checkpoint, manifest.data_digest)
+    storage.write_table(f"{folder}/{name}/embeddings/part-00000.parquet", table)
+    result = _score(config, table, checkpoint, manifest)
+    storage.write_json(f"{folder}/{name}/clip_benchmark.json", result.clip_benchmark)
     storage.write_json(record, {"run": wanted, "result": asdict(result)})
     return result
 
@@ -170,9 +180,7 @@ def _embed(
         for batch in _arrow_batches(dataset):
             tables.append(batch)
             progress.update(batch.num_rows)
-    table = pa.concat_tables(tables).combine_chunks()
-    storage.write_table(f"evaluation/{manifest.name}/embeddings/part-00000.parquet", table)
-    return table
+    return pa.concat_tables(tables).combine_chunks()
 
 
 def _arrow_batches(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
@@ -180,7 +188,7 @@ def _arrow_batches(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
 
 
 def _score(
-    config: EvaluationConfig, table: pa.Table, checkpoint: str, digest: str
+    config: EvaluationConfig, table: pa.Table, checkpoint: str, manifest: Manifest
 ) -> EvaluationResult:
     images, texts = _matrix(table["image_embedding"]), _matrix(table["text_embedding"])
     owner = np.arange(len(table))
@@ -192,7 +200,11 @@ def _score(
             metrics[f"{direction}_recall_at_{k}"] = float(recall)
         metrics[f"{direction}_median_rank"] = float(found.median_rank)
     examples = _examples(config.examples, table, images, texts)
-    return EvaluationResult(metrics, 10 / max(len(table), 10), examples, checkpoint, digest)
+    written = asdict(
+        benchmark_result(result, dataset=manifest.name, model="RWKV-CLIP", pretrained=checkpoint)
+    )
+    chance = 10 / max(len(table), 10)
+    return EvaluationResult(metrics, chance, examples, checkpoint, manifest.data_digest, written)
 
 
 def _matrix(column: pa.ChunkedArray) -> Array:

@@ -1,5 +1,6 @@
-"""The main job: pairs in, a trained and evaluated model out. `rwkv-clip pipeline --config FILE`.
+"""The main job: pairs in, a trained, evaluated and registered model out, and a report.
 
+    rwkv-clip pipeline --config configs/emoji.yaml
     python -m ray_jobs.pipeline --config configs/emoji.yaml
 
 Each stage leaves its result in the storage and is skipped when that is there already, so a run that
@@ -10,20 +11,27 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 
+from mlflow.exceptions import MlflowException
 from pydantic import Field
 
+import rwkv_clip
 from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
 from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
 from ray_jobs.progress import Progress, duration
+from ray_jobs.report import Report, StageTime, collect, examples, loss_figure, render
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
+from ray_jobs.tracking import StageRun, Tracker, TrackingConfig, TrackingError
+from ray_jobs.tracking.registry import Registered, register
 from ray_jobs.train import TrainError, TrainResult, pair_files, total_steps, train
-from ray_jobs.training.config import TrainConfig
+from ray_jobs.training.config import TextWeights, TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError
 from ray_jobs.training.records import Listener
 from rwkv_clip.cli import CommandError
@@ -31,27 +39,57 @@ from rwkv_clip.config import BaseConfig, add_config_options, config_from_args
 
 logger = logging.getLogger(__name__)
 
-SUMMARY = "run every stage: ingest, describe, train, evaluate"
-_FAILURES = (SourceError, IngestError, SynthesisError, TrainError, NonFiniteLossError)
+SUMMARY = "run every stage: ingest, describe, train, evaluate, register, report"
+REPORT = "report.html"
+_TIMES = "times.json"
+_BASELINE = "baseline"
+_FAILURES = (
+    SourceError,
+    IngestError,
+    SynthesisError,
+    TrainError,
+    NonFiniteLossError,
+    TrackingError,
+)
 
 
 class PipelineConfig(BaseConfig):
     """A whole run."""
 
+    name: str = Field("RWKV-CLIP", description="what the report and the run are called")
     storage: StorageConfig
     ray: RayConfig = RayConfig()
+    tracking: TrackingConfig | None = Field(
+        TrackingConfig(), description="where runs and models are tracked; null for nowhere"
+    )
     train_data: IngestConfig = Field(description="the pairs that are learnt from")
     test_data: IngestConfig | None = Field(None, description="the pairs that are searched")
     synthesis: SynthesisConfig | None = Field(
         None, description="how descriptions are written; absent to train without"
     )
     train: TrainConfig = TrainConfig()
+    baseline: TextWeights | None = Field(
+        None, description="texts of a second training, all else equal, to compare the first with"
+    )
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    def baseline_train(self) -> TrainConfig | None:
+        """The second training, if one is asked for."""
+        if self.baseline is None:
+            return None
+        data = self.train.data.model_copy(update={"texts": self.baseline})
+        return self.train.model_copy(update={"data": data})
 
 
 @dataclass(frozen=True)
 class Stage:
-    """How a stage went, for the table at the end."""
+    """How a stage went, for the table at the end.
+
+    Attributes:
+        name: the stage's.
+        outcome: what it did.
+        seconds: that it took this time.
+    """
 
     name: str
     outcome: str
@@ -60,12 +98,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What a run left."""
+    """What a run left.
+
+    Attributes:
+        report: the report's place.
+        tracking: how to look at the runs.
+    """
 
     stages: list[Stage]
     synthesis: SynthesisResult | None
     train: TrainResult
     evaluation: EvaluationResult | None
+    baseline: EvaluationResult | None
+    registered: Registered | None
+    report: str
+    tracking: str
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -92,86 +139,268 @@ def pipeline(config: PipelineConfig, storage: Storage) -> PipelineResult:
 
     Raises:
         SourceError, IngestError, SynthesisError, TrainError, NonFiniteLossError: as the stages do.
+        TrackingError: MLflow cannot be reached.
     """
-    stages: list[Stage] = []
-    start = time.perf_counter()
-    data = ingest(config.train_data, storage, "train")
-    test = ingest(config.test_data, storage, "test") if config.test_data else None
-    stages.append(Stage("ingest", _ingested(data, test), time.perf_counter() - start))
+    if config.tracking is None:
+        return _Pipeline(config, storage, None).run()
+    settings = config.model_dump(mode="json", exclude={"ray", "tracking"})
+    with Tracker(config.tracking, storage, settings, config.name) as tracker:
+        return _Pipeline(config, storage, tracker).run()
 
-    described = None
-    if config.synthesis is not None:
+
+class _Pipeline:
+    """One run of `pipeline`."""
+
+    def __init__(self, config: PipelineConfig, storage: Storage, tracker: Tracker | None) -> None:
+        self.config, self.storage, self.tracker = config, storage, tracker
+        self.stages: list[Stage] = []
+
+    def run(self) -> PipelineResult:
+        config = self.config
+        data, test = self._ingest()
+        described = self._describe(data)
+        trained = self._train("train", config.train, data)
+        evaluated = self._evaluate("evaluation", trained, test)
+        baseline_train = baseline = None
+        if (settings := config.baseline_train()) is not None:
+            baseline_train = self._train(_BASELINE, settings, data)
+            baseline = self._evaluate(f"{_BASELINE}-evaluation", baseline_train, test)
+        registered = self._register(trained, evaluated)
+        report = Report(
+            title=config.name,
+            configuration=config.model_dump(mode="json", exclude={"ray", "tracking"}),
+            versions=_versions(),
+            data=[data, test] if test else [data],
+            train=trained,
+            stages=self._times(data, test, described, trained),
+            synthesis=described,
+            evaluation=evaluated,
+            baseline=baseline,
+            baseline_train=baseline_train,
+            baseline_texts=_texts(config.baseline) if config.baseline else "",
+            registered=f"{registered.uri}: {registered.told}" if registered else "",
+            examples=examples(self.storage, test, evaluated) if test and evaluated else (),
+            **collect(self.storage, data, described is not None),
+        )
+        self._publish(report)
+        return PipelineResult(
+            stages=self.stages,
+            synthesis=described,
+            train=trained,
+            evaluation=evaluated,
+            baseline=baseline,
+            registered=registered,
+            report=self.storage.child_uri(REPORT),
+            tracking=self.tracker.place if self.tracker else "",
+        )
+
+    def _ingest(self) -> tuple[Manifest, Manifest | None]:
+        config = self.config
+        with self._stage("ingest") as told:
+            data = ingest(config.train_data, self.storage, "train")
+            test = ingest(config.test_data, self.storage, "test") if config.test_data else None
+            counts = [f"{data.rows:,} pairs to train"]
+            if test is not None:
+                counts.append(f"{test.rows:,} to test")
+            rejected = sum(sum(one.rejected.values()) for one in (data, test) if one)
+            told.append(", ".join([*counts, f"{rejected:,} rejected"]))
+        return data, test
+
+    def _describe(self, data: Manifest) -> SynthesisResult | None:
+        config = self.config.synthesis
+        if config is None:
+            return None
+        with self._stage("describe") as told, self._tracked("synthesis") as run:
+            run.params(config.identity(data))
+            self._note_data(run, data, "synthesis")
+            result = synthesize(config, self.storage)
+            run.metrics(
+                {
+                    "rows": result.rows,
+                    "kept_share": result.kept_share,
+                    "retried": result.retried,
+                    "incidents": len(result.incidents),
+                    "rows_per_second": result.rows / max(result.seconds, 1e-9),
+                    **{f"source_{key}": count for key, count in result.sources.items()},
+                    **{f"refused_{key}": count for key, count in result.refusals.items()},
+                }
+            )
+            run.json("incidents.json", result.incidents)
+            outcome = f"{100 * result.kept_share:.0f} % of {result.rows:,} by {result.model}"
+            if result.incidents:
+                outcome += f", {len(result.incidents)} chunks redone"
+            told.append(outcome + _already(result.resumed))
+        return result
+
+    def _train(self, folder: str, config: TrainConfig, data: Manifest) -> TrainResult:
+        """Train, telling how far it is from the records that the first worker sends."""
+        batch = config.batch
+        total = total_steps(config, pair_files(self.storage)) * batch
+        with (
+            self._stage(folder) as told,
+            self._tracked(folder) as run,
+            Progress(folder, total, "pairs") as progress,
+        ):
+            run.params(config.model_dump(mode="json"))
+            self._note_data(run, data, "training")
+
+            def show(record: Mapping[str, float]) -> None:
+                run.step(record)
+                done = int(record["step"]) * batch
+                if progress.count == progress.skipped == 0 and done > config.log_steps * batch:
+                    progress.skip(done)
+                waits = f"waits {100 * record['data_wait_share']:.0f} % for data"
+                progress.update(
+                    max(done - progress.count, 0), f"loss {record['loss']:.3f}, {waits}"
+                )
+
+            with Listener(show) as listener:
+                result = train(config, self.storage, on_record=listener.send, folder=folder)
+            if result.resumed:
+                progress.skip(total)
+            run.history(result.history)
+            run.metrics({"left_out": result.left_out, "training_seconds": result.seconds})
+            if run.run_id is not None:
+                run.figure("loss.png", loss_figure(result.history))
+            told.append(f"{result.steps:,} steps of {batch:,}" + _already(result.resumed))
+        return result
+
+    def _evaluate(
+        self, folder: str, trained: TrainResult, test: Manifest | None
+    ) -> EvaluationResult | None:
+        if test is None:
+            return None
+        with self._stage(folder) as told, self._tracked(folder) as run:
+            config = self.config.evaluation
+            run.params({"checkpoint": trained.checkpoint, **config.model_dump(mode="json")})
+            self._note_data(run, test, "evaluation")
+            result = evaluate(config, self.storage, trained.checkpoint, "test", folder)
+            run.metrics(result.metrics)
+            run.json("clip_benchmark.json", result.clip_benchmark)
+            recall = 100 * result.metrics["text_to_image_recall_at_10"]
+            told.append(f"text to image R@10 {recall:.1f} %")
+        return result
+
+    def _register(
+        self, trained: TrainResult, evaluated: EvaluationResult | None
+    ) -> Registered | None:
+        if self.tracker is None:
+            return None
+        with self._stage("register") as told:
+            metrics = evaluated.metrics if evaluated else None
+            digest = evaluated.data_digest if evaluated else None
+            try:
+                result = register(self.tracker, self.storage, trained.checkpoint, metrics, digest)
+            except MlflowException as error:
+                logger.warning("the model was not registered: %s; start again", error)
+                told.append("MLflow did not answer; start again to register")
+                return None
+            told.append(f"{result.uri}, {result.told}")
+            self.tracker.parent.metrics(metrics or {})
+        return result
+
+    def _publish(self, report: Report) -> None:
+        """Leave the report in the storage and with the parent run."""
+        with self._stage("report") as told:
+            page = render(report)
+            self.storage.write_bytes(REPORT, page.encode())
+            if self.tracker is not None:
+                self.tracker.parent.text(REPORT, page)
+                digests = {f"data_digest.{one.name}": one.data_digest for one in report.data}
+                self.tracker.parent.tags(digests)
+                if report.synthesis is not None:
+                    model, prompt = report.synthesis.model, report.synthesis.prompt
+                    self.tracker.parent.tags({"llm": model, "prompt_version": prompt})
+            told.append(f"{len(page) / 1e6:.1f} MB")
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[list[str]]:
+        """A row of the table at the end; the block appends what came out."""
+        told: list[str] = []
         start = time.perf_counter()
-        described = synthesize(config.synthesis, storage)
-        stages.append(Stage("describe", _described(described), time.perf_counter() - start))
+        yield told
+        self.stages.append(Stage(name, "".join(told), time.perf_counter() - start))
 
-    start = time.perf_counter()
-    trained = _train(config, storage)
-    outcome = f"{trained.steps:,} steps of {config.train.batch:,}"
-    if trained.resumed:
-        outcome += ", were done already"
-    stages.append(Stage("train", outcome, time.perf_counter() - start))
+    @contextmanager
+    def _tracked(self, name: str) -> Iterator[StageRun]:
+        with self.tracker.stage(name) if self.tracker else nullcontext(StageRun(None, None)) as run:
+            yield run
 
-    evaluated = None
-    if test is not None:
-        start = time.perf_counter()
-        evaluated = evaluate(config.evaluation, storage, trained.checkpoint, "test")
-        recall = 100 * evaluated.metrics["text_to_image_recall_at_10"]
-        stages.append(Stage("evaluate", f"R@10 {recall:.1f} %", time.perf_counter() - start))
-    return PipelineResult(stages, described, trained, evaluated)
+    def _note_data(self, run: StageRun, data: Manifest, context: str) -> None:
+        source = self.storage.child_uri(f"pairs/{data.name}")
+        run.dataset(data.name, source, data.data_digest, context)
 
-
-def _train(config: PipelineConfig, storage: Storage) -> TrainResult:
-    """Train, telling how far it is from the records that the first worker sends."""
-    batch = config.train.batch
-    total = total_steps(config.train, pair_files(storage)) * batch
-    with Progress("train", total, "pairs") as progress:
-
-        def show(record: Mapping[str, float]) -> None:
-            done = int(record["step"]) * batch
-            if progress.count == progress.skipped == 0 and done > config.train.log_steps * batch:
-                progress.skip(done)
-            waits = f"waits {100 * record['data_wait_share']:.0f} % for data"
-            progress.update(max(done - progress.count, 0), f"loss {record['loss']:.3f}, {waits}")
-
-        with Listener(show) as listener:
-            result = train(config.train, storage, on_record=listener.send)
-        if result.resumed:
-            progress.skip(total)
-    return result
+    def _times(
+        self,
+        data: Manifest,
+        test: Manifest | None,
+        described: SynthesisResult | None,
+        trained: TrainResult,
+    ) -> list[StageTime]:
+        """What the stages took when they did their work, in this run or an earlier one."""
+        held = self.storage.read_json(_TIMES) if self.storage.exists(_TIMES) else {}
+        times = {stage.name: max(stage.seconds, held.get(stage.name, 0.0)) for stage in self.stages}
+        self.storage.write_json(_TIMES, times)
+        rows = data.rows + (test.rows if test else 0)
+        found = [StageTime("ingest", times["ingest"], rows, "pairs")]
+        if described is not None:
+            found.append(StageTime("describe", described.seconds, described.rows, "pairs"))
+        pairs = trained.steps * self.config.train.batch
+        found.append(StageTime("train", trained.seconds, pairs, "pairs"))
+        if test is not None:
+            found.append(StageTime("evaluate", times["evaluation"], test.rows, "pairs"))
+        return found
 
 
-def _ingested(train_data: Manifest, test: Manifest | None) -> str:
-    counts = [f"{train_data.rows:,} pairs to train"]
-    if test is not None:
-        counts.append(f"{test.rows:,} to test")
-    rejected = sum(train_data.rejected.values()) + sum(test.rejected.values() if test else ())
-    return ", ".join([*counts, f"{rejected:,} rejected"])
+def _already(resumed: bool) -> str:
+    return ", were done already" if resumed else ""
 
 
-def _described(result: SynthesisResult) -> str:
-    told = f"{100 * result.kept_share:.0f} % of {result.rows:,} by {result.model}"
-    if result.incidents:
-        told += f", {len(result.incidents)} chunks redone"
-    return told + (", were done already" if result.resumed else "")
+def _texts(weights: TextWeights) -> str:
+    """Which texts a training reads."""
+    shares = {name.replace("_", " "): weight for name, weight in weights if weight}
+    if len(shares) == 1:
+        return f"with {next(iter(shares))} alone"
+    return "with " + ", ".join(f"{name} {weight:g}" for name, weight in shares.items())
+
+
+def _versions() -> dict[str, str]:
+    """Of what made the run."""
+    versions = {"rwkv-clip": rwkv_clip.__version__}
+    return versions | {name: version(name) for name in ("torch", "ray", "mlflow")}
 
 
 def _table(storage: Storage, result: PipelineResult) -> str:
+    width = max(len(stage.name) for stage in result.stages)
     lines = [
-        f"{stage.name:<10} {duration(stage.seconds):>12}   {stage.outcome}"
+        f"{stage.name:<{width}} {duration(stage.seconds):>12}   {stage.outcome}"
         for stage in result.stages
     ]
     if result.evaluation is not None:
         lines.append("")
-        metrics = result.evaluation.metrics
-        for direction in ("text_to_image", "image_to_text"):
-            scores = "  ".join(
-                f"R@{k} {100 * metrics[f'{direction}_recall_at_{k}']:5.1f} %" for k in (1, 5, 10)
-            )
-            lines.append(f"{direction.replace('_', ' '):<15} {scores}")
-        lines.append(f"by chance       R@10 {100 * result.evaluation.chance:5.1f} %")
-    lines.append(f"model: {storage.child_uri(result.train.checkpoint)}")
+        lines += _recalls("", result.evaluation)
+        if result.baseline is not None:
+            lines += _recalls(" (baseline)", result.baseline)
+        lines.append(f"{'by chance':<27} R@10 {100 * result.evaluation.chance:5.1f} %")
+        lines.append("")
+    lines.append(f"model:  {storage.child_uri(result.train.checkpoint)}")
+    if result.registered is not None:
+        lines.append(f"        {result.registered.uri}")
+    if result.tracking:
+        lines.append(f"runs:   {result.tracking}")
+    lines.append(f"report: {result.report}")
     return "\n".join(lines)
+
+
+def _recalls(suffix: str, evaluation: EvaluationResult) -> list[str]:
+    lines = []
+    for direction in ("text_to_image", "image_to_text"):
+        scores = "  ".join(
+            f"R@{k} {100 * evaluation.metrics[f'{direction}_recall_at_{k}']:5.1f} %"
+            for k in (1, 5, 10)
+        )
+        lines.append(f"{direction.replace('_', ' ') + suffix:<27} {scores}")
+    return lines
 
 
 def _say(text: str) -> None:

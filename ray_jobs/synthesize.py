@@ -105,11 +105,11 @@ def synthesize(config: SynthesisConfig, storage: Storage, name: str = "train") -
     identity = config.identity(manifest)
     if storage.exists(manifest_file(name)):
         return _finished(storage, name, identity)
-    _claim(storage, name, identity)
     try:
         check_model(config.engine.model)
     except ModelError as error:
         raise SynthesisError(f"synthesis.engine.model: {error}") from error
+    _claim(storage, name, identity)
     return _Synthesis(config, storage, manifest, identity).run()
 
 
@@ -214,11 +214,14 @@ class _Synthesis:
 
 def _claim(storage: Storage, name: str, identity: Mapping[str, Any]) -> None:
     """Note whose descriptions the folder holds; refuse to mix them with others."""
-    record = f"descriptions/{name}/run.json"
-    if not storage.exists(record):
-        storage.write_json(record, identity)
-    elif storage.read_json(record) != identity:
-        raise _other(storage, name, storage.read_json(record), identity)
+    folder = f"descriptions/{name}"
+    record = f"{folder}/run.json"
+    held = storage.read_json(record) if storage.exists(record) else None
+    if held == identity:
+        return
+    if held is not None and storage.names(folder, suffix=".parquet", recursive=True):
+        raise _other(storage, name, held, identity)
+    storage.write_json(record, identity)
 
 
 def _finished(storage: Storage, name: str, identity: Mapping[str, Any]) -> SynthesisResult:

@@ -2,8 +2,8 @@
 
     python -m ray_jobs.train --config FILE
 
-Everything lives below `train/` in the storage. A run that was killed goes on from its last
-checkpoint when it is started again; one that ended returns its result at once.
+Everything lives below one folder of the storage, `train/`. A run that was killed goes on from its
+last checkpoint when it is started again; one that ended returns its result at once.
 """
 
 import logging
@@ -25,7 +25,7 @@ from ray_jobs.training.plan import DataPlan, PlanError
 logger = logging.getLogger(__name__)
 
 FOLDER = "train"
-RESULT = f"{FOLDER}/result.json"
+_RESULT = "result.json"
 
 
 class TrainError(RuntimeError):
@@ -84,6 +84,7 @@ def train(
     storage: Storage,
     name: str = "train",
     on_record: Callable[[Mapping[str, float]], None] | None = None,
+    folder: str = FOLDER,
 ) -> TrainResult:
     """Train on a data set of the storage; goes on where an earlier run stopped.
 
@@ -95,6 +96,7 @@ def train(
         name: of the data set.
         on_record: called on the first worker with every record of metrics; sent there, so it must
             be possible to serialise.
+        folder: of the storage, that holds the run.
 
     Raises:
         TrainError: the data does not fit the configuration, or the storage holds another run.
@@ -102,14 +104,25 @@ def train(
     """
     files = pair_files(storage, name)
     steps = total_steps(config, files)
-    identity = {"config": config.model_dump(mode="json"), "steps": steps}
-    if storage.exists(RESULT):
-        return _finished(storage, identity)
-    _claim(storage, identity)
-    task = WorkerTask(config, files, steps, on_record)
+    identity = {"config": config.model_dump(mode="json"), "steps": steps, **_data(storage, name)}
+    if storage.exists(f"{folder}/{_RESULT}"):
+        return _finished(storage, folder, identity)
+    _claim(storage, folder, identity)
+    task = WorkerTask(config, files, steps, on_record, folder=folder)
     result = _trainer(config, storage, task).fit()
-    _raise_if_not_finite(storage, result.checkpoint)
-    return _conclude(storage, identity, result.checkpoint)
+    _raise_if_not_finite(storage, folder, result.checkpoint)
+    return _conclude(storage, folder, identity, result.checkpoint)
+
+
+def _data(storage: Storage, name: str) -> dict[str, Any]:
+    """What tells the training data from any other."""
+    described = f"descriptions/{name}/manifest.json"
+    return {
+        "data_digest": Manifest.from_storage(storage, name).data_digest,
+        "descriptions": (
+            storage.read_json(described)["run"] if storage.exists(described) else None
+        ),
+    }
 
 
 def _trainer(config: TrainConfig, storage: Storage, task: WorkerTask) -> TorchTrainer:
@@ -125,7 +138,7 @@ def _trainer(config: TrainConfig, storage: Storage, task: WorkerTask) -> TorchTr
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=FOLDER,
+            name=task.folder,
             storage_path=storage.path(),
             storage_filesystem=storage.filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
@@ -134,14 +147,14 @@ def _trainer(config: TrainConfig, storage: Storage, task: WorkerTask) -> TorchTr
     )
 
 
-def _claim(storage: Storage, identity: Mapping[str, Any]) -> None:
+def _claim(storage: Storage, folder: str, identity: Mapping[str, Any]) -> None:
     """Note whose run the folder holds; refuse to go on with another's."""
-    name = f"{FOLDER}/run.json"
+    name = f"{folder}/run.json"
     if not storage.exists(name):
         storage.write_json(name, identity)
     elif (held := storage.read_json(name)) != identity:
         raise TrainError(
-            f"{storage.child_uri(FOLDER)} holds a run with other settings "
+            f"{storage.child_uri(folder)} holds a run with other settings "
             f"({_differences(held, identity)}); choose another storage.uri, or delete that folder"
         )
 
@@ -159,8 +172,8 @@ def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
     return ", ".join(found)
 
 
-def _raise_if_not_finite(storage: Storage, checkpoint: Any) -> None:
-    records = storage.names(FOLDER, suffix=".json")
+def _raise_if_not_finite(storage: Storage, folder: str, checkpoint: Any) -> None:
+    records = storage.names(folder, suffix=".json")
     found = [name for name in records if "/not-finite-" in name]
     if not found:
         return
@@ -175,28 +188,30 @@ def _raise_if_not_finite(storage: Storage, checkpoint: Any) -> None:
     )
 
 
-def _conclude(storage: Storage, identity: Mapping[str, Any], checkpoint: Any) -> TrainResult:
+def _conclude(
+    storage: Storage, folder: str, identity: Mapping[str, Any], checkpoint: Any
+) -> TrainResult:
     """Read the run's end from its last checkpoint, and note it."""
     if checkpoint is None:
         raise TrainError("training ended without a checkpoint")
-    folder = f"{FOLDER}/{checkpoint.path.rstrip('/').rpartition('/')[2]}"
-    state = storage.read_json(f"{folder}/{STATE_FILE}")
+    name = f"{folder}/{checkpoint.path.rstrip('/').rpartition('/')[2]}"
+    state = storage.read_json(f"{name}/{STATE_FILE}")
     value = {
-        "checkpoint": folder,
+        "checkpoint": name,
         "steps": state["step"],
         "left_out": state["left_out"],
         "seconds": sum(record["seconds"] for record in state["history"]),
         "history": state["history"],
     }
-    storage.write_json(RESULT, {"run": identity, "result": value})
+    storage.write_json(f"{folder}/{_RESULT}", {"run": identity, "result": value})
     return TrainResult(**value)
 
 
-def _finished(storage: Storage, identity: Mapping[str, Any]) -> TrainResult:
-    value = storage.read_json(RESULT)
+def _finished(storage: Storage, folder: str, identity: Mapping[str, Any]) -> TrainResult:
+    value = storage.read_json(f"{folder}/{_RESULT}")
     if value["run"] != identity:
         raise TrainError(
-            f"{storage.child_uri(FOLDER)} holds a finished run with other settings "
+            f"{storage.child_uri(folder)} holds a finished run with other settings "
             f"({_differences(value['run'], identity)}); choose another storage.uri, or delete "
             "that folder"
         )

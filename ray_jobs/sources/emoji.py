@@ -9,6 +9,8 @@ Choices:
 - The caption is the name, as a captioner would give it. The web text is made to be as bad as the
   web's: another name, another language, file names, prices, hashtags, sometimes no useful word at
   all. It depends on (seed, id) alone.
+- Drawings stand on white, as on a page. What their files hold under full transparency is never
+  seen (black, or any colour), differs between the artists, and would be learnt.
 - Neither package knows the groups of Unicode's emoji-test.txt, so a table of ranges does.
 """
 
@@ -19,9 +21,11 @@ import random
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from pydantic import Field, PositiveInt
 
 from ray_jobs.sources.base import BaseSourceConfig, Raw, Rejected, SourceError, Unit
@@ -103,7 +107,7 @@ class EmojiSource:
         rng = random.Random(f"{self.config.seed}:{identity}")  # noqa: S311
         return {
             "id": identity,
-            "image": file.read_bytes(),
+            "image": on_white(file.read_bytes()),
             "web_text": self._web_text(emoji, caption, rng),
             "caption": caption,
             "tags": tags_of(emoji, caption),
@@ -156,6 +160,20 @@ def _same(one: Path, other: Path) -> bool:
         and one.stat().st_size == other.stat().st_size
         and one.read_bytes() == other.read_bytes()
     )
+
+
+def on_white(drawing: bytes) -> bytes:
+    """The drawing without transparency, as PNG; unchanged if it cannot be decoded."""
+    try:
+        with Image.open(BytesIO(drawing)) as image:
+            layer = image.convert("RGBA")
+    except OSError:
+        return drawing  # the checks that all sources' images go through say what is wrong
+    page = Image.new("RGBA", layer.size, "white")
+    page.alpha_composite(layer)
+    out = BytesIO()
+    page.convert("RGB").save(out, "PNG")
+    return out.getvalue()
 
 
 def emoji_of(file: Path) -> str:

@@ -82,7 +82,8 @@ def open_work(
     storage: Storage, manifest: Manifest, rows: int
 ) -> tuple[list[Chunk], dict[str, list[Chunk]]]:
     """The chunks that are still to be done, and all chunks of the parts that are not sealed."""
-    there = set(storage.names(f"descriptions/{manifest.name}", suffix=".parquet"))
+    folder = f"descriptions/{manifest.name}"
+    there = set(storage.names(folder, suffix=".parquet", recursive=True))
     unsealed = {
         part.name: chunks_of(part, rows)
         for part in manifest.parts

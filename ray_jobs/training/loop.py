@@ -60,6 +60,7 @@ class WorkerTask:
         steps: of the whole run.
         on_record: called on rank 0 with every record of metrics.
         stop_after: leave after so many steps in all, for tests and benchmarks.
+        folder: of the storage, that holds the run.
     """
 
     config: TrainConfig
@@ -67,6 +68,7 @@ class WorkerTask:
     steps: int
     on_record: OnRecord | None = None
     stop_after: int | None = None
+    folder: str = "train"
 
     @property
     def plan(self) -> DataPlan:
@@ -306,7 +308,8 @@ class Worker:
             "ids": [str(identity) for identity in batch["id"]],
             "state": {**asdict(self.state), "history": self.state.history[-3:]},
         }
-        self.task.files.storage.write_json(f"train/not-finite-{self.rank}.json", value)
+        name = f"{self.task.folder}/not-finite-{self.rank}.json"
+        self.task.files.storage.write_json(name, value)
         logger.error("the loss of step %d is not finite: %s", step, json.dumps(value["state"]))
 
 

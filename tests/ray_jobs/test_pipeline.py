@@ -1,9 +1,12 @@
 """The main job by its command line: from a source to an evaluated model, and again in no time."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from ray_jobs.pipeline import PipelineConfig, pipeline
 from ray_jobs.storage import Storage
@@ -11,6 +14,7 @@ from rwkv_clip.cli import main
 from rwkv_clip.config import load_config
 from tests.ray_jobs.small import TRAIN
 
+BASELINE = {"web_text": 1, "caption": 0, "description": 0}
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,7 +34,7 @@ def config_file(folder: Path, **changes: object) -> Path:
 
 
 def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster, tmp_path, capsys):
-    config = load_config(PipelineConfig, config_file(tmp_path))
+    config = load_config(PipelineConfig, config_file(tmp_path, baseline=BASELINE))
     storage = Storage(config.storage)
     first = pipeline(config, storage)
     assert first.evaluation is not None
@@ -42,10 +46,24 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster
     assert example["similarity"] == sorted(example["similarity"], reverse=True)
     vectors = storage.read_table("evaluation/test/embeddings/part-00000.parquet")
     assert vectors.num_rows == 120
+    assert first.baseline is not None
+    assert first.baseline.metrics != first.evaluation.metrics
+    assert first.registered is not None
+    assert first.registered.champion
     second = pipeline(config, storage)
     assert second.train.resumed
     assert second.evaluation == first.evaluation
+    assert second.registered == replace(first.registered, told=second.registered.told)
     assert "train: done" in capsys.readouterr().err
+    client = MlflowClient(tracking_uri=f"sqlite:///{storage.path('mlflow/mlflow.db')}")
+    runs = client.search_runs([client.get_experiment_by_name("rwkv-clip").experiment_id])
+    names = ["RWKV-CLIP", "baseline", "baseline-evaluation", "evaluation", "train"]
+    assert sorted(run.info.run_name for run in runs) == names
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    page = storage.read_bytes("report.html").decode()
+    assert "with web text alone" in page
+    assert page.count('class="query"') == len(first.evaluation.examples)
+    assert not re.findall(r"""(?:src|href|url)\s*[=(]["']?+(?!data:|#)""", page)  # nothing to load
 
 
 def test_a_mistake_in_the_configuration_is_told_before_any_work(tmp_path, capsys):

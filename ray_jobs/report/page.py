@@ -1,0 +1,78 @@
+"""The page from what was collected."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ray_jobs.progress import duration
+from ray_jobs.report.collect import Report
+from ray_jobs.report.figures import loss_figure, svg
+
+_DIRECTIONS = {"text_to_image": "Text to image", "image_to_text": "Image to text"}
+_CUTOFFS = (1, 5, 10)
+
+
+def render(report: Report) -> str:
+    """The report as an HTML document.
+
+    All texts are escaped: web texts are not trusted.
+    """
+    environment = Environment(
+        loader=PackageLoader("ray_jobs.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(duration=duration, percent=_percent, count=_count, plain=_plain)
+    history = report.train.history
+    baseline = report.baseline_train.history if report.baseline_train else ()
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        scores=_scores(report),
+        curves=svg(loss_figure(history, baseline)) if history else "",
+        last=history[-1] if history else {},
+        waiting=_waiting(history),
+        configuration=yaml.safe_dump(dict(report.configuration), sort_keys=False),
+    )
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _plain(name: str) -> str:
+    """A name from the code as people read it."""
+    return name.replace("_", " ")
+
+
+def _waiting(history: list[dict[str, float]]) -> float:
+    """The share of the training time that was spent waiting for data."""
+    seconds = sum(record["seconds"] for record in history)
+    waited = sum(record["data_wait_share"] * record["seconds"] for record in history)
+    return waited / max(seconds, 1e-9)
+
+
+def _scores(report: Report) -> list[dict[str, Any]]:
+    """Rows of the headline table."""
+    if report.evaluation is None:
+        return []
+    rows = []
+    for key, name in _DIRECTIONS.items():
+        row: dict[str, Any] = {"direction": name}
+        row["recall"] = _recalls(report.evaluation.metrics, key)
+        row["rank"] = report.evaluation.metrics[f"{key}_median_rank"]
+        if report.baseline is not None:
+            row["baseline"] = _recalls(report.baseline.metrics, key)
+        rows.append(row)
+    return rows
+
+
+def _recalls(metrics: Mapping[str, float], direction: str) -> list[float]:
+    return [metrics[f"{direction}_recall_at_{k}"] for k in _CUTOFFS]

@@ -1,0 +1,52 @@
+"""Where MLflow keeps runs and models, and when a model becomes the champion."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, PositiveFloat
+
+from ray_jobs.models import cache_folder
+from ray_jobs.storage import Storage
+from rwkv_clip.config import BaseConfig
+
+
+class TrackingConfig(BaseConfig):
+    """How runs are tracked."""
+
+    uri: str | None = Field(
+        None,
+        description="of MLflow; if absent MLFLOW_TRACKING_URI, else SQLite in the storage",
+    )
+    experiment: str = Field("rwkv-clip", description="the experiment that holds the runs")
+    model_name: str = Field("rwkv-clip", description="the registered model's name")
+    champion_metric: str = Field(
+        "text_to_image_recall_at_10", description="by which the alias `champion` is won"
+    )
+    system_metrics_seconds: PositiveFloat | None = Field(
+        10.0, description="between two samples of the driver's machine; null for none"
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tracking store.
+
+    Attributes:
+        uri: MLflow's tracking URI.
+        artifacts: where a new experiment puts its artifacts; None leaves it to the server.
+    """
+
+    uri: str
+    artifacts: str | None
+
+
+def tracking_place(config: TrackingConfig, storage: Storage) -> Place:
+    """The store that the configuration and the environment ask for."""
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return Place(uri, None)
+    # SQLite needs a real file; when the storage is none, it stays with the user.
+    folder = Path(storage.path("mlflow")) if storage.is_local else cache_folder() / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Place(f"sqlite:///{folder / 'mlflow.db'}", storage.child_uri("mlflow/artifacts"))

@@ -1,0 +1,67 @@
+"""Step metrics on their way into MLflow: each step once, whatever was restarted or unreachable."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+
+logger = logging.getLogger(__name__)
+
+_QUIET_SECONDS = 30.0
+_NOT_METRICS = frozenset({"step", "seconds"})
+_PROBE = "loss"
+
+
+class StepMetrics:
+    """Logs records of training steps to one run.
+
+    A record whose step the run has already is left out, so a training that went back to its last
+    checkpoint does not log its replayed steps twice. While MLflow is away records are passed over;
+    `catch_up` logs what is missing from the run's full history.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client, self._run_id = client, run_id
+        self._quiet_until = 0.0
+
+    def __call__(self, record: Mapping[str, float]) -> None:
+        """Log a record, unless MLflow was away just now."""
+        if time.monotonic() < self._quiet_until:
+            return
+        try:
+            self._log(record)
+        except MlflowException as error:
+            self._quiet_until = time.monotonic() + _QUIET_SECONDS
+            logger.warning(
+                "MLflow did not take the metrics of step %d; training goes on, and they are logged "
+                "when it is back (%s)",
+                record["step"],
+                str(error).splitlines()[0],
+            )
+
+    def catch_up(self, history: Iterable[Mapping[str, float]]) -> None:
+        """Log every record that the run lacks; raises MlflowException if MLflow is still away."""
+        for record in history:
+            self._log(record)
+
+    @cached_property
+    def _logged(self) -> set[int]:
+        """The steps that the run has."""
+        return {metric.step for metric in self._client.get_metric_history(self._run_id, _PROBE)}
+
+    def _log(self, record: Mapping[str, float]) -> None:
+        step = int(record["step"])
+        if step in self._logged:
+            return
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(name, value, now, step)
+            for name, value in record.items()
+            if name not in _NOT_METRICS
+        ]
+        self._client.log_batch(self._run_id, metrics=metrics)
+        self._logged.add(step)

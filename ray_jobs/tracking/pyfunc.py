@@ -1,0 +1,71 @@
+"""The registered model as MLflow loads it: texts and images in, embeddings out.
+
+MLflow keeps this file beside the checkpoint and runs it (models from code), so it imports nothing
+of this project but the library.
+"""
+
+import base64
+import binascii
+from typing import Any
+
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+from pydantic import BaseModel, Field
+
+import rwkv_clip
+
+
+class Item(BaseModel):
+    """One input: a text or an image."""
+
+    text: str | None = Field(None, description="a text")
+    image: str | None = Field(None, description="an encoded image file in base64")
+
+
+class EmbeddingModel(PythonModel):
+    """Embeds texts and images into the same space; all embeddings have length 1."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the checkpoint."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = rwkv_clip.load_checkpoint(context.artifacts["checkpoint"]).to(device)
+        self.transform = rwkv_clip.image_transform(self.model.config)
+
+    # MLflow calls by what the hints say, without a context.
+    def predict(self, model_input: list[Item]) -> list[list[float]]:  # type: ignore[override]
+        """Embeddings in the order of the items.
+
+        Raises:
+            ValueError: an item has not exactly one of text and image, or a broken image.
+        """
+        texts, images = {}, {}
+        for at, item in enumerate(model_input):
+            if (item.text is None) == (item.image is None):
+                raise ValueError(f"item {at}: takes either text or image")
+            if item.text is not None:
+                texts[at] = item.text
+            elif item.image is not None:
+                images[at] = _decode(at, item.image)
+        vectors: dict[int, list[float]] = {}
+        device = self.model.logit_scale.device
+        with torch.inference_mode():
+            if texts:
+                tokens = rwkv_clip.tokenize(list(texts.values()), self.model.config.context_length)
+                embedded = self.model.encode_text(tokens.to(device))
+                vectors |= zip(texts, embedded.float().tolist(), strict=True)
+            if images:
+                pixels = [self.transform(data, name=f"item {at}") for at, data in images.items()]
+                embedded = self.model.encode_image(torch.stack(pixels).to(device))
+                vectors |= zip(images, embedded.float().tolist(), strict=True)
+        return [vectors[at] for at in range(len(model_input))]
+
+
+def _decode(at: int, text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"item {at}: image is not base64: {error}") from error
+
+
+set_model(EmbeddingModel())

@@ -1,0 +1,140 @@
+"""Models in MLflow's registry, and which of them is the champion."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+import rwkv_clip
+from ray_jobs.storage import Storage
+from ray_jobs.tracking.runs import Tracker, current_store
+from rwkv_clip.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+
+logger = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+_EXAMPLE = [{"text": "a red heart"}, {"text": "a photo of a dog"}]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model's place in the registry.
+
+    Attributes:
+        uri: as `mlflow.pyfunc.load_model` takes it.
+        version: of the registered model.
+        champion: whether it holds the alias.
+        told: why, or why not.
+    """
+
+    uri: str
+    version: str
+    champion: bool
+    told: str
+
+
+def register(
+    tracker: Tracker,
+    storage: Storage,
+    checkpoint: str,
+    metrics: Mapping[str, float] | None,
+    test_digest: str | None,
+) -> Registered:
+    """Register a checkpoint as the model of the tracker's training run; once, however often called.
+
+    It gets the alias `champion` when there is no champion, or when it beats the champion on the
+    configured metric on the same test data.
+
+    Args:
+        tracker: holds the training run, under the stage `train`.
+        storage: holds the checkpoint.
+        checkpoint: the checkpoint folder's name in the storage.
+        metrics: of the evaluation, if there was one.
+        test_digest: of the pairs it was evaluated on.
+
+    Raises:
+        MlflowException: MLflow does not answer.
+    """
+    client, config = tracker.client, tracker.config
+    run_id = tracker.run_id("train")
+    if run_id is None:
+        raise MlflowException("the training has no run in MLflow")
+    version = _registered(client, config.model_name, run_id)
+    if version is None:
+        version = _log_model(tracker, storage, checkpoint, run_id)
+    score = (metrics or {}).get(config.champion_metric)
+    tags = {"checkpoint": storage.child_uri(checkpoint), "test_digest": test_digest or ""}
+    if score is not None:
+        tags[config.champion_metric] = repr(score)
+    for key, value in tags.items():
+        client.set_model_version_tag(config.model_name, version.version, key, value)
+    wins, told = _wins(client, config.model_name, version, config.champion_metric, tags)
+    if wins:
+        client.set_registered_model_alias(config.model_name, CHAMPION, version.version)
+    uri = f"models:/{config.model_name}/{version.version}"
+    return Registered(uri, str(version.version), wins, told)
+
+
+def _registered(client: MlflowClient, name: str, run_id: str) -> ModelVersion | None:
+    found = client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
+    return found[0] if found else None
+
+
+def _log_model(tracker: Tracker, storage: Storage, checkpoint: str, run_id: str) -> ModelVersion:
+    name = tracker.config.model_name
+    with (
+        _local_copy(storage, checkpoint) as folder,
+        current_store(tracker.uri),
+        mlflow.start_run(run_id=run_id),
+    ):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"checkpoint": str(folder)},
+            input_example=_EXAMPLE,
+            pip_requirements=[f"rwkv-clip=={rwkv_clip.__version__}"],
+            registered_model_name=name,
+        )
+    return tracker.client.get_model_version(name, str(info.registered_model_version))
+
+
+@contextmanager
+def _local_copy(storage: Storage, checkpoint: str) -> Iterator[Path]:
+    """The model's two files, without the optimizer's state."""
+    with TemporaryDirectory() as root:
+        folder = Path(root, "checkpoint")
+        folder.mkdir()
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            (folder / file).write_bytes(storage.read_bytes(f"{checkpoint}/{file}"))
+        yield folder
+
+
+def _wins(
+    client: MlflowClient, name: str, version: ModelVersion, metric: str, tags: Mapping[str, Any]
+) -> tuple[bool, str]:
+    """Whether a version takes or keeps the alias, and why."""
+    if metric not in tags:
+        return False, f"not evaluated on {metric}, so it cannot become the champion"
+    try:
+        champion = client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException:
+        return True, "the first champion"
+    score = float(tags[metric])
+    if str(champion.version) == str(version.version):
+        return True, f"the champion, {metric} {score:.4f}"
+    held = float(champion.tags.get(metric, math.nan))
+    against = f"champion version {champion.version}"
+    if champion.tags.get("test_digest") != tags["test_digest"]:
+        return False, f"{against} was evaluated on other test data and stays"
+    if score > held:
+        return True, f"{metric} {score:.4f} beats {against}'s {held:.4f}"
+    return False, f"{metric} {score:.4f} does not beat {against}'s {held:.4f}"

@@ -1,0 +1,339 @@
+"""A pipeline's runs in MLflow: one parent, and a child for each stage.
+
+Choices:
+- The storage remembers its runs (`tracking.json`), so a pipeline that was killed goes on in the
+  runs it began. Another configuration begins another parent; the stages it finds done are logged
+  there from their results.
+- A run ends as FINISHED, FAILED (an error, kept as the tag `error`) or KILLED, also by kill -9: a
+  watcher process sees the driver's pipe end.
+- A pipeline does not start with an MLflow it cannot reach. Losing MLflow later costs no work: what
+  could not be logged is told, and logged when the pipeline is started again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.environment_variables import MLFLOW_TRACKING_URI
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.git_utils import get_git_commit
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NAME,
+    MLFLOW_SOURCE_NAME,
+)
+
+from ray_jobs.storage import Storage
+from ray_jobs.tracking.config import TrackingConfig, tracking_place
+from ray_jobs.tracking.metrics import StepMetrics
+from rwkv_clip import __version__
+
+logger = logging.getLogger(__name__)
+
+RECORD = "tracking.json"
+_PARAM_LIMIT = 5000
+_DIGEST_LIMIT = 36
+_AWAY = (
+    "MLflow does not answer (%s); the work goes on, and what is missing there is logged when the "
+    "pipeline is started again"
+)
+_BATCH = 100
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be used; the message says what to do."""
+
+
+class StageRun:
+    """A run in MLflow that is being written; nothing that it is told fails when MLflow is away.
+
+    Attributes:
+        run_id: None where there is no run; what it is told is passed over then.
+        complete: whether MLflow has all that it was told.
+    """
+
+    def __init__(self, client: MlflowClient | None, run_id: str | None) -> None:
+        self._client, self.run_id = client, run_id
+        self.complete = run_id is not None
+        self._steps = StepMetrics(client, run_id) if client and run_id else None
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log settings, nested ones by dotted names."""
+        params = [Param(key, str(value)[:_PARAM_LIMIT]) for key, value in flatten(values)]
+        for first in range(0, len(params), _BATCH):
+            self._tell("log_batch", params=params[first : first + _BATCH])
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        """Log figures that have no step."""
+        now = int(time.time() * 1000)
+        batch = [Metric(name, float(value), now, 0) for name, value in values.items()]
+        self._tell("log_batch", metrics=batch)
+
+    def step(self, record: Mapping[str, float]) -> None:
+        """Log the metrics of a training step."""
+        if self._steps is not None:
+            self._steps(record)
+
+    def history(self, records: Iterable[Mapping[str, float]]) -> None:
+        """Log the metrics of all training steps that the run lacks."""
+        if self._steps is not None:
+            self._guarded(self._steps.catch_up, records)
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        """Set tags."""
+        tags = [RunTag(key, str(value)[:_PARAM_LIMIT]) for key, value in values.items()]
+        self._tell("log_batch", tags=tags)
+
+    def dataset(self, name: str, source: str, digest: str, context: str) -> None:
+        """Note which data the run read."""
+        kind = source.partition("://")[0] if "://" in source else "local"
+        dataset = Dataset(name, digest[:_DIGEST_LIMIT], kind, json.dumps({"uri": source}))
+        tags = [InputTag("mlflow.data.context", context)]
+        self._tell("log_inputs", datasets=[DatasetInput(dataset, tags)])
+
+    def json(self, name: str, value: Any) -> None:
+        """Leave a JSON document with the run."""
+        self._tell("log_dict", value, name)
+
+    def text(self, name: str, value: str) -> None:
+        """Leave a text with the run."""
+        self._tell("log_text", value, name)
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Leave a matplotlib figure with the run."""
+        self._tell("log_figure", figure, name)
+
+    def end(self, status: str) -> None:
+        """Say how the run ended."""
+        self._tell("set_terminated", status)
+
+    def take_up(self) -> None:
+        """Go on with a run that was begun before, and count that."""
+
+        def restart(run_id: str) -> None:
+            if self._client is not None:
+                tags = self._client.get_run(run_id).data.tags
+                self._client.set_tag(run_id, "restarts", str(int(tags.get("restarts", 0)) + 1))
+                self._client.update_run(run_id, status="RUNNING")
+
+        self._guarded(restart, self.run_id)
+
+    def _tell(self, verb: str, *args: Any, **kwargs: Any) -> None:
+        if self._client is not None and self.run_id is not None:
+            self._guarded(getattr(self._client, verb), self.run_id, *args, **kwargs)
+
+    def _guarded(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        try:
+            call(*args, **kwargs)
+        except MlflowException as error:
+            if self.complete:
+                logger.warning(_AWAY, str(error).splitlines()[0])
+            self.complete = False
+
+
+class Tracker:
+    """The runs of one pipeline; use it as a context around the whole of it.
+
+    Args:
+        config: where runs go.
+        storage: of the pipeline; remembers the runs' ids.
+        settings: everything that decides the pipeline's results.
+        name: the parent run's.
+
+    Raises:
+        TrackingError: MLflow cannot be reached.
+    """
+
+    def __init__(
+        self, config: TrackingConfig, storage: Storage, settings: Mapping[str, Any], name: str
+    ) -> None:
+        self.config, self.storage, self.settings, self.name = config, storage, settings, name
+        place = tracking_place(config, storage)
+        self.uri = place.uri
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+        self.client = MlflowClient(tracking_uri=self.uri)
+        try:
+            self.experiment = self._experiment(place.artifacts)
+        except (MlflowException, OSError) as error:
+            raise TrackingError(
+                f"MLflow at {self.uri} cannot be used ({str(error).splitlines()[0]}); mend "
+                "tracking.uri or MLFLOW_TRACKING_URI, or set tracking to null"
+            ) from error
+        self._watcher: subprocess.Popen[str] | None = None
+        self._monitor: Any = None
+        self._record = self._recall()
+
+    def __enter__(self) -> "Tracker":
+        self.parent = self._begin(self._record["parent"], self.name, None)
+        self._record["parent"] = self.parent.run_id
+        self._remember()
+        if self.config.system_metrics_seconds is not None and self.parent.run_id is not None:
+            monitor: Any = SystemMetricsMonitor  # it is not typed
+            self._monitor = monitor(
+                self.parent.run_id,
+                sampling_interval=self.config.system_metrics_seconds,
+                resume_logging=True,
+                tracking_uri=self.uri,
+            )
+            self._monitor.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()
+        self._end(self.parent, error)
+        if self._watcher is not None and self._watcher.stdin is not None:
+            self._watcher.stdin.close()
+            self._watcher.wait()
+
+    @property
+    def place(self) -> str:
+        """How to look at the parent run."""
+        if self.uri.startswith("http"):
+            page = f"#/experiments/{self.experiment}/runs/{self.parent.run_id}"
+            return f"{self.uri.rstrip('/')}/{page}"
+        return f"mlflow ui --backend-store-uri {self.uri}"
+
+    def logged(self, stage: str) -> bool:
+        """Whether MLflow has all of a stage."""
+        return bool(self._record["stages"].get(stage, {}).get("complete"))
+
+    def run_id(self, stage: str) -> str | None:
+        """The id of a stage's run, if it has one."""
+        held: str | None = self._record["stages"].get(stage, {}).get("run_id")
+        return held
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageRun]:
+        """The child run of a stage, which ends as the block does; nowhere if it is all there."""
+        if self.logged(name):
+            yield StageRun(None, None)
+            return
+        run = self._begin(self.run_id(name), name, self.parent.run_id)
+        self._record["stages"][name] = {"run_id": run.run_id, "complete": False}
+        self._remember()
+        try:
+            yield run
+        except BaseException as error:
+            self._end(run, error)
+            raise
+        self._end(run, None)
+        self._record["stages"][name]["complete"] = run.complete
+        self._remember()
+
+    def _experiment(self, artifacts: str | None) -> str:
+        held = self.client.get_experiment_by_name(self.config.experiment)
+        if held is not None:
+            return str(held.experiment_id)
+        return str(self.client.create_experiment(self.config.experiment, artifacts))
+
+    def _recall(self) -> dict[str, Any]:
+        """What an earlier start of the same pipeline noted, if its runs are still there."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        fresh: dict[str, Any] = {"uri": self.uri, "settings": digest, "parent": None, "stages": {}}
+        if not self.storage.exists(RECORD):
+            return fresh
+        held: dict[str, Any] = self.storage.read_json(RECORD)
+        if (held["uri"], held["settings"]) != (self.uri, digest):
+            return fresh
+        try:
+            runs = [held["parent"], *(one["run_id"] for one in held["stages"].values())]
+            for run in filter(None, runs):
+                if self.client.get_run(run).info.lifecycle_stage != "active":
+                    return fresh
+        except MlflowException:
+            return fresh
+        return held
+
+    def _remember(self) -> None:
+        self.storage.write_json(RECORD, self._record)
+
+    def _begin(self, held: str | None, name: str, parent: str | None) -> StageRun:
+        """Create a run, or take up one that was begun before."""
+        try:
+            run_id = held or self._create(name, parent)
+        except MlflowException as error:
+            logger.warning(_AWAY, str(error).splitlines()[0])
+            return StageRun(None, None)
+        run = StageRun(self.client, run_id)
+        if held is None and parent is None:
+            run.params(self.settings)
+            run.json("config.json", self.settings)
+        elif held is not None:
+            run.take_up()
+        self._tell_watcher("open", run_id)
+        return run
+
+    def _create(self, name: str, parent: str | None) -> str:
+        tags = {MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "rwkv-clip", **code_version()}
+        if parent is not None:
+            tags[MLFLOW_PARENT_RUN_ID] = parent
+        return str(self.client.create_run(self.experiment, tags=tags).info.run_id)
+
+    def _end(self, run: StageRun, error: BaseException | None) -> None:
+        if run.run_id is None:
+            return
+        if error is None:
+            run.end("FINISHED")
+        elif isinstance(error, KeyboardInterrupt | SystemExit):
+            run.end("KILLED")
+        else:
+            run.tags({"error": str(error) or type(error).__name__})
+            run.end("FAILED")
+        self._tell_watcher("close", run.run_id)
+
+    def _tell_watcher(self, verb: str, run_id: str) -> None:
+        if self._watcher is None:
+            command = [sys.executable, "-m", "ray_jobs.tracking.watcher", self.uri]
+            # A session of its own: what ends this program's process group shall not end it.
+            self._watcher = subprocess.Popen(  # noqa: S603
+                command, stdin=subprocess.PIPE, text=True, start_new_session=True
+            )
+        if self._watcher.stdin is not None and self._watcher.poll() is None:
+            self._watcher.stdin.write(f"{verb} {run_id}\n")
+            self._watcher.stdin.flush()
+
+
+@contextmanager
+def current_store(uri: str) -> Iterator[None]:
+    """Make a store MLflow's current one for the block, for what MLflow offers in no other way."""
+    held = os.environ.get(MLFLOW_TRACKING_URI.name)
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # the way to take it back
+        if held is not None:
+            os.environ[MLFLOW_TRACKING_URI.name] = held
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted names with their values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def code_version() -> dict[str, str]:
+    """The program's version, and the commit where it runs from a checkout."""
+    version = {"rwkv_clip.version": __version__}
+    if commit := get_git_commit(str(Path(__file__).parents[2])):
+        version[MLFLOW_GIT_COMMIT] = commit
+    return version

@@ -1,0 +1,31 @@
+"""Marks runs as killed when the process that held them is gone without a word.
+
+    python -m ray_jobs.tracking.watcher TRACKING_URI
+
+Reads `open RUN` and `close RUN` lines. A pipe ends whatever way its writer died, kill -9 included,
+so what is open at its end was killed. MLflow is imported only then.
+"""
+
+import sys
+
+
+def main() -> int:
+    """Follow the lines to their end."""
+    uri, held = sys.argv[1], dict[str, None]()
+    for line in sys.stdin:
+        verb, _, run = line.strip().partition(" ")
+        if verb == "open":
+            held[run] = None
+        else:
+            held.pop(run, None)
+    if held:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=uri)
+        for run in reversed(held):
+            client.set_terminated(run, "KILLED")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

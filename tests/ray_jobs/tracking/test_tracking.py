@@ -1,0 +1,223 @@
+"""Runs in a real MLflow store, and a registry whose champion has to be beaten."""
+
+import base64
+import subprocess
+import sys
+import threading
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from ray_jobs.storage import Storage
+from ray_jobs.tracking import Tracker, TrackingConfig, TrackingError
+from ray_jobs.tracking.metrics import StepMetrics
+from ray_jobs.tracking.registry import CHAMPION, register
+from ray_jobs.tracking.runs import current_store
+from rwkv_clip import load_checkpoint, tokenize
+from rwkv_clip.model import create_model, save_checkpoint
+from rwkv_clip.model.config import named_config
+from rwkv_clip.transforms import image_transform
+
+SETTINGS: dict[str, Any] = {"train": {"batch": 8, "data": {"texts": {"caption": 1.0}}}}
+METRIC = "text_to_image_recall_at_10"
+RECORDS = [{"step": float(step), "loss": 5.0 - step, "seconds": 1.0} for step in range(1, 6)]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage.at(tmp_path / "storage")
+
+
+def tracker(storage: Storage, **settings: Any) -> Tracker:
+    config = TrackingConfig(system_metrics_seconds=None)
+    return Tracker(config, storage, {**SETTINGS, **settings}, "a run")
+
+
+def store(storage: Storage) -> str:
+    """Where a storage keeps its runs when nobody says otherwise."""
+    return f"sqlite:///{storage.path('mlflow/mlflow.db')}"
+
+
+def runs(storage: Storage) -> dict[str, Any]:
+    """All runs by name."""
+    client = MlflowClient(tracking_uri=store(storage))
+    experiment = client.get_experiment_by_name("rwkv-clip")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    return {run.info.run_name: run for run in found}
+
+
+def steps_of(storage: Storage, run: Any) -> list[int]:
+    client = MlflowClient(tracking_uri=store(storage))
+    return [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
+
+
+def test_a_pipeline_is_a_parent_with_a_child_for_each_stage(storage):
+    with tracker(storage) as tracked, tracked.stage("train") as run:
+        run.params({"batch": 8})
+        run.dataset("train", "/data/pairs", "0123", "training")
+        for record in RECORDS:
+            run.step(record)
+    found = runs(storage)
+    parent, child = found["a run"], found["train"]
+    assert parent.data.params["train.data.texts.caption"] == "1.0"
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.metrics == {"loss": 0.0}
+    assert child.inputs.dataset_inputs[0].dataset.digest == "0123"
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert parent.data.tags["rwkv_clip.version"]
+
+
+def test_a_run_that_is_started_again_goes_on_and_logs_no_step_twice(storage):
+
+    def fail() -> None:
+        with tracker(storage) as tracked, tracked.stage("train") as run:
+            run.step(RECORDS[0])
+            run.step(RECORDS[1])
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        fail()
+    failed = runs(storage)
+    assert failed["train"].info.status == failed["a run"].info.status == "FAILED"
+    assert failed["train"].data.tags["error"] == "the disk is full"
+    with tracker(storage) as tracked, tracked.stage("train") as run:
+        run.step(RECORDS[1])
+        run.history(RECORDS)
+    found = runs(storage)
+    assert len(found) == 2
+    assert found["train"].info.run_id == failed["train"].info.run_id
+    assert found["train"].info.status == "FINISHED"
+    assert found["train"].data.tags["restarts"] == "1"
+    assert steps_of(storage, found["train"]) == [1, 2, 3, 4, 5]
+    with tracker(storage) as tracked, tracked.stage("train") as run:
+        assert run.run_id is None  # all of it is there
+
+
+def test_another_configuration_is_another_run(storage):
+    with tracker(storage) as tracked:
+        first = tracked.parent.run_id
+    with tracker(storage, seed=1) as tracked:
+        assert tracked.parent.run_id != first
+
+
+def test_a_killed_process_leaves_runs_that_say_so(storage):
+    program = (
+        "import os, signal, sys\n"
+        "from ray_jobs.storage import Storage\n"
+        "from ray_jobs.tracking import Tracker, TrackingConfig\n"
+        "tracker = Tracker(TrackingConfig(system_metrics_seconds=None), Storage.at(sys.argv[1]),"
+        " {}, 'a run')\n"
+        "with tracker, tracker.stage('train'):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", program, storage.uri]
+    subprocess.run(command, cwd=Path(__file__).parents[3], check=False)
+    deadline, waiting = time.monotonic() + 60, threading.Event()
+    while {run.info.status for run in runs(storage).values()} != {"KILLED"}:
+        assert time.monotonic() < deadline
+        waiting.wait(0.2)
+    assert set(runs(storage)) == {"a run", "train"}
+
+
+def test_a_store_that_cannot_be_reached_is_told_before_any_work(storage):
+    config = TrackingConfig(uri="http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match=r"mend tracking\.uri or MLFLOW_TRACKING_URI"):
+        Tracker(config, storage, SETTINGS, "a run")
+
+
+class Away:
+    """A client of a store that is away for the first calls."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+        self.steps: list[int] = []
+
+    def get_metric_history(self, run_id: str, key: str) -> list[Any]:
+        return []
+
+    def log_batch(self, run_id: str, metrics: list[Any]) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            raise MlflowException("connection refused")
+        self.steps += [metric.step for metric in metrics]
+
+
+def test_metrics_that_were_lost_while_mlflow_was_away_arrive_later(caplog):
+    client = Away(calls=1)
+    metrics = StepMetrics(client, "run")  # type: ignore[arg-type]
+    for record in RECORDS[:3]:
+        metrics(record)
+    assert "training goes on" in caplog.text
+    metrics.catch_up(RECORDS)
+    assert client.steps == [1, 2, 3, 4, 5]
+
+
+@pytest.fixture
+def checkpoint(storage: Storage) -> str:
+    folder = Path(storage.path("train/step-000000001"))
+    folder.mkdir(parents=True)
+    save_checkpoint(create_model(named_config("RWKV-CLIP-Tiny")), folder)
+    return "train/step-000000001"
+
+
+def registered(storage: Storage, checkpoint: str, score: float, **settings: Any) -> Any:
+    with tracker(storage, **settings) as tracked:
+        with tracked.stage("train"):
+            pass
+        digest = settings.get("digest", "of the test data")
+        return register(tracked, storage, checkpoint, {METRIC: score}, digest)
+
+
+def test_only_a_better_model_becomes_the_champion(storage, checkpoint):
+    first = registered(storage, checkpoint, 0.25)
+    assert (first.version, first.champion) == ("1", True)
+    again = registered(storage, checkpoint, 0.25)
+    assert (again.version, again.champion) == ("1", True)
+    worse = registered(storage, checkpoint, 0.20, seed=1)
+    assert (worse.version, worse.champion) == ("2", False)
+    assert "does not beat champion version 1" in worse.told
+    elsewhere = registered(storage, checkpoint, 0.90, seed=2, digest="of other data")
+    assert not elsewhere.champion
+    assert "other test data" in elsewhere.told
+    better = registered(storage, checkpoint, 0.30, seed=3)
+    assert better.champion
+    client = MlflowClient(tracking_uri=store(storage))
+    champion = client.get_model_version_by_alias("rwkv-clip", CHAMPION)
+    assert str(champion.version) == better.version
+
+
+def test_the_registered_model_embeds_as_the_checkpoint_does(storage, checkpoint):
+    found = registered(storage, checkpoint, 0.25)
+    with current_store(store(storage)):
+        loaded = mlflow.pyfunc.load_model(found.uri)
+    png = picture()
+    vectors = loaded.predict(
+        [{"text": "a dog"}, {"image": base64.b64encode(png).decode()}, {"text": "a cat"}]
+    )
+    model = load_checkpoint(storage.path(checkpoint))
+    with torch.inference_mode():
+        texts = model.encode_text(tokenize(["a dog", "a cat"], model.config.context_length))
+        pixels = image_transform(model.config)(png)[None]
+        image_embedding = model.encode_image(pixels)
+    expected = torch.stack([texts[0], image_embedding[0], texts[1]])
+    torch.testing.assert_close(torch.tensor(vectors), expected, rtol=0, atol=1e-5)
+    files = [path.suffix for path in Path(storage.path("mlflow/artifacts")).rglob("*")]
+    assert ".safetensors" in files
+    assert not {".pkl", ".pt", ".pickle"} & set(files)
+    with pytest.raises(Exception, match="takes either text or image"):
+        loaded.predict([{"text": "a dog", "image": "aGk="}])
+
+
+def picture() -> bytes:
+    out = BytesIO()
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(out, "PNG")
+    return out.getvalue()
