@@ -16,7 +16,7 @@ PYTHON := $(shell for python in python3.11 python3.12 python3; do \
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cuda lint bench wheel lock clean python
+.PHONY: help setup demo comparison test test-cuda lint bench wheel lock clean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,8 +38,11 @@ $(VENV)/.project: $(VENV)/.packages $(SOURCES)
 	$(BIN)/python -m pip install $(QUIET) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup ## encode images and texts with the Tiny model, and show what is installed
-	$(BIN)/rwkv-clip demo
+demo: setup ## run the main job on emoji: describe, train, evaluate, register, report
+	$(BIN)/rwkv-clip pipeline --config configs/emoji.yaml
+
+comparison: setup ## the same, and a second training on web texts alone to compare it with
+	$(BIN)/rwkv-clip pipeline --config configs/emoji-comparison.yaml
 
 test: setup ## run every test
 	$(BIN)/python -m pytest

@@ -10,6 +10,7 @@ the embeddings. What is written, below `evaluation/NAME/`:
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +25,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 import rwkv_clip
+from ray_jobs import job
 from ray_jobs.execution import arrange
 from ray_jobs.ingest import Manifest
 from ray_jobs.progress import Progress
@@ -36,6 +38,10 @@ from rwkv_clip.model import RWKVCLIP, load_checkpoint
 logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
+
+SUMMARY = "score the trained model on pairs it has not seen"
+configure = job.configure
+run = partial(job.run_stage, "evaluate")
 
 
 class EvaluationConfig(BaseConfig):
@@ -230,3 +236,7 @@ def _examples(count: int, table: pa.Table, images: Array, texts: Array) -> list[
             queries, nearest.indices, nearest.similarities.tolist(), strict=True
         )
     ]
+
+
+if __name__ == "__main__":
+    job.main("evaluate")

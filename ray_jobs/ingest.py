@@ -42,6 +42,7 @@ import ray.data
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from ray.data.exceptions import ExecutionTimeoutError
 
+from ray_jobs import job
 from ray_jobs.execution import arrange
 from ray_jobs.pairs import (
     PAIR_SCHEMA,
@@ -80,6 +81,10 @@ _DUPLICATES: dict[str, tuple[str, str | None]] = {
 _KEYS_SCHEMA = pa.schema([(name, pa.uint64()) for name in ("id", "image", "text")])
 
 Hashes = npt.NDArray[np.uint64]
+
+SUMMARY = "read a source's pairs into the storage, setting aside what cannot be used"
+configure = job.configure
+run = partial(job.run_stage, "ingest")
 
 
 class IngestError(RuntimeError):
@@ -751,3 +756,7 @@ def _drop_digest(drops: Sequence[_Drop]) -> str:
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    job.main("ingest")

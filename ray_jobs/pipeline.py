@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import Field
 
 import rwkv_clip
+from ray_jobs import job
 from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
 from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
@@ -30,12 +31,12 @@ from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.tracking import StageRun, Tracker, TrackingConfig, TrackingError
 from ray_jobs.tracking.registry import Registered, register
-from ray_jobs.train import TrainError, TrainResult, pair_files, total_steps, train
+from ray_jobs.train import TrainError, TrainResult, pair_files, total_steps, train, trained
 from ray_jobs.training.config import TextWeights, TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError
 from ray_jobs.training.records import Listener
 from rwkv_clip.cli import CommandError
-from rwkv_clip.config import BaseConfig, add_config_options, config_from_args
+from rwkv_clip.config import BaseConfig, config_from_args
 
 logger = logging.getLogger(__name__)
 
@@ -115,22 +116,28 @@ class PipelineResult:
     tracking: str
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    add_config_options(parser)
+configure = job.configure
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the pipeline that the arguments ask for, and print its table."""
+    return run_job(args)
+
+
+def run_job(args: argparse.Namespace, stage: str | None = None) -> int:
+    """Run the pipeline, or one stage of it, and print what came out."""
     config = config_from_args(PipelineConfig, args)
     storage = Storage(config.storage)
     try:
         with connected(config.ray) as logs:
             _say(f"storage: {storage.uri}\nlogs of Ray and its workers: {logs}")
-            result = pipeline(config, storage)
+            if stage is None:
+                told = _table(storage, pipeline(config, storage))
+            else:
+                told = _stages(run_stage(config, storage, stage))
     except _FAILURES as error:
         raise CommandError(str(error)) from error
-    _say(_table(storage, result))
+    _say(told)
     return 0
 
 
@@ -141,11 +148,32 @@ def pipeline(config: PipelineConfig, storage: Storage) -> PipelineResult:
         SourceError, IngestError, SynthesisError, TrainError, NonFiniteLossError: as the stages do.
         TrackingError: MLflow cannot be reached.
     """
+    with _opened(config, storage) as opened:
+        return opened.run()
+
+
+def run_stage(config: PipelineConfig, storage: Storage, stage: str) -> list[Stage]:
+    """Run `ingest`, `synthesize`, `train` or `evaluate` alone; Ray must be initialised.
+
+    Raises:
+        SourceError, IngestError, SynthesisError, TrainError, NonFiniteLossError: as the stages do,
+            and where an earlier stage has not left what this one needs.
+        TrackingError: MLflow cannot be reached.
+    """
+    with _opened(config, storage) as opened:
+        opened.run_stage(stage)
+        return opened.stages
+
+
+@contextmanager
+def _opened(config: PipelineConfig, storage: Storage) -> Iterator["_Pipeline"]:
+    """The pipeline with its runs."""
     if config.tracking is None:
-        return _Pipeline(config, storage, None).run()
+        yield _Pipeline(config, storage, None)
+        return
     settings = config.model_dump(mode="json", exclude={"ray", "tracking"})
     with Tracker(config.tracking, storage, settings, config.name) as tracker:
-        return _Pipeline(config, storage, tracker).run()
+        yield _Pipeline(config, storage, tracker)
 
 
 class _Pipeline:
@@ -159,20 +187,20 @@ class _Pipeline:
         config = self.config
         data, test = self._ingest()
         described = self._describe(data)
-        trained = self._train("train", config.train, data)
-        evaluated = self._evaluate("evaluation", trained, test)
+        main = self._train("train", config.train, data)
+        evaluated = self._evaluate("evaluation", main, test)
         baseline_train = baseline = None
         if (settings := config.baseline_train()) is not None:
             baseline_train = self._train(_BASELINE, settings, data)
             baseline = self._evaluate(f"{_BASELINE}-evaluation", baseline_train, test)
-        registered = self._register(trained, evaluated)
+        registered = self._register(main, evaluated)
         report = Report(
             title=config.name,
             configuration=config.model_dump(mode="json", exclude={"ray", "tracking"}),
             versions=_versions(),
             data=[data, test] if test else [data],
-            train=trained,
-            stages=self._times(data, test, described, trained),
+            train=main,
+            stages=self._times(data, test, described, main),
             synthesis=described,
             evaluation=evaluated,
             baseline=baseline,
@@ -186,13 +214,27 @@ class _Pipeline:
         return PipelineResult(
             stages=self.stages,
             synthesis=described,
-            train=trained,
+            train=main,
             evaluation=evaluated,
             baseline=baseline,
             registered=registered,
             report=self.storage.child_uri(REPORT),
             tracking=self.tracker.place if self.tracker else "",
         )
+
+    def run_stage(self, stage: str) -> None:
+        config, storage = self.config, self.storage
+        if stage == "ingest":
+            self._ingest()
+            return
+        if stage == "evaluate":
+            self._evaluate("evaluation", trained(storage), Manifest.from_storage(storage, "test"))
+            return
+        data = Manifest.from_storage(storage, "train")
+        if stage == "train":
+            self._train("train", config.train, data)
+        elif self._describe(data) is None:
+            raise SynthesisError("the configuration has no section synthesis; add one")
 
     def _ingest(self) -> tuple[Manifest, Manifest | None]:
         config = self.config
@@ -371,11 +413,7 @@ def _versions() -> dict[str, str]:
 
 
 def _table(storage: Storage, result: PipelineResult) -> str:
-    width = max(len(stage.name) for stage in result.stages)
-    lines = [
-        f"{stage.name:<{width}} {duration(stage.seconds):>12}   {stage.outcome}"
-        for stage in result.stages
-    ]
+    lines = [_stages(result.stages)]
     if result.evaluation is not None:
         lines.append("")
         lines += _recalls("", result.evaluation)
@@ -390,6 +428,13 @@ def _table(storage: Storage, result: PipelineResult) -> str:
         lines.append(f"runs:   {result.tracking}")
     lines.append(f"report: {result.report}")
     return "\n".join(lines)
+
+
+def _stages(stages: Sequence[Stage]) -> str:
+    width = max(len(stage.name) for stage in stages)
+    return "\n".join(
+        f"{stage.name:<{width}} {duration(stage.seconds):>12}   {stage.outcome}" for stage in stages
+    )
 
 
 def _recalls(suffix: str, evaluation: EvaluationResult) -> list[str]:
@@ -409,13 +454,5 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m ray_jobs.pipeline`, with the same options as `rwkv-clip pipeline`."""
-    from rwkv_clip.cli import main as command
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return command(["pipeline", *arguments])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    job.main("pipeline")

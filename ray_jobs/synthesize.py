@@ -11,23 +11,29 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import ray.data
 from pydantic import Field, PositiveFloat, PositiveInt
 from ray.exceptions import RayError
 
+from ray_jobs import job
 from ray_jobs.execution import arrange
 from ray_jobs.ingest import Manifest
 from ray_jobs.models import ModelError, check_model
 from ray_jobs.progress import Progress
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.chunks import manifest_file, open_work, seal, tables
+from ray_jobs.synthesis.config import VllmConfig
 from ray_jobs.synthesis.describer import LLM, SamplingConfig
-from ray_jobs.synthesis.engine import VllmConfig, vllm_stream
 from ray_jobs.synthesis.watch import Watch
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.descriptions import PROMPT_VERSION
+
+SUMMARY = "have a language model describe the ingested pairs"
+configure = job.configure
+run = partial(job.run_stage, "synthesize")
 
 
 class SynthesisError(RuntimeError):
@@ -168,6 +174,8 @@ class _Synthesis:
 
     def _stream(self, watch: Watch) -> Iterator[dict[str, Any]]:
         """Counts of chunks as they are done."""
+        from ray_jobs.synthesis.engine import vllm_stream  # and with it vLLM
+
         config = self.config
         settings = {
             "storage": self.storage,
@@ -245,3 +253,7 @@ def _cause(error: BaseException) -> str:
     """The last line of the innermost error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    job.main("synthesize")

@@ -9,11 +9,13 @@ last checkpoint when it is started again; one that ended returns its result at o
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from ray_jobs import job
 from ray_jobs.ingest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
@@ -26,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "train"
 _RESULT = "result.json"
+
+SUMMARY = "train on the pairs and their descriptions"
+configure = job.configure
+run = partial(job.run_stage, "train")
 
 
 class TrainError(RuntimeError):
@@ -125,6 +131,16 @@ def _data(storage: Storage, name: str) -> dict[str, Any]:
     }
 
 
+def trained(storage: Storage, folder: str = FOLDER) -> TrainResult:
+    """What a finished run left; raises TrainError if there is none."""
+    name = f"{folder}/{_RESULT}"
+    if not storage.exists(name):
+        raise TrainError(
+            f"{storage.child_uri(name)} does not exist: no training has ended there; run train"
+        )
+    return TrainResult(**storage.read_json(name)["result"], resumed=True)
+
+
 def _trainer(config: TrainConfig, storage: Storage, task: WorkerTask) -> TorchTrainer:
     resources = {"CPU": config.cpus_per_worker}
     if config.gpus_per_worker:
@@ -216,3 +232,7 @@ def _finished(storage: Storage, folder: str, identity: Mapping[str, Any]) -> Tra
             "that folder"
         )
     return TrainResult(**value["result"], resumed=True)
+
+
+if __name__ == "__main__":
+    job.main("train")

@@ -79,3 +79,10 @@ def test_a_mistake_in_the_configuration_is_told_before_any_work(tmp_path, capsys
 def test_the_committed_configurations_are_valid(path):
     config = load_config(PipelineConfig, path)
     assert config.train.model.clip_config().name
+
+
+def test_the_comparison_is_the_default_run_and_a_baseline():
+    default = load_config(PipelineConfig, ROOT / "configs/emoji.yaml")
+    compared = load_config(PipelineConfig, ROOT / "configs/emoji-comparison.yaml")
+    assert compared.baseline is not None
+    assert compared.model_copy(update={"baseline": None}) == default
