@@ -32,7 +32,13 @@ class RayConfig(BaseConfig):
 
 @contextmanager
 def connected(config: RayConfig) -> Iterator[Path]:
-    """A connection to Ray for the block; gives the folder of its log files."""
+    """A connection to Ray for the block; gives the folder of its log files.
+
+    A connection that this process has already is used, and stays.
+    """
+    if ray.is_initialized():
+        yield _logs()
+        return
     _quieten()
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
@@ -47,11 +53,15 @@ def connected(config: RayConfig) -> Iterator[Path]:
         )
     _quieten()
     ray.data.DataContext.get_current().enable_progress_bars = False
-    session = ray.get_runtime_context().get_session_name()
     try:
-        yield Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", session, "logs")
+        yield _logs()
     finally:
         ray.shutdown()
+
+
+def _logs() -> Path:
+    session = ray.get_runtime_context().get_session_name()
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", session, "logs")
 
 
 def _quieten() -> None:

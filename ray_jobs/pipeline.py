@@ -8,8 +8,11 @@ was killed at any moment is started again with the same command.
 """
 
 import argparse
+import errno
 import logging
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +21,8 @@ from importlib.metadata import version
 
 from mlflow.exceptions import MlflowException
 from pydantic import Field
+from ray.exceptions import RayError
+from ray.train import TrainingFailedError
 
 import rwkv_clip
 from ray_jobs import job
@@ -44,6 +49,7 @@ SUMMARY = "run every stage: ingest, describe, train, evaluate, register, report"
 REPORT = "report.html"
 _TIMES = "times.json"
 _BASELINE = "baseline"
+_NO_SPACE = os.strerror(errno.ENOSPC)
 _FAILURES = (
     SourceError,
     IngestError,
@@ -135,7 +141,14 @@ def run_job(args: argparse.Namespace, stage: str | None = None) -> int:
                 told = _table(storage, pipeline(config, storage))
             else:
                 told = _stages(run_stage(config, storage, stage))
-    except _FAILURES as error:
+    except (*_FAILURES, OSError, RayError, TrainingFailedError) as error:
+        if _NO_SPACE in str(error):  # whoever met it, and however Ray wrapped it
+            raise CommandError(
+                f"{_NO_SPACE}: the disk of {storage.uri} is full, or that of Ray's files in "
+                f"{tempfile.gettempdir()}. Free some and start again; what is done is kept"
+            ) from error
+        if not isinstance(error, _FAILURES):
+            raise
         raise CommandError(str(error)) from error
     _say(told)
     return 0

@@ -6,6 +6,8 @@ Descriptions are written in chunks that are published whole; a run that was kill
 that are not there. An engine that dies or hangs costs the chunks it had in work.
 """
 
+import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,7 +27,7 @@ from ray_jobs.models import ModelError, check_model
 from ray_jobs.progress import Progress
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.chunks import manifest_file, open_work, seal, tables
-from ray_jobs.synthesis.config import VllmConfig
+from ray_jobs.synthesis.config import HttpConfig, VllmConfig
 from ray_jobs.synthesis.describer import LLM, SamplingConfig
 from ray_jobs.synthesis.watch import Watch
 from rwkv_clip.config import BaseConfig
@@ -33,6 +35,7 @@ from rwkv_clip.descriptions import PROMPT_VERSION
 
 SUMMARY = "have a language model describe the ingested pairs"
 configure = job.configure
+_ERROR_LINE = re.compile(r"(?!ray\.exceptions\.)[\w.]*(?:Error|Exception|Exit)\b(?:\([\w.]*\))?: ")
 run = partial(job.run_stage, "synthesize")
 
 
@@ -43,7 +46,9 @@ class SynthesisError(RuntimeError):
 class SynthesisConfig(BaseConfig):
     """How descriptions are written."""
 
-    engine: Annotated[VllmConfig, Field(description="what the model runs on")]
+    engine: Annotated[
+        VllmConfig | HttpConfig, Field(discriminator="kind", description="what the model runs on")
+    ]
     sampling: SamplingConfig = SamplingConfig()
     chunk_rows: PositiveInt = Field(128, description="pairs described, published or redone at once")
     hang_seconds: PositiveFloat = Field(
@@ -112,7 +117,8 @@ def synthesize(config: SynthesisConfig, storage: Storage, name: str = "train") -
     if storage.exists(manifest_file(name)):
         return _finished(storage, name, identity)
     try:
-        check_model(config.engine.model)
+        if isinstance(config.engine, VllmConfig):
+            check_model(config.engine.model)
     except ModelError as error:
         raise SynthesisError(f"synthesis.engine.model: {error}") from error
     _claim(storage, name, identity)
@@ -174,8 +180,6 @@ class _Synthesis:
 
     def _stream(self, watch: Watch) -> Iterator[dict[str, Any]]:
         """Counts of chunks as they are done."""
-        from ray_jobs.synthesis.engine import vllm_stream  # and with it vLLM
-
         config = self.config
         settings = {
             "storage": self.storage,
@@ -185,7 +189,7 @@ class _Synthesis:
             "hang_seconds": config.hang_seconds,
         }
         chunks = ray.data.from_items([asdict(chunk) for chunk in self.todo])
-        dataset = arrange(vllm_stream(config.engine, chunks, settings))
+        dataset = arrange(self._engine(chunks, settings))
         try:
             yield from dataset.iter_rows()
         except RayError as error:
@@ -194,6 +198,16 @@ class _Synthesis:
                 f"the engines cannot go on: {_cause(error)}. {told or 'no engine died before'}. "
                 "What is done is kept: mend synthesis.engine and start again"
             ) from error
+
+    def _engine(self, chunks: ray.data.Dataset, settings: dict[str, Any]) -> ray.data.Dataset:
+        engine = self.config.engine
+        if isinstance(engine, HttpConfig):
+            from ray_jobs.synthesis.http import http_stream
+
+            return http_stream(engine, os.environ.get(engine.api_key_env), chunks, settings)
+        from ray_jobs.synthesis.engine import vllm_stream  # and with it vLLM
+
+        return vllm_stream(engine, chunks, settings)
 
     def _conclude(self, incidents: list[dict[str, Any]], seconds: float) -> SynthesisResult:
         sources: Counter[str] = Counter()
@@ -250,9 +264,10 @@ def _other(
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of the innermost error."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    """The error that was raised, on one line; Ray puts traces before it and advice behind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if _ERROR_LINE.match(line)]
+    return (told or lines or [type(error).__name__])[-1]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from rwkv_clip.config import BaseConfig
 
@@ -10,7 +10,7 @@ from rwkv_clip.config import BaseConfig
 class VllmConfig(BaseConfig):
     """Engines of ours: vLLM on Ray's nodes."""
 
-    kind: Literal["vllm"] = "vllm"
+    kind: Literal["vllm"]
     model: str = Field(description="a model folder, a hub id, or package:NAME")
     engines: PositiveInt = Field(1, description="that run side by side")
     cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for an engine")
@@ -42,3 +42,28 @@ class VllmConfig(BaseConfig):
                 "max_num_batched_tokens": max(2048, self.max_model_len),
             }
         return {**chosen, **self.engine_kwargs}
+
+
+class HttpConfig(BaseConfig):
+    """A server that speaks OpenAI's chat completions, ours or somebody else's."""
+
+    kind: Literal["http"]
+    url: str = Field(description="base URL, such as http://llm.example.com:8000/v1")
+    model: str = Field(description="the model's name there")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="variable that holds the key, on the machine that starts"
+    )
+    clients: PositiveInt = Field(1, description="processes that send requests")
+    cpus: PositiveFloat = Field(0.5, description="CPUs that Ray reserves for each")
+    requests_in_flight: PositiveInt = Field(64, description="of each client")
+    timeout_seconds: PositiveFloat = Field(120, description="for an answer")
+    patience_seconds: PositiveFloat = Field(
+        600, description="a server that is away or busy is asked again for so long"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("takes a URL that begins with http:// or https://")
+        return url.rstrip("/")

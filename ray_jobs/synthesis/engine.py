@@ -23,7 +23,7 @@ from ray_jobs.synthesis.watch import Watch
 from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError
 from rwkv_clip.descriptions import DESCRIPTION_SCHEMA
 
-CPU_ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1"}
+_ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 class Describer(vLLMEngineStageUDF):
@@ -97,6 +97,17 @@ class Describer(vLLMEngineStageUDF):
         return str(output["generated_text"])
 
 
+def environment(config: VllmConfig) -> dict[str, str]:
+    """The variables that an engine's process is started with."""
+    variables = dict(_ENVIRONMENT)
+    if not config.gpus:
+        variables["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gb)
+        variables["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # the others wait while it computes
+    if resolve_model(config.model) != config.model:
+        variables["HF_HUB_OFFLINE"] = "1"
+    return variables
+
+
 def vllm_stream(
     config: VllmConfig, chunks: ray.data.Dataset, settings: dict[str, Any]
 ) -> ray.data.Dataset:
@@ -108,13 +119,7 @@ def vllm_stream(
         settings: the arguments of Describer that are not vLLM's.
     """
     bundles = [{"CPU": config.cpus, **({"GPU": 1} if config.gpus else {})}] * max(1, config.gpus)
-    environment = dict(CPU_ENVIRONMENT)
-    if not config.gpus:
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gb)
-        environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # the others wait while it computes
     model = resolve_model(config.model)
-    if model != config.model:
-        environment["HF_HUB_OFFLINE"] = "1"
     processor: Any = build_processor(
         vLLMEngineProcessorConfig(
             model_source=model,
@@ -124,7 +129,7 @@ def vllm_stream(
             max_concurrent_batches=config.chunks_in_flight,
             engine_kwargs=config.arguments(),
             placement_group_config={"bundles": bundles},
-            runtime_env={"env_vars": environment},
+            runtime_env={"env_vars": environment(config)},
             log_engine_metrics=False,
             chat_template_stage={"enabled": False},
             tokenize_stage={"enabled": False},

@@ -88,21 +88,40 @@ class NonFiniteLossError(RuntimeError):
 
 def train_worker(settings: Mapping[str, Any]) -> None:
     """Ray Train's training function."""
-    Worker(settings["task"]).run()
+    Worker(settings["task"], Place.under_ray()).run()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the training processes this one is, and what it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def under_ray(cls) -> "Place":
+        """Of a worker of Ray Train."""
+        context = ray.train.get_context()
+        device = ray.train.torch.get_device()
+        return cls(context.get_world_rank(), context.get_world_size(), device)
+
+    @classmethod
+    def without_ray(cls) -> "Place":
+        """The only process, on the CPU."""
+        return cls(0, 1, torch.device("cpu"))
 
 
 class Worker:
     """One training process."""
 
-    def __init__(self, task: WorkerTask) -> None:
+    def __init__(self, task: WorkerTask, place: Place) -> None:
         self.task = task
         self.config = task.config
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.rank, self.world_size, self.device = place.rank, place.world_size, place.device
         keep_freed_memory()
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        self.device = ray.train.torch.get_device()
         torch.manual_seed(self.config.seed)
         self.model = create_model(self.config.model.clip_config(), device=self.device)
         self.model.set_activation_checkpointing(self.config.activation_checkpointing)

