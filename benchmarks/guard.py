@@ -1,6 +1,6 @@
 """How much the grounding guard lets through: kept descriptions, judged by a second rule.
 
-    python benchmarks/guard.py outputs/emoji
+    python benchmarks/guard.py [outputs/emoji]
 
 Reads what `make demo` wrote. The rule shares no code and no word list with the guard, and errs on
 the strict side: a word of four letters or more is supported if it and a word of the web text, the
@@ -22,7 +22,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from ray_jobs.ingest import Manifest
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis.chunks import part_file
+from ray_jobs.synthesis.chunks import manifest_file, part_file
 
 LIMIT = 0.02
 FEWEST = 300
@@ -69,10 +69,13 @@ def _supported(word: str, sources: set[str]) -> bool:
 def main() -> int:
     """Print the figures; 1 if too much gets through."""
     parser = argparse.ArgumentParser(description="Judge kept descriptions by a second rule.")
-    parser.add_argument("storage", help="the storage of a run that is done")
+    parser.add_argument("storage", nargs="?", default="outputs/emoji", help="of a run that is done")
     parser.add_argument("--name", default="train", help="the data set's name")
     arguments = parser.parse_args()
     storage = Storage.at(arguments.storage)
+    if not storage.exists(manifest_file(arguments.name)):
+        print(f"{storage.uri} holds no finished synthesis; run `make demo` first")
+        return 0
     manifest = Manifest.from_storage(storage, arguments.name)
     kept, found = 0, Counter[str]()
     samples: list[str] = []

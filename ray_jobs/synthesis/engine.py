@@ -71,6 +71,7 @@ class Describer(vLLMEngineStageUDF):
         return {**counts, self.IDX_IN_BATCH_COLUMN: row[self.IDX_IN_BATCH_COLUMN]}
 
     async def _complete(self, messages: Messages, seed: int) -> str:
+        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
         prompt = self.tokenizer.apply_chat_template(
@@ -85,6 +86,8 @@ class Describer(vLLMEngineStageUDF):
                 "max_tokens": self.sampling.max_tokens,
                 "seed": seed,
                 "structured_outputs": {"json": DESCRIPTION_SCHEMA},
+                # Only whole answers are of use; else each token of each row is an event here.
+                "output_kind": RequestOutputKind.FINAL_ONLY,
             },
             self.IDX_IN_BATCH_COLUMN: 0,
         }

