@@ -20,12 +20,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import ray.data
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-import rwkv_clip
 from ray_jobs import job
+from ray_jobs.encoding import PairEncoder, named_metrics
 from ray_jobs.execution import arrange
 from ray_jobs.ingest import Manifest
 from ray_jobs.progress import Progress
@@ -111,35 +110,21 @@ def evaluate(
     return result
 
 
-class Encoder:
-    """Embeds pairs; one in each of Ray Data's actors."""
+class Encoder(PairEncoder):
+    """Embeds pairs of the storage; one in each of Ray Data's actors."""
 
     def __init__(self, storage: Storage, checkpoint: str, files: PairFiles, text: str) -> None:
-        self.files, self.text = files, text
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = fetch_checkpoint(storage, checkpoint).to(device)
-        self.device = torch.device(device)
-        self.transform = rwkv_clip.image_transform(self.model.config)
+        super().__init__(fetch_checkpoint(storage, checkpoint), files, text)
 
     def __call__(self, batch: Mapping[str, Array]) -> pa.Table:
         """Embeddings of the rows first .. first + rows of the data set."""
-        first, rows = int(batch["first"][0]), int(batch["rows"][0])
-        pairs = self.files.take(np.arange(first, first + rows))
-        transformed = self.transform.batch([pair["image"] for pair in pairs])
-        for error in transformed.errors:
-            logger.warning("left out: %s", error)
-        pairs = [pairs[at] for at in transformed.indices]
-        texts = [pair[self.text] or "" for pair in pairs]
-        tokens = rwkv_clip.tokenize(texts, self.model.config.context_length)
-        with torch.inference_mode():
-            images = self.model.encode_image(transformed.pixels.to(self.device))
-            embedded = self.model.encode_text(tokens.to(self.device))
+        found = self.encode(int(batch["first"][0]), int(batch["rows"][0]))
         return pa.table(
             {
-                "id": [pair["id"] for pair in pairs],
-                "text": texts,
-                "image_embedding": _vectors(images),
-                "text_embedding": _vectors(embedded),
+                "id": found.ids,
+                "text": found.texts,
+                "image_embedding": _vectors(found.image_emb),
+                "text_embedding": _vectors(found.text_emb),
             }
         )
 
@@ -199,12 +184,7 @@ def _score(
     images, texts = _matrix(table["image_embedding"]), _matrix(table["text_embedding"])
     owner = np.arange(len(table))
     result = retrieval(images, texts, owner)
-    metrics: dict[str, float] = {"pairs": float(len(table))}
-    for direction in ("text_to_image", "image_to_text"):
-        found = getattr(result, direction)
-        for k, recall in found.recall_at.items():
-            metrics[f"{direction}_recall_at_{k}"] = float(recall)
-        metrics[f"{direction}_median_rank"] = float(found.median_rank)
+    metrics = {"pairs": float(len(table)), **named_metrics(result)}
     examples = _examples(config.examples, table, images, texts)
     written = asdict(
         benchmark_result(result, dataset=manifest.name, model="RWKV-CLIP", pretrained=checkpoint)

@@ -22,7 +22,6 @@ Choices:
 import hashlib
 import json
 import logging
-import pickle
 import re
 import time
 from collections import Counter
@@ -264,6 +263,14 @@ class _Drop:
     ids: Hashes
     owners: npt.NDArray[np.int64]
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"reason": self.reason, "ids": self.ids.tolist(), "owners": self.owners.tolist()}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "_Drop":
+        ids, owners = value["ids"], value["owners"]
+        return cls(value["reason"], np.array(ids, np.uint64), np.array(owners, np.int64))
+
 
 class _Ingestion:
     """One run of `ingest`."""
@@ -364,7 +371,7 @@ class _Ingestion:
 
     def _rewrite(self, drops: Mapping[int, Sequence[_Drop]]) -> None:
         items = [
-            {"index": index, "drops": pickle.dumps(found)}
+            {"index": index, "drops": json.dumps([drop.to_dict() for drop in found])}
             for index, found in drops.items()
             if self.records[index].drop_digest != _drop_digest(found)
         ]
@@ -677,7 +684,7 @@ def _read_unit(
 
 def _drop_rows(batch: Mapping[str, npt.NDArray[Any]], writer: _PartWriter) -> dict[str, Any]:
     """A task: take duplicates out of one part."""
-    drops = pickle.loads(batch["drops"][0])  # noqa: S301 # the driver made it
+    drops = [_Drop.from_dict(value) for value in json.loads(str(batch["drops"][0]))]
     index = int(batch["index"][0])
     return _answer(index, _part_name(index), lambda at: writer.drop(at, drops))
 

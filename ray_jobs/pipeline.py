@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from mlflow.exceptions import MlflowException
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
@@ -36,7 +36,15 @@ from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.tracking import StageRun, Tracker, TrackingConfig, TrackingError
 from ray_jobs.tracking.registry import Registered, register
-from ray_jobs.train import TrainError, TrainResult, pair_files, total_steps, train, trained
+from ray_jobs.train import (
+    VALIDATION,
+    TrainError,
+    TrainResult,
+    pair_files,
+    total_steps,
+    train,
+    trained,
+)
 from ray_jobs.training.config import TextWeights, TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError
 from ray_jobs.training.records import Listener
@@ -71,6 +79,9 @@ class PipelineConfig(BaseConfig):
     )
     train_data: IngestConfig = Field(description="the pairs that are learnt from")
     test_data: IngestConfig | None = Field(None, description="the pairs that are searched")
+    validation_data: IngestConfig | None = Field(
+        None, description="the pairs that train.validation searches while training goes on"
+    )
     synthesis: SynthesisConfig | None = Field(
         None, description="how descriptions are written; absent to train without"
     )
@@ -79,6 +90,12 @@ class PipelineConfig(BaseConfig):
         None, description="texts of a second training, all else equal, to compare the first with"
     )
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _validation_has_data(self) -> "PipelineConfig":
+        if (self.train.validation is None) != (self.validation_data is None):
+            raise ValueError("train.validation and validation_data go together; give both or none")
+        return self
 
     def baseline_train(self) -> TrainConfig | None:
         """The second training, if one is asked for."""
@@ -254,6 +271,8 @@ class _Pipeline:
         with self._stage("ingest") as told:
             data = ingest(config.train_data, self.storage, "train")
             test = ingest(config.test_data, self.storage, "test") if config.test_data else None
+            if config.validation_data is not None:
+                ingest(config.validation_data, self.storage, VALIDATION)
             counts = [f"{data.rows:,} pairs to train"]
             if test is not None:
                 counts.append(f"{test.rows:,} to test")
@@ -314,6 +333,7 @@ class _Pipeline:
             if result.resumed:
                 progress.skip(total)
             run.history(result.history)
+            run.validations(result.validations)
             run.metrics({"left_out": result.left_out, "training_seconds": result.seconds})
             if run.run_id is not None:
                 run.figure("loss.png", loss_figure(result.history))
@@ -327,9 +347,9 @@ class _Pipeline:
             return None
         with self._stage(folder) as told, self._tracked(folder) as run:
             config = self.config.evaluation
-            run.params({"checkpoint": trained.checkpoint, **config.model_dump(mode="json")})
+            run.params({"checkpoint": trained.best, **config.model_dump(mode="json")})
             self._note_data(run, test, "evaluation")
-            result = evaluate(config, self.storage, trained.checkpoint, "test", folder)
+            result = evaluate(config, self.storage, trained.best, "test", folder)
             run.metrics(result.metrics)
             run.json("clip_benchmark.json", result.clip_benchmark)
             recall = 100 * result.metrics["text_to_image_recall_at_10"]
@@ -345,7 +365,7 @@ class _Pipeline:
             metrics = evaluated.metrics if evaluated else None
             digest = evaluated.data_digest if evaluated else None
             try:
-                result = register(self.tracker, self.storage, trained.checkpoint, metrics, digest)
+                result = register(self.tracker, self.storage, trained.best, metrics, digest)
             except MlflowException as error:
                 logger.warning("the model was not registered: %s; start again", error)
                 told.append("MLflow did not answer; start again to register")
@@ -434,7 +454,7 @@ def _table(storage: Storage, result: PipelineResult) -> str:
             lines += _recalls(" (baseline)", result.baseline)
         lines.append(f"{'by chance':<27} R@10 {100 * result.evaluation.chance:5.1f} %")
         lines.append("")
-    lines.append(f"model:  {storage.child_uri(result.train.checkpoint)}")
+    lines.append(f"model:  {storage.child_uri(result.train.best)}")
     if result.registered is not None:
         lines.append(f"        {result.registered.uri}")
     if result.tracking:

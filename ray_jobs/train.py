@@ -19,14 +19,16 @@ from ray_jobs import job
 from ray_jobs.ingest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
-from ray_jobs.training.checkpoint import STATE_FILE
+from ray_jobs.training.checkpoint import STATE_FILE, checkpoint_name
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError, WorkerTask, train_worker
 from ray_jobs.training.plan import DataPlan, PlanError
+from ray_jobs.training.validation import Validator, validations
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "train"
+VALIDATION = "validation"
 _RESULT = "result.json"
 
 SUMMARY = "train on the pairs and their descriptions"
@@ -48,6 +50,8 @@ class TrainResult:
         left_out: samples that could not be decoded.
         seconds: in steps, waiting for data included.
         history: the records of metrics, in order.
+        validations: the records of all validations, in order.
+        best: the best checkpoint by validation, as a name in the storage; the last one without.
         resumed: whether an earlier run had done all of it.
     """
 
@@ -56,6 +60,8 @@ class TrainResult:
     left_out: int
     seconds: float
     history: list[dict[str, float]]
+    validations: list[dict[str, float]]
+    best: str
     resumed: bool = False
 
 
@@ -115,9 +121,13 @@ def train(
         return _finished(storage, folder, identity)
     _claim(storage, folder, identity)
     task = WorkerTask(config, files, steps, on_record, folder=folder)
-    result = _trainer(config, storage, task).fit()
+    validator = None
+    if config.validation is not None:
+        validator = Validator(config.validation, pair_files(storage, VALIDATION), folder)
+    result = _trainer(config, storage, task, validator).fit()
     _raise_if_not_finite(storage, folder, result.checkpoint)
-    return _conclude(storage, folder, identity, result.checkpoint)
+    score = validator.score if validator else None
+    return _conclude(storage, folder, identity, result.checkpoint, score)
 
 
 def _data(storage: Storage, name: str) -> dict[str, Any]:
@@ -141,11 +151,14 @@ def trained(storage: Storage, folder: str = FOLDER) -> TrainResult:
     return TrainResult(**storage.read_json(name)["result"], resumed=True)
 
 
-def _trainer(config: TrainConfig, storage: Storage, task: WorkerTask) -> TorchTrainer:
+def _trainer(
+    config: TrainConfig, storage: Storage, task: WorkerTask, validator: Validator | None = None
+) -> TorchTrainer:
     resources = {"CPU": config.cpus_per_worker}
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
-    return TorchTrainer(
+    trainer: Any = TorchTrainer  # its declaration is that of Ray Train V1
+    made: TorchTrainer = trainer(
         train_worker,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
@@ -158,9 +171,14 @@ def _trainer(config: TrainConfig, storage: Storage, task: WorkerTask) -> TorchTr
             storage_path=storage.path(),
             storage_filesystem=storage.filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.keep_checkpoints,
+                checkpoint_score_attribute=validator.score if validator else None,
+            ),
         ),
+        validation_config=validator.task() if validator else None,
     )
+    return made
 
 
 def _claim(storage: Storage, folder: str, identity: Mapping[str, Any]) -> None:
@@ -205,7 +223,7 @@ def _raise_if_not_finite(storage: Storage, folder: str, checkpoint: Any) -> None
 
 
 def _conclude(
-    storage: Storage, folder: str, identity: Mapping[str, Any], checkpoint: Any
+    storage: Storage, folder: str, identity: Mapping[str, Any], checkpoint: Any, score: str | None
 ) -> TrainResult:
     """Read the run's end from its last checkpoint, and note it."""
     if checkpoint is None:
@@ -218,9 +236,23 @@ def _conclude(
         "left_out": state["left_out"],
         "seconds": sum(record["seconds"] for record in state["history"]),
         "history": state["history"],
+        "validations": (records := validations(storage, folder)),
+        "best": _best(storage, folder, records, score) or name,
     }
     storage.write_json(f"{folder}/{_RESULT}", {"run": identity, "result": value})
     return TrainResult(**value)
+
+
+def _best(
+    storage: Storage, folder: str, records: list[dict[str, float]], score: str | None
+) -> str | None:
+    """The best of the checkpoints that are still there; the earlier one where two are equal."""
+    there = []
+    for record in records:
+        name = f"{folder}/{checkpoint_name(int(record['step']))}"
+        if storage.exists(f"{name}/{STATE_FILE}"):
+            there.append((record[score] if score else 0.0, name))
+    return max(there, key=lambda one: one[0])[1] if there else None
 
 
 def _finished(storage: Storage, folder: str, identity: Mapping[str, Any]) -> TrainResult:

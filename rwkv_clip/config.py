@@ -210,6 +210,8 @@ def _explain(
     seen = set()
     for details in error.errors(include_url=False):
         path = _written_path(details["loc"], document.data, details["type"])
+        if details["type"].startswith("union_tag"):  # the key that says which member is meant
+            path = (*path, details["ctx"]["discriminator"].strip("'"))
         problem = Problem(document.where(path), _dotted(path), _say(details, cls, path))
         if problem not in seen:
             seen.add(problem)
@@ -237,6 +239,11 @@ def _say(details: Mapping[str, Any], cls: type[BaseModel], path: KeyPath) -> str
         return f"unknown key{_meant(str(path[-1]), known)}; takes {', '.join(sorted(set(known)))}"
     if kind == "missing":
         return f"missing; takes {_takes(cls, path)}"
+    if kind == "union_tag_not_found":
+        return "missing; it says which of several kinds this is"
+    if kind == "union_tag_invalid":
+        tag, takes = str(details["ctx"]["tag"]), str(details["ctx"]["expected_tags"])
+        return f"got {_show(tag)}, takes {takes}{_meant(tag, takes.split(', '))}"
     if kind in ("value_error", "assertion_error"):
         message = message.partition(", ")[2] or message
         return f"got {_show(details['input'])}: {message}"

@@ -13,7 +13,6 @@ logger = logging.getLogger(__name__)
 
 _QUIET_SECONDS = 30.0
 _NOT_METRICS = frozenset({"step", "seconds"})
-_PROBE = "loss"
 
 
 class StepMetrics:
@@ -22,10 +21,15 @@ class StepMetrics:
     A record whose step the run has already is left out, so a training that went back to its last
     checkpoint does not log its replayed steps twice. While MLflow is away records are passed over;
     `catch_up` logs what is missing from the run's full history.
+
+    Args:
+        client: of the store.
+        run_id: of the run.
+        probe: a metric that every record has; its steps are those that the run has.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client, self._run_id = client, run_id
+    def __init__(self, client: MlflowClient, run_id: str, probe: str = "loss") -> None:
+        self._client, self._run_id, self._probe = client, run_id, probe
         self._quiet_until = 0.0
 
     def __call__(self, record: Mapping[str, float]) -> None:
@@ -51,7 +55,9 @@ class StepMetrics:
     @cached_property
     def _logged(self) -> set[int]:
         """The steps that the run has."""
-        return {metric.step for metric in self._client.get_metric_history(self._run_id, _PROBE)}
+        return {
+            metric.step for metric in self._client.get_metric_history(self._run_id, self._probe)
+        }
 
     def _log(self, record: Mapping[str, float]) -> None:
         step = int(record["step"])

@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,13 @@ class StageRun:
         """Log the metrics of all training steps that the run lacks."""
         if self._steps is not None:
             self._guarded(self._steps.catch_up, records)
+
+    def validations(self, records: Sequence[Mapping[str, float]]) -> None:
+        """Log the metrics of all validations that the run lacks."""
+        if self._client is not None and self.run_id is not None and records:
+            probe = next(name for name in records[0] if name != "step")
+            steps = StepMetrics(self._client, self.run_id, probe)
+            self._guarded(steps.catch_up, records)
 
     def tags(self, values: Mapping[str, object]) -> None:
         """Set tags."""

@@ -32,6 +32,11 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _BROADCAST = StateDictOptions(full_state_dict=True)
 
 
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint of a step, below that of its run."""
+    return f"step-{step:09d}"
+
+
 @dataclass
 class RunState:
     """Where a run stands.

@@ -81,6 +81,19 @@ class DataConfig(BaseConfig):
     )
 
 
+class ValidationConfig(BaseConfig):
+    """How checkpoints are validated while training goes on, on pairs that it does not see."""
+
+    pairs: PositiveInt = Field(2048, description="that are searched, the first of the data set")
+    text: str = Field("caption", description="the column of texts that images are searched by")
+    batch: PositiveInt = Field(256, description="images or texts embedded at a time")
+    metric: str = Field(
+        "text_to_image_recall_at_10", description="by which the best checkpoint is found"
+    )
+    cpus: PositiveFloat = Field(1.0, description="CPUs that the task holds")
+    gpus: NonNegativeFloat = Field(0.0, description="GPUs that the task holds")
+
+
 class TrainConfig(BaseConfig):
     """A training run."""
 
@@ -104,5 +117,10 @@ class TrainConfig(BaseConfig):
     seed: int = Field(0, description="of weights, order, augmentation and regularisation")
     log_steps: PositiveInt = Field(10, description="steps between two records of metrics")
     checkpoint_steps: PositiveInt = Field(1000, description="steps between two checkpoints")
-    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints that are kept")
+    keep_checkpoints: PositiveInt = Field(
+        2, description="newest checkpoints that are kept, or best ones where they are validated"
+    )
+    validation: ValidationConfig | None = Field(
+        None, description="how checkpoints are validated, on the data set `validation`"
+    )
     max_failures: int = Field(3, ge=-1, description="workers' deaths that are made good; -1: any")

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ray_jobs.training.batches import Batch, BatchMaker, PairFiles, stream
-from ray_jobs.training.checkpoint import RunState, load_state, save_state
+from ray_jobs.training.checkpoint import RunState, checkpoint_name, load_state, save_state
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.plan import DataPlan
 from ray_jobs.training.recipe import (
@@ -315,9 +315,16 @@ class Worker:
         ray.train.report(
             {"step": self.state.step, **metrics},
             checkpoint=checkpoint,
-            checkpoint_dir_name=f"step-{self.state.step:09d}",
+            checkpoint_dir_name=checkpoint_name(self.state.step),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            validation=self._validation() if checkpoint else False,
         )
+
+    def _validation(self) -> ray.train.ValidationTaskConfig | bool:
+        """What is asked of the task that validates the checkpoint of this step."""
+        if self.config.validation is None:
+            return False
+        return ray.train.ValidationTaskConfig(fn_kwargs={"step": self.state.step})
 
     def _stop_not_finite(self, step: int, batch: Batch) -> None:
         """Leave word of what happened where the driver finds it."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+PAIRS = 200
 TRAIN: dict[str, Any] = {
     "model": {
         "name": "RWKV-CLIP-Tiny",

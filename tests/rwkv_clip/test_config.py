@@ -1,7 +1,7 @@
 """Configurations: what is read, what is refused, and how the refusal reads."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import given
@@ -176,3 +176,33 @@ def test_any_override_is_applied_or_refused_with_a_config_error(text):
 def test_what_yaml_writes_is_what_is_read(steps, rate):
     config = load_config(Run, None, [f"steps={steps}", f"optimizer.rate={rate!r}"])
     assert (config.steps, config.optimizer.rate) == (steps, rate)
+
+
+class Circle(BaseConfig):
+    kind: Literal["circle"]
+    radius: float = 1.0
+
+
+class Square(BaseConfig):
+    kind: Literal["square"]
+    side: float = 1.0
+
+
+class Drawing(BaseConfig):
+    shape: Annotated[Circle | Square, Field(discriminator="kind")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("shape: {kind: cirle}", "shape.kind: got 'cirle', takes 'circle', 'square'"),
+        ("shape: {kind: cirle}", "did you mean 'circle'?"),
+        ("shape: {radius: 2}", "shape.kind: missing"),
+    ],
+)
+def test_a_kind_that_does_not_exist_is_told_by_its_key(tmp_path, content, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Drawing, path)
+    assert words in str(caught.value)

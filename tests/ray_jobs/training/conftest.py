@@ -6,8 +6,7 @@ import pytest
 
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
-
-PAIRS = 200
+from tests.ray_jobs.small import PAIRS
 
 
 @pytest.fixture(scope="session")

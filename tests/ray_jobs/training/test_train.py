@@ -1,16 +1,18 @@
 """Training on a real Ray cluster: it ends, goes on after a kill, and is one for any workers."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
 from ray_jobs.train import TrainError, _trainer, pair_files, total_steps, train
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError, WorkerTask
 from rwkv_clip.model import load_checkpoint
-from tests.ray_jobs.small import TRAIN
+from tests.ray_jobs.small import PAIRS, TRAIN
 
 
 def config_of(**changes: Any) -> TrainConfig:
@@ -104,3 +106,28 @@ def test_records_reach_whoever_listens(own_storage):
     )
     records = [own_storage.read_json(name) for name in own_storage.names("records")]
     assert records == result.history
+
+
+def test_checkpoints_are_validated_beside_the_training_and_the_best_is_kept(own_storage):
+    Path(own_storage.path("pairs")).unlink()  # the link to pairs that all tests share
+    for name in ("train", "validation"):
+        source = {"kind": "emoji", "limit": PAIRS, "unit_rows": 90}
+        ingest(IngestConfig(source=source, row_group_rows=32), own_storage, name)
+    validation = {"pairs": 150, "batch": 64, "cpus": 0.2}
+    result = train(config_of(validation=validation), own_storage)
+    assert [record["step"] for record in result.validations] == [4, 8, 9]
+    scores = {
+        record["step"]: record["validation_text_to_image_recall_at_10"]
+        for record in result.validations
+    }
+    kept = {int(path.name[-9:]) for path in Path(own_storage.path("train")).glob("step-*")}
+    best = int(result.best[-9:])
+    assert scores[best] == max(scores[step] for step in kept)
+    assert scores[best] == max(scores.values())
+    assert load_checkpoint(own_storage.path(result.best)).config.image_size == 32
+
+
+def test_without_validation_the_last_checkpoint_is_the_best(undisturbed):
+    _, result = undisturbed
+    assert result.best == result.checkpoint
+    assert result.validations == []

@@ -1,0 +1,69 @@
+"""Validation beside training: a task of its own takes each checkpoint, and nobody waits for it.
+
+Ray Train starts the task when a checkpoint is uploaded and keeps the best ones by its answer. The
+answer is also written to the storage, where it outlives the run's processes:
+`train/validation/step-000000120.json`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+
+from ray_jobs.encoding import PairEncoder, named_metrics
+from ray_jobs.storage import Storage
+from ray_jobs.training.batches import PairFiles
+from ray_jobs.training.config import ValidationConfig
+from rwkv_clip.evaluation import retrieval
+from rwkv_clip.model import load_checkpoint
+
+
+@dataclass(frozen=True)
+class Validator:
+    """What the task runs.
+
+    Attributes:
+        config: how much is done.
+        files: the pairs that are searched.
+        folder: of the storage, that holds the run.
+    """
+
+    config: ValidationConfig
+    files: PairFiles
+    folder: str
+
+    @property
+    def score(self) -> str:
+        """The metric that the best checkpoint is found by."""
+        return f"validation_{self.config.metric}"
+
+    def task(self) -> ray.train.ValidationConfig:
+        """What Ray Train is told."""
+        resources = {"num_cpus": self.config.cpus, "num_gpus": self.config.gpus}
+        run: Any = self  # Ray's protocol knows no named arguments
+        return ray.train.ValidationConfig(fn=run, ray_remote_kwargs=resources)
+
+    def __call__(self, checkpoint: "ray.train.Checkpoint", *, step: int) -> dict[str, float]:
+        """Metrics of a checkpoint, all of them named `validation_...`."""
+        with checkpoint.as_directory() as folder:
+            model = load_checkpoint(folder)
+        encoder = PairEncoder(model, self.files, self.config.text)
+        rows = min(self.config.pairs, sum(self.files.flat_row_groups))
+        batches = [
+            encoder.encode(first, min(self.config.batch, rows - first))
+            for first in range(0, rows, self.config.batch)
+        ]
+        image_emb = torch.cat([batch.image_emb for batch in batches]).float().cpu().numpy()
+        text_emb = torch.cat([batch.text_emb for batch in batches]).float().cpu().numpy()
+        result = retrieval(image_emb, text_emb, np.arange(len(image_emb)))
+        metrics = {f"validation_{name}": value for name, value in named_metrics(result).items()}
+        record = {"step": step, **metrics}
+        self.files.storage.write_json(f"{self.folder}/validation/step-{step:09d}.json", record)
+        return metrics
+
+
+def validations(storage: Storage, folder: str) -> list[dict[str, float]]:
+    """The records of all validations of a run, in order."""
+    return [storage.read_json(name) for name in storage.names(f"{folder}/validation", ".json")]
