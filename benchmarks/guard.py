@@ -20,9 +20,9 @@ from typing import Any
 
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
+from ray_jobs.beside import DESCRIPTIONS, Beside
 from ray_jobs.ingest import Manifest
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis.chunks import manifest_file, part_file
 
 LIMIT = 0.02
 FEWEST = 300
@@ -73,7 +73,8 @@ def main() -> int:
     parser.add_argument("--name", default="train", help="the data set's name")
     arguments = parser.parse_args()
     storage = Storage.at(arguments.storage)
-    if not storage.exists(manifest_file(arguments.name)):
+    beside = Beside(DESCRIPTIONS, arguments.name)
+    if not storage.exists(beside.manifest_file):
         print(f"{storage.uri} holds no finished synthesis; run `make demo` first")
         return 0
     manifest = Manifest.from_storage(storage, arguments.name)
@@ -81,7 +82,7 @@ def main() -> int:
     samples: list[str] = []
     for part in manifest.parts:
         rows = storage.read_table(part.path, columns=["web_text", "caption", "tags"]).to_pylist()
-        written = storage.read_table(part_file(arguments.name, part.name)).to_pylist()
+        written = storage.read_table(beside.part_file(part.name)).to_pylist()
         for row, one in zip(rows, written, strict=True):
             if one["description_source"] != "llm":
                 continue

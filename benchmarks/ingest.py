@@ -39,8 +39,7 @@ import rwkv_clip
 from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
-from ray_jobs.train import pair_files
-from ray_jobs.training.batches import BatchMaker, stream
+from ray_jobs.training.batches import BatchMaker, PairFiles, stream
 from ray_jobs.training.plan import DataPlan
 from rwkv_clip.model.config import named_config
 from rwkv_clip.transforms import image_transform
@@ -134,7 +133,7 @@ def loader_rate(
 
 def ray_rate(storage: Storage, workers: int, batches: int) -> float:
     """Images a second that Ray Data delivers, as to a training worker."""
-    files = pair_files(storage)
+    files = PairFiles.of(storage)
     plan = DataPlan(files.flat_row_groups, BATCH, 2 * workers, 4, 0)
     transform = image_transform(named_config("RWKV-CLIP-B-32"), train=True)
     maker = BatchMaker(files, plan, plan.lanes_of(0, 1), transform, CONTEXT)

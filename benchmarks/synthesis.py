@@ -24,8 +24,8 @@ from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.models import resolve_model
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis.describer import attempt_seed
 from ray_jobs.synthesis.engine import environment
+from ray_jobs.synthesis.task import attempt_seed
 from ray_jobs.synthesize import SynthesisConfig, synthesize
 from rwkv_clip.descriptions import DESCRIPTION_SCHEMA, Sources, describe_messages
 

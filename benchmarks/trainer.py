@@ -23,8 +23,8 @@ from _common import machine, verdict
 from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
-from ray_jobs.train import pair_files, total_steps, train
-from ray_jobs.training.batches import Batch, BatchMaker
+from ray_jobs.train import total_steps, train
+from ray_jobs.training.batches import Batch, BatchMaker, PairFiles
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import Place, Worker, WorkerTask
 from rwkv_clip.transforms import image_transform
@@ -77,7 +77,7 @@ class BareWorker(Worker):
 
 def bare(storage: Storage, steps: int) -> list[dict[str, float]]:
     """Records of the bare loop; called in a process of its own."""
-    settings, files = config(steps), pair_files(storage)
+    settings, files = config(steps), PairFiles.of(storage)
     worker = BareWorker(
         WorkerTask(settings, files, total_steps(settings, files)), Place.without_ray()
     )

@@ -149,10 +149,7 @@ def _embed(
     config: EvaluationConfig, storage: Storage, checkpoint: str, manifest: Manifest
 ) -> pa.Table:
     """Embeddings of all pairs, in order."""
-    parts = manifest.parts
-    files = PairFiles(
-        storage, tuple(part.path for part in parts), tuple(part.row_groups for part in parts)
-    )
+    files = PairFiles.of(storage, manifest.name)
     work = [
         pa.table({"first": [first], "rows": [min(config.batch, manifest.rows - first)]})
         for first in range(0, manifest.rows, config.batch)

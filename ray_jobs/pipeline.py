@@ -26,6 +26,7 @@ from ray.train import TrainingFailedError
 
 import rwkv_clip
 from ray_jobs import job
+from ray_jobs.caption import CaptionConfig, CaptionResult, caption
 from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
 from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
@@ -40,11 +41,11 @@ from ray_jobs.train import (
     VALIDATION,
     TrainError,
     TrainResult,
-    pair_files,
     total_steps,
     train,
     trained,
 )
+from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.config import TextWeights, TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError
 from ray_jobs.training.records import Listener
@@ -53,7 +54,7 @@ from rwkv_clip.config import BaseConfig, config_from_args
 
 logger = logging.getLogger(__name__)
 
-SUMMARY = "run every stage: ingest, describe, train, evaluate, register, report"
+SUMMARY = "run every stage: ingest, caption, describe, train, evaluate, register, report"
 REPORT = "report.html"
 _TIMES = "times.json"
 _BASELINE = "baseline"
@@ -81,6 +82,9 @@ class PipelineConfig(BaseConfig):
     test_data: IngestConfig | None = Field(None, description="the pairs that are searched")
     validation_data: IngestConfig | None = Field(
         None, description="the pairs that train.validation searches while training goes on"
+    )
+    captioning: CaptionConfig | None = Field(
+        None, description="how captions and tags are made; absent to take those that are there"
     )
     synthesis: SynthesisConfig | None = Field(
         None, description="how descriptions are written; absent to train without"
@@ -130,6 +134,7 @@ class PipelineResult:
     """
 
     stages: list[Stage]
+    captioning: CaptionResult | None
     synthesis: SynthesisResult | None
     train: TrainResult
     evaluation: EvaluationResult | None
@@ -183,7 +188,7 @@ def pipeline(config: PipelineConfig, storage: Storage) -> PipelineResult:
 
 
 def run_stage(config: PipelineConfig, storage: Storage, stage: str) -> list[Stage]:
-    """Run `ingest`, `synthesize`, `train` or `evaluate` alone; Ray must be initialised.
+    """Run `ingest`, `caption`, `synthesize`, `train` or `evaluate` alone; Ray must be initialised.
 
     Raises:
         SourceError, IngestError, SynthesisError, TrainError, NonFiniteLossError: as the stages do,
@@ -216,6 +221,7 @@ class _Pipeline:
     def run(self) -> PipelineResult:
         config = self.config
         data, test = self._ingest()
+        captioned = self._caption(data)
         described = self._describe(data)
         main = self._train("train", config.train, data)
         evaluated = self._evaluate("evaluation", main, test)
@@ -230,7 +236,8 @@ class _Pipeline:
             versions=_versions(),
             data=[data, test] if test else [data],
             train=main,
-            stages=self._times(data, test, described, main),
+            stages=self._times(data, test, captioned, described, main),
+            captioning=captioned,
             synthesis=described,
             evaluation=evaluated,
             baseline=baseline,
@@ -243,6 +250,7 @@ class _Pipeline:
         self._publish(report)
         return PipelineResult(
             stages=self.stages,
+            captioning=captioned,
             synthesis=described,
             train=main,
             evaluation=evaluated,
@@ -263,6 +271,9 @@ class _Pipeline:
         data = Manifest.from_storage(storage, "train")
         if stage == "train":
             self._train("train", config.train, data)
+        elif stage == "caption":
+            if self._caption(data) is None:
+                raise SynthesisError("the configuration has no section captioning; add one")
         elif self._describe(data) is None:
             raise SynthesisError("the configuration has no section synthesis; add one")
 
@@ -280,12 +291,34 @@ class _Pipeline:
             told.append(", ".join([*counts, f"{rejected:,} rejected"]))
         return data, test
 
+    def _caption(self, data: Manifest) -> CaptionResult | None:
+        config = self.config.captioning
+        if config is None:
+            return None
+        with self._stage("caption") as told, self._tracked("captioning") as run:
+            run.params(config.identity(data))
+            self._note_data(run, data, "captioning")
+            result = caption(config, self.storage)
+            run.metrics(
+                {
+                    "rows": result.rows,
+                    "incidents": len(result.incidents),
+                    "rows_per_second": result.rows / max(result.seconds, 1e-9),
+                    **{f"source_{key}": count for key, count in result.sources.items()},
+                }
+            )
+            run.json("incidents.json", result.incidents)
+            without = sum(n for key, n in result.sources.items() if key.startswith("none"))
+            outcome = f"{result.rows:,} by {result.model}, {without:,} without a caption"
+            told.append(outcome + _already(result.resumed))
+        return result
+
     def _describe(self, data: Manifest) -> SynthesisResult | None:
         config = self.config.synthesis
         if config is None:
             return None
         with self._stage("describe") as told, self._tracked("synthesis") as run:
-            run.params(config.identity(data))
+            run.params(config.identity(self.storage, data))
             self._note_data(run, data, "synthesis")
             result = synthesize(config, self.storage)
             run.metrics(
@@ -309,7 +342,7 @@ class _Pipeline:
     def _train(self, folder: str, config: TrainConfig, data: Manifest) -> TrainResult:
         """Train, telling how far it is from the records that the first worker sends."""
         batch = config.batch
-        total = total_steps(config, pair_files(self.storage)) * batch
+        total = total_steps(config, PairFiles.of(self.storage)) * batch
         with (
             self._stage(folder) as told,
             self._tracked(folder) as run,
@@ -409,6 +442,7 @@ class _Pipeline:
         self,
         data: Manifest,
         test: Manifest | None,
+        captioned: CaptionResult | None,
         described: SynthesisResult | None,
         trained: TrainResult,
     ) -> list[StageTime]:
@@ -418,6 +452,8 @@ class _Pipeline:
         self.storage.write_json(_TIMES, times)
         rows = data.rows + (test.rows if test else 0)
         found = [StageTime("ingest", times["ingest"], rows, "pairs")]
+        if captioned is not None:
+            found.append(StageTime("caption", captioned.seconds, captioned.rows, "pairs"))
         if described is not None:
             found.append(StageTime("describe", described.seconds, described.rows, "pairs"))
         pairs = trained.steps * self.config.train.batch

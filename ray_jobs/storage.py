@@ -176,6 +176,20 @@ class Storage:
         with self.filesystem.open_input_file(self.path(name)) as stream:
             return pq.read_table(stream, columns=columns)
 
+    def read_rows(self, name: str, columns: list[str], first: int, rows: int) -> pa.Table:
+        """Some rows of a Parquet file; only the row groups that hold them are read."""
+        with self.filesystem.open_input_file(self.path(name)) as stream:
+            file = pq.ParquetFile(stream, pre_buffer=True)
+            groups, begin, skipped = [], 0, 0
+            for group in range(file.num_row_groups):
+                end = begin + file.metadata.row_group(group).num_rows
+                if end <= first:
+                    skipped = end
+                elif begin < first + rows:
+                    groups.append(group)
+                begin = end
+            return file.read_row_groups(groups, columns=columns).slice(first - skipped, rows)
+
     def delete(self, name: str) -> None:
         """Remove a file or a folder with all it holds; nothing happens if there is none."""
         info = self.filesystem.get_file_info(self.path(name))

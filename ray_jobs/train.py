@@ -16,6 +16,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from ray_jobs import job
+from ray_jobs.beside import written
 from ray_jobs.ingest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
@@ -65,19 +66,6 @@ class TrainResult:
     resumed: bool = False
 
 
-def pair_files(storage: Storage, name: str = "train") -> PairFiles:
-    """A data set's pairs, with the descriptions that synthesis wrote, where there are any."""
-    manifest = Manifest.from_storage(storage, name)
-    parts = manifest.parts
-    described = storage.exists(f"descriptions/{name}/manifest.json")
-    return PairFiles(
-        storage,
-        tuple(part.path for part in parts),
-        tuple(part.row_groups for part in parts),
-        tuple(f"descriptions/{name}/{part.name}.parquet" for part in parts) if described else None,
-    )
-
-
 def total_steps(config: TrainConfig, files: PairFiles) -> int:
     """Steps of a run; raises TrainError where data, batch, lanes and workers do not fit."""
     try:
@@ -114,7 +102,7 @@ def train(
         TrainError: the data does not fit the configuration, or the storage holds another run.
         NonFiniteLossError: the loss stopped being a number.
     """
-    files = pair_files(storage, name)
+    files = PairFiles.of(storage, name)
     steps = total_steps(config, files)
     identity = {"config": config.model_dump(mode="json"), "steps": steps, **_data(storage, name)}
     if storage.exists(f"{folder}/{_RESULT}"):
@@ -123,7 +111,7 @@ def train(
     task = WorkerTask(config, files, steps, on_record, folder=folder)
     validator = None
     if config.validation is not None:
-        validator = Validator(config.validation, pair_files(storage, VALIDATION), folder)
+        validator = Validator(config.validation, PairFiles.of(storage, VALIDATION), folder)
     result = _trainer(config, storage, task, validator).fit()
     _raise_if_not_finite(storage, folder, result.checkpoint)
     score = validator.score if validator else None
@@ -132,12 +120,10 @@ def train(
 
 def _data(storage: Storage, name: str) -> dict[str, Any]:
     """What tells the training data from any other."""
-    described = f"descriptions/{name}/manifest.json"
+    there = {one.kind: one.manifest_file for one in written(storage, name)}
     return {
         "data_digest": Manifest.from_storage(storage, name).data_digest,
-        "descriptions": (
-            storage.read_json(described)["run"] if storage.exists(described) else None
-        ),
+        **{kind: storage.read_json(file)["run"] for kind, file in there.items()},
     }
 
 

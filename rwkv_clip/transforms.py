@@ -260,6 +260,27 @@ def image_transform(config: ImageSettings, train: bool = False, **options: Any) 
     )
 
 
+def small_picture(image: bytes, side: int, name: object = None) -> Image.Image:
+    """An encoded image as RGB, on white where it is transparent, no side longer than `side`.
+
+    Raises:
+        ImageDecodeError: it is no image, or a broken one; says `name`.
+    """
+    opened = _open(image, name)
+    try:
+        if opened.format == "JPEG":
+            opened.draft(None, (side, side))
+        opened = _eight_bits(ImageOps.exif_transpose(opened))
+        opened.thumbnail((side, side), Image.Resampling.BICUBIC)
+        if opened.mode in ("RGBA", "LA"):
+            opened = opened.convert("RGBA")
+            white = Image.new("RGBA", opened.size, "white")
+            opened = Image.alpha_composite(white, opened)
+        return opened.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+        raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
+
+
 def _centre(size: tuple[int, int], side: int) -> _Crop:
     """Shorter side to `side`, then the centre square, of a (width, height) image.
 

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from ray_jobs.beside import DESCRIPTIONS, Beside, lay_over, written
+from ray_jobs.caption import CaptionResult
 from ray_jobs.evaluate import EvaluationResult
 from ray_jobs.ingest import Manifest
 from ray_jobs.report.texts import TextStatistics, text_statistics
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis.chunks import part_file
 from ray_jobs.synthesize import SynthesisResult
 from ray_jobs.train import TrainResult
 
@@ -24,7 +25,6 @@ _KEPT_SAMPLES, _REFUSED_SAMPLES = 8, 6
 _PICTURE = 96
 _TEXTS = ["id", "web_text", "caption", "tags", "description"]
 _WRITTEN = [
-    "description",
     "description_source",
     "attempts",
     "guard_reason",
@@ -84,6 +84,7 @@ class Report:
     data: Sequence[Manifest]
     train: TrainResult
     stages: Sequence[StageTime]
+    captioning: CaptionResult | None = None
     synthesis: SynthesisResult | None = None
     evaluation: EvaluationResult | None = None
     baseline: EvaluationResult | None = None
@@ -131,11 +132,12 @@ def _texts(storage: Storage, manifest: Manifest, synthesized: bool) -> pa.Table:
     tables, rows = [], 0
     for part in manifest.parts:
         table = storage.read_table(part.path, columns=_TEXTS)
+        table = lay_over(storage, table, written(storage, manifest.name), part.name, 0, _TEXTS)
         if synthesized:
-            written = storage.read_table(part_file(manifest.name, part.name), columns=_WRITTEN)
-            table = table.drop_columns(["description"])
+            file = Beside(DESCRIPTIONS, manifest.name).part_file(part.name)
+            described = storage.read_table(file, columns=_WRITTEN)
             for name in _WRITTEN:
-                table = table.append_column(name, written[name])
+                table = table.append_column(name, described[name])
         tables.append(table)
         rows += len(table)
         if rows >= _STATISTICS_ROWS:
@@ -156,7 +158,7 @@ def _samples(storage: Storage, manifest: Manifest, texts: pa.Table) -> list[Samp
         Sample(
             pictures[row["id"]],
             {name: row[name] for name in ("web_text", "caption", "tags")},
-            {name: row[name] for name in _WRITTEN},
+            {name: row[name] for name in ("description", *_WRITTEN)},
         )
         for row in rows
     ]

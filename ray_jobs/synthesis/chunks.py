@@ -1,7 +1,7 @@
-"""Chunks: the rows that are described together, redone together, and published together.
+"""Chunks: the rows that are worked on together, redone together, and published together.
 
-A chunk is a run of rows of one part. Its descriptions are a file whose name follows from part and
-position, so a chunk that was done twice is there once. When all chunks of a part are there they
+A chunk is a run of rows of one part. What is written for it is a file whose name follows from part
+and position, so a chunk that was done twice is there once. When all chunks of a part are there they
 become one table beside the part, with the same rows in the same order:
 
     descriptions/NAME/part-00000/chunk-00003.parquet     while the part is in work
@@ -14,24 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ray_jobs.beside import Beside, lay_over
 from ray_jobs.ingest import Manifest, Part
 from ray_jobs.storage import Storage
 
-DESCRIPTION_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("description", pa.string()),
-        pa.field("description_source", pa.string()),
-        pa.field("attempts", pa.int32(), nullable=False),
-        pa.field("seed", pa.int64()),
-        pa.field("guard_reason", pa.string()),
-        pa.field("guard_unsupported", pa.list_(pa.string())),
-        pa.field("refused_text", pa.string()),
-    ]
-)
-_SOURCES = ["id", "web_text", "caption", "tags", "description", "description_source"]
+_ROW_GROUP = 4096  # of a sealed table: what a reader of a few rows reads at least
 
 
 @dataclass(frozen=True)
@@ -50,24 +38,20 @@ class Chunk:
     first: int
     rows: int
 
-    def file(self, name: str) -> str:
-        """Where its descriptions go, for the data set of that name."""
-        return f"{part_folder(name, self.part)}/chunk-{self.index:05d}.parquet"
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> "Chunk":
+        """The chunk of a batch of one row."""
+        return cls(
+            part=str(batch["part"][0]),
+            path=str(batch["path"][0]),
+            index=int(batch["index"][0]),
+            first=int(batch["first"][0]),
+            rows=int(batch["rows"][0]),
+        )
 
-
-def part_folder(name: str, part: str) -> str:
-    """Where the chunks of a part are while it is in work."""
-    return f"descriptions/{name}/{part}"
-
-
-def part_file(name: str, part: str) -> str:
-    """The table beside a part."""
-    return f"descriptions/{name}/{part}.parquet"
-
-
-def manifest_file(name: str) -> str:
-    """What says that all parts are done."""
-    return f"descriptions/{name}/manifest.json"
+    def file(self, beside: Beside) -> str:
+        """Where what is written for it goes."""
+        return f"{beside.part_folder(self.part)}/chunk-{self.index:05d}.parquet"
 
 
 def chunks_of(part: Part, rows: int) -> list[Chunk]:
@@ -79,57 +63,52 @@ def chunks_of(part: Part, rows: int) -> list[Chunk]:
 
 
 def open_work(
-    storage: Storage, manifest: Manifest, rows: int
+    storage: Storage, manifest: Manifest, beside: Beside, rows: int
 ) -> tuple[list[Chunk], dict[str, list[Chunk]]]:
     """The chunks that are still to be done, and all chunks of the parts that are not sealed."""
-    folder = f"descriptions/{manifest.name}"
-    there = set(storage.names(folder, suffix=".parquet", recursive=True))
+    there = set(storage.names(beside.folder, suffix=".parquet", recursive=True))
     unsealed = {
         part.name: chunks_of(part, rows)
         for part in manifest.parts
-        if part_file(manifest.name, part.name) not in there
+        if beside.part_file(part.name) not in there
     }
     todo = [
-        chunk
-        for chunks in unsealed.values()
-        for chunk in chunks
-        if chunk.file(manifest.name) not in there
+        chunk for chunks in unsealed.values() for chunk in chunks if chunk.file(beside) not in there
     ]
     return todo, unsealed
 
 
-def read_sources(storage: Storage, chunk: Chunk) -> list[dict[str, Any]]:
-    """The chunk's rows, without their images."""
-    with storage.filesystem.open_input_file(storage.path(chunk.path)) as stream:
-        file = pq.ParquetFile(stream, pre_buffer=True)
-        tables, begin = [], 0
-        for group in range(file.num_row_groups):
-            end = begin + file.metadata.row_group(group).num_rows
-            if begin < chunk.first + chunk.rows and end > chunk.first:
-                table = file.read_row_group(group, columns=_SOURCES)
-                start = max(chunk.first - begin, 0)
-                tables.append(table.slice(start, chunk.first + chunk.rows - begin - start))
-            begin = end
-    return list(pa.concat_tables(tables).to_pylist())
+def read_chunk(
+    storage: Storage, chunk: Chunk, columns: Sequence[str], others: Sequence[Beside] = ()
+) -> list[dict[str, Any]]:
+    """Columns of the chunk's rows, with what other stages wrote beside them."""
+    pairs = storage.read_rows(chunk.path, ["id", *columns], chunk.first, chunk.rows)
+    pairs = lay_over(storage, pairs, others, chunk.part, chunk.first, columns)
+    return list(pairs.to_pylist())
 
 
 def write_chunk(
-    storage: Storage, name: str, chunk: Chunk, rows: Sequence[Mapping[str, Any]]
+    storage: Storage,
+    beside: Beside,
+    chunk: Chunk,
+    rows: Sequence[Mapping[str, Any]],
+    schema: pa.Schema,
 ) -> None:
-    """Publish a chunk's descriptions."""
-    table = pa.Table.from_pylist(list(rows), schema=DESCRIPTION_SCHEMA)
-    storage.write_table(chunk.file(name), table)
+    """Publish what was written for a chunk."""
+    storage.write_table(chunk.file(beside), pa.Table.from_pylist(list(rows), schema=schema))
 
 
-def seal(storage: Storage, name: str, chunks: Sequence[Chunk]) -> None:
+def seal(storage: Storage, beside: Beside, chunks: Sequence[Chunk]) -> None:
     """Make one table of all chunks of a part, and remove them."""
     part = chunks[0].part
-    table = pa.concat_tables(storage.read_table(chunk.file(name)) for chunk in chunks)
-    storage.write_table(part_file(name, part), table)
-    storage.delete(part_folder(name, part))
+    table = pa.concat_tables(storage.read_table(chunk.file(beside)) for chunk in chunks)
+    storage.write_table(beside.part_file(part), table, row_group_size=_ROW_GROUP)
+    storage.delete(beside.part_folder(part))
 
 
-def tables(storage: Storage, manifest: Manifest, columns: list[str]) -> Iterator[pa.Table]:
-    """The sealed descriptions, part by part."""
+def tables(
+    storage: Storage, manifest: Manifest, beside: Beside, columns: list[str]
+) -> Iterator[pa.Table]:
+    """The sealed tables, part by part."""
     for part in manifest.parts:
-        yield storage.read_table(part_file(manifest.name, part.name), columns=columns)
+        yield storage.read_table(beside.part_file(part.name), columns=columns)

@@ -1,8 +1,15 @@
-"""What the language model runs on. Apart from the engines, whose imports take seconds."""
+"""What a model runs on. Apart from the engines, whose imports take seconds."""
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from rwkv_clip.config import BaseConfig
 
@@ -67,3 +74,17 @@ class HttpConfig(BaseConfig):
         if not url.startswith(("http://", "https://")):
             raise ValueError("takes a URL that begins with http:// or https://")
         return url.rstrip("/")
+
+
+class PythonConfig(BaseConfig):
+    """A captioner of one's own; see `ray_jobs.synthesis.python`."""
+
+    kind: Literal["python"]
+    model: str = Field(
+        description="MODULE:FUNCTION; called with arguments, it gives a function of images"
+    )
+    arguments: dict[str, Any] = Field(default_factory=dict, description="of that function")
+    batch: PositiveInt = Field(16, description="images captioned at a time")
+    workers: PositiveInt = Field(1, description="processes that caption")
+    cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each")
+    gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for each")

@@ -7,6 +7,7 @@ engine's own process, with all requests of the chunks in flight in the engine's 
 """
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,48 +16,31 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
 from ray_jobs.models import resolve_model
-from ray_jobs.storage import Storage
+from ray_jobs.synthesis.captioner import see
 from ray_jobs.synthesis.chunks import Chunk
 from ray_jobs.synthesis.config import VllmConfig
-from ray_jobs.synthesis.describer import GenerationError, Messages, SamplingConfig
-from ray_jobs.synthesis.watch import Watch
-from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError
-from rwkv_clip.descriptions import DESCRIPTION_SCHEMA
+from ray_jobs.synthesis.task import GenerationError, Messages
+from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
 
 _ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-class Describer(vLLMEngineStageUDF):
+class ChunkEngine(vLLMEngineStageUDF):
     """Ray's vLLM stage, whose rows are chunks.
 
     Args:
-        storage: holds the pairs, and gets the descriptions.
-        name: of the data set.
-        sampling: how the model is asked.
-        watch: is told what happens.
-        hang_seconds: see ChunkWorker.
+        work: what is to be done.
         source: the model as the configuration names it; it is resolved on the engine's node.
         arguments: what Ray's stage takes.
     """
 
-    def __init__(
-        self,
-        *,
-        storage: Storage,
-        name: str,
-        sampling: SamplingConfig,
-        watch: Watch,
-        hang_seconds: float,
-        source: str,
-        **arguments: Any,
-    ) -> None:
-        from transformers import AutoTokenizer
-
-        self.worker = ChunkWorker(storage, name, sampling, watch, hang_seconds)
-        model = resolve_model(source)
-        super().__init__(**{**arguments, "model": model, "expected_input_keys": []})
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        self.sampling = sampling
+    def __init__(self, *, work: Work, source: str, **arguments: Any) -> None:
+        self.worker = ChunkWorker(work)
+        self.model_folder = resolve_model(source)
+        super().__init__(**{**arguments, "model": self.model_folder, "expected_input_keys": []})
+        self.task = work.task
+        self.numbers = itertools.count()
+        self._templates: dict[bool, Any] = {}
 
     async def udf(  # type: ignore[override]  # Ray's own declaration has no yield
         self, batch: list[dict[str, Any]]
@@ -71,33 +55,70 @@ class Describer(vLLMEngineStageUDF):
         return {**counts, self.IDX_IN_BATCH_COLUMN: row[self.IDX_IN_BATCH_COLUMN]}
 
     async def _complete(self, messages: Messages, seed: int) -> str:
-        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        prompt = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False
+        # Not through Ray's wrapper, which checks and copies each request and each answer.
+        answers = self.llm.engine.generate(
+            self._prompt(messages), self._parameters(seed), request_id=f"chunk-{next(self.numbers)}"
         )
-        request = {
-            "prompt": "",
-            "tokenized_prompt": prompt,
-            "sampling_params": {
-                "temperature": self.sampling.temperature,
-                "top_p": self.sampling.top_p,
-                "max_tokens": self.sampling.max_tokens,
-                "seed": seed,
-                "structured_outputs": {"json": DESCRIPTION_SCHEMA},
-                # Only whole answers are of use; else each token of each row is an event here.
-                "output_kind": RequestOutputKind.FINAL_ONLY,
-            },
-            self.IDX_IN_BATCH_COLUMN: 0,
-        }
         try:
-            _, output, _ = await self.llm.generate_async(request)
+            async for answer in answers:
+                if answer.finished:
+                    return str(answer.outputs[0].text)
         except EngineDeadError as error:
             raise EngineDiedError(str(error)) from error
         except ValueError as error:  # vLLM's word for a request that it does not take
             raise GenerationError(str(error)) from error
-        return str(output["generated_text"])
+        raise GenerationError("the engine ended without an answer")
+
+    def _parameters(self, seed: int) -> Any:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+        sampling = self.task.sampling
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=seed,
+            structured_outputs=StructuredOutputsParams(json=self.task.answers),
+            # Only whole answers are of use; else each token of each row is an event here.
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _prompt(self, messages: Messages) -> Any:
+        """The conversation as vLLM takes it: token ids, or text with images."""
+        conversation, images = _with_images(messages)
+        template = self._template(bool(images))
+        if not images:
+            ids = template.apply_chat_template(
+                conversation, add_generation_prompt=True, return_dict=False
+            )
+            return {"prompt_token_ids": ids}
+        text = template.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=False
+        )
+        return {"prompt": text, "multi_modal_data": {"image": images}}
+
+    def _template(self, images: bool) -> Any:
+        """What knows the model's chat template."""
+        if images not in self._templates:
+            from transformers import AutoProcessor, AutoTokenizer
+
+            kind: Any = AutoProcessor if images else AutoTokenizer
+            self._templates[images] = kind.from_pretrained(self.model_folder)
+        return self._templates[images]
+
+
+def _with_images(messages: Messages) -> tuple[list[dict[str, Any]], list[Any]]:
+    """A conversation as chat templates take it, and the images it shows."""
+    conversation, images = [], []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            images += [see(part["image_url"]["url"]) for part in content if "image_url" in part]
+            content = [{"type": "image"} if "image_url" in part else part for part in content]
+        conversation.append({**message, "content": content})
+    return conversation, images
 
 
 def environment(config: VllmConfig) -> dict[str, str]:
@@ -111,15 +132,13 @@ def environment(config: VllmConfig) -> dict[str, str]:
     return variables
 
 
-def vllm_stream(
-    config: VllmConfig, chunks: ray.data.Dataset, settings: dict[str, Any]
-) -> ray.data.Dataset:
+def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray.data.Dataset:
     """Counts of the chunks, as engines do them.
 
     Args:
         config: of the engines.
         chunks: rows with the fields of Chunk.
-        settings: the arguments of Describer that are not vLLM's.
+        work: what is done with them.
     """
     bundles = [{"CPU": config.cpus, **({"GPU": 1} if config.gpus else {})}] * max(1, config.gpus)
     model = resolve_model(config.model)
@@ -147,16 +166,16 @@ def vllm_stream(
     # A copy, because assigning to a stage works out its resources anew, and wrongly.
     processor.stages[name] = stage.model_copy(
         update={
-            "fn": Describer,
+            "fn": ChunkEngine,
             "fn_constructor_kwargs": {
                 **stage.fn_constructor_kwargs,
-                **settings,
+                "work": work,
                 "source": config.model,
             },
         }
     )
-    described: ray.data.Dataset = processor(chunks)
-    return described
+    done: ray.data.Dataset = processor(chunks)
+    return done
 
 
 def _counts(row: dict[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,10 @@ from typing import Any
 import aiohttp
 import ray.data
 
-from ray_jobs.storage import Storage
 from ray_jobs.synthesis.chunks import Chunk
 from ray_jobs.synthesis.config import HttpConfig
-from ray_jobs.synthesis.describer import GenerationError, Messages, SamplingConfig
-from ray_jobs.synthesis.watch import Watch
-from ray_jobs.synthesis.worker import ChunkWorker
-from rwkv_clip.descriptions import DESCRIPTION_SCHEMA
+from ray_jobs.synthesis.task import GenerationError, Messages, SamplingConfig
+from ray_jobs.synthesis.worker import ChunkWorker, Work
 
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 _DENIED = frozenset({401, 403, 404})
@@ -38,10 +35,17 @@ class ChatClient:
         config: of the server.
         key: its API key, if it wants one.
         sampling: how the model is asked.
+        answers: the JSON schema that its answers are held to.
     """
 
-    def __init__(self, config: HttpConfig, key: str | None, sampling: SamplingConfig) -> None:
-        self.config, self.sampling = config, sampling
+    def __init__(
+        self,
+        config: HttpConfig,
+        key: str | None,
+        sampling: SamplingConfig,
+        answers: Mapping[str, Any],
+    ) -> None:
+        self.config, self.sampling, self.answers = config, sampling, answers
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session: aiohttp.ClientSession | None = None
         self._free = asyncio.Semaphore(config.requests_in_flight)
@@ -54,7 +58,7 @@ class ChatClient:
             ServerError: it wants another key, has no such model, or is away for too long.
         """
         sampling = self.sampling
-        schema = {"name": "description", "schema": DESCRIPTION_SCHEMA, "strict": True}
+        schema = {"name": "answer", "schema": self.answers, "strict": True}
         request = {
             "model": self.config.model,
             "messages": list(messages),
@@ -95,7 +99,7 @@ class ChatClient:
                 if response.status in _DENIED:
                     raise ServerError(
                         f"{url} answers {response.status}: {(await response.text())[:300]}; "
-                        f"mend synthesis.engine.url, model, or the key in {self.config.api_key_env}"
+                        f"mend engine.url, engine.model, or the key in {self.config.api_key_env}"
                     )
                 if not response.ok:
                     raise GenerationError(f"{response.status}: {(await response.text())[:300]}")
@@ -110,45 +114,24 @@ class ChatClient:
             raise GenerationError(f"the server's answer has no message: {answer!r:.300}") from error
 
 
-class HttpDescriber:
-    """Describes chunks by asking a server; one in each of Ray Data's actors.
+class HttpChunks:
+    """Does chunks by asking a server; one in each of Ray Data's actors.
 
     Args:
         config: of the server.
         key: its API key, if it wants one.
-        storage: holds the pairs, and gets the descriptions.
-        name: of the data set.
-        sampling: how the model is asked.
-        watch: is told what happens.
-        hang_seconds: see ChunkWorker.
+        work: what is to be done.
     """
 
-    def __init__(
-        self,
-        *,
-        config: HttpConfig,
-        key: str | None,
-        storage: Storage,
-        name: str,
-        sampling: SamplingConfig,
-        watch: Watch,
-        hang_seconds: float,
-    ) -> None:
+    def __init__(self, *, config: HttpConfig, key: str | None, work: Work) -> None:
         # A server that is away is no hang of this process.
-        patience = max(hang_seconds, 2 * (config.patience_seconds + config.timeout_seconds))
-        self.worker = ChunkWorker(storage, name, sampling, watch, patience)
-        self.client = ChatClient(config, key, sampling)
+        patience = max(work.hang_seconds, 2 * (config.patience_seconds + config.timeout_seconds))
+        self.worker = ChunkWorker(work, patience)
+        self.client = ChatClient(config, key, work.task.sampling, work.task.answers)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
         """Do a chunk; gives its counts."""
-        chunk = Chunk(
-            part=str(batch["part"][0]),
-            path=str(batch["path"][0]),
-            index=int(batch["index"][0]),
-            first=int(batch["first"][0]),
-            rows=int(batch["rows"][0]),
-        )
-        counts = await self.worker.run(chunk, self.client.complete)
+        counts = await self.worker.run(Chunk.of(batch), self.client.complete)
         yield {name: [value] for name, value in counts.items()}
 
 
@@ -167,7 +150,7 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
 
 
 def http_stream(
-    config: HttpConfig, key: str | None, chunks: ray.data.Dataset, settings: dict[str, Any]
+    config: HttpConfig, key: str | None, chunks: ray.data.Dataset, work: Work
 ) -> ray.data.Dataset:
     """Counts of the chunks, as the server's answers for them are complete.
 
@@ -175,12 +158,12 @@ def http_stream(
         config: of the server.
         key: its API key, if it wants one.
         chunks: rows with the fields of Chunk.
-        settings: the other arguments of HttpDescriber.
+        work: what is done with them.
     """
     at_a_time = 4  # chunks, so that a slow answer does not leave the server without work
     return chunks.map_batches(
-        HttpDescriber,
-        fn_constructor_kwargs={"config": config, "key": key, **settings},
+        HttpChunks,
+        fn_constructor_kwargs={"config": config, "key": key, "work": work},
         batch_size=1,
         num_cpus=config.cpus,
         compute=ray.data.ActorPoolStrategy(

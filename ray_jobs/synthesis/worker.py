@@ -1,4 +1,4 @@
-"""Doing a chunk: read it, describe its rows, publish it, and live with engines that die.
+"""Doing a chunk: read it, do its rows, publish it, and live with engines that die.
 
 A worker belongs to one engine. It is told when the engine died, notices when it hangs, and ends
 its process in both cases: Ray starts it anew with a fresh engine and gives it the same chunks.
@@ -9,26 +9,51 @@ import os
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import psutil
 
+from ray_jobs.beside import Beside
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis.chunks import Chunk, read_sources, write_chunk
-from ray_jobs.synthesis.describer import (
-    ENGINE_FAILED,
-    Complete,
-    Messages,
-    Row,
-    SamplingConfig,
-    describe,
-    describe_rows,
-    fall_back,
-)
+from ray_jobs.synthesis.chunks import Chunk, read_chunk, write_chunk
+from ray_jobs.synthesis.task import ENGINE_FAILED, Complete, Messages, Row, Task
 from ray_jobs.synthesis.watch import MAX_STARTS, Watch
-from rwkv_clip.descriptions import Sources
+
+
+@dataclass(frozen=True)
+class Work:
+    """What workers are told.
+
+    Attributes:
+        storage: holds the pairs, and gets what is made of them.
+        name: of the data set.
+        others: tables that earlier stages wrote beside the pairs.
+        task: what is done for each row.
+        watch: is told what happens.
+        hang_seconds: an engine that answers nothing for so long while it is asked is ended.
+    """
+
+    storage: Storage
+    name: str
+    others: tuple[Beside, ...]
+    task: Task
+    watch: Watch
+    hang_seconds: float
+
+    @property
+    def beside(self) -> Beside:
+        """The tables that are filled."""
+        return Beside(self.task.kind, self.name)
+
+    def read(self, chunk: Chunk) -> list[Row]:
+        """A chunk's rows."""
+        return read_chunk(self.storage, chunk, self.task.columns, self.others)
+
+    def write(self, chunk: Chunk, rows: Sequence[Row]) -> None:
+        """Publish a chunk."""
+        write_chunk(self.storage, self.beside, chunk, rows, self.task.schema)
 
 
 class EngineDiedError(RuntimeError):
@@ -36,29 +61,19 @@ class EngineDiedError(RuntimeError):
 
 
 class ChunkWorker:
-    """Describes chunks with one engine.
+    """Does chunks with one engine.
 
     Args:
-        storage: holds the pairs, and gets the descriptions.
-        name: of the data set.
-        sampling: how the model is asked.
-        watch: is told what happens.
-        hang_seconds: an engine that answers nothing for so long while it is asked is ended.
+        work: what is to be done.
+        hang_seconds: in place of the work's.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        name: str,
-        sampling: SamplingConfig,
-        watch: Watch,
-        hang_seconds: float,
-    ) -> None:
-        self.storage, self.name, self.sampling, self.watch = storage, name, sampling, watch
+    def __init__(self, work: Work, hang_seconds: float | None = None) -> None:
+        self.work, self.watch = work, work.watch
         self.identity = uuid.uuid4().hex
-        self._pulse = _Pulse(hang_seconds, self._end_hung)
+        self._pulse = _Pulse(hang_seconds or work.hang_seconds, self._end_hung)
         self._one_at_a_time: asyncio.Lock | None = None
-        if (starts := watch.start()) > MAX_STARTS:
+        if (starts := self.watch.start()) > MAX_STARTS:
             raise RuntimeError(
                 f"an engine came up {starts} times without finishing a chunk; its log says why"
             )
@@ -66,20 +81,20 @@ class ChunkWorker:
     async def run(self, chunk: Chunk, complete: Complete) -> dict[str, Any]:
         """Do a chunk; gives its counts."""
         started = time.monotonic()
-        file = chunk.file(self.name)
+        file = chunk.file(self.work.beside)
         begun = await self.watch.begin(file, self.identity)
-        sources = await asyncio.to_thread(read_sources, self.storage, chunk)
+        rows = await asyncio.to_thread(self.work.read, chunk)
         asked = self._alive(complete)
         if begun.careful:
-            described = await self._carefully(file, sources, asked, begun.poison)
+            done = await self._carefully(file, rows, asked, begun.poison)
         else:
-            described = await describe_rows(sources, asked, self.sampling)
-        await asyncio.to_thread(write_chunk, self.storage, self.name, chunk, described)
+            done = list(await asyncio.gather(*(self.work.task(row, asked) for row in rows)))
+        await asyncio.to_thread(self.work.write, chunk, done)
         await self.watch.end(file)
         return {
             "part": chunk.part,
             "index": chunk.index,
-            "rows": len(described),
+            "rows": len(done),
             "seconds": time.monotonic() - started,
         }
 
@@ -93,16 +108,16 @@ class ChunkWorker:
         """Row by row, one on this engine at a time, so that the row that kills it is known."""
         if self._one_at_a_time is None:
             self._one_at_a_time = asyncio.Lock()
-        described = []
+        done = []
         for row in rows:
             if row["id"] in poison:
-                described.append(fall_back(row, Sources.from_row(row), 0, ENGINE_FAILED))
+                done.append(self.work.task.give_up(row, ENGINE_FAILED))
                 continue
             async with self._one_at_a_time:
                 await self.watch.row(file, row["id"])
-                described.append(await describe(row, complete, self.sampling))
+                done.append(await self.work.task(row, complete))
                 await self.watch.row(file, None)
-        return described
+        return done
 
     def _alive(self, complete: Complete) -> Complete:
         """The same, noting that it is being waited for, and ending the process with the engine."""
@@ -163,8 +178,3 @@ def end_process() -> NoReturn:
         except psutil.NoSuchProcess:
             continue
     os._exit(1)
-
-
-def count_sources(sources: Sequence[str | None]) -> Counter[str]:
-    """How often each `description_source` is there."""
-    return Counter(source or "none" for source in sources)

@@ -23,7 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
+from ray_jobs.beside import Beside, lay_over, written
 from ray_jobs.execution import arrange
+from ray_jobs.ingest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.training.plan import DataPlan, RowAddress, Rows, Window
 from rwkv_clip.tokenizer import tokenize
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 TEXTS = ("web_text", "caption", "description")
 _COLUMNS = ["id", "image", "web_text", "caption", "tags", "description"]
+_SAID = ("caption", "tags", "description", "alternatives")
 
 Batch = dict[str, npt.NDArray[Any]]
 
@@ -45,13 +48,27 @@ class PairFiles:
         storage: where they are.
         parts: names of the pairs' files.
         row_groups: each part's row group sizes.
-        descriptions: names of the tables aligned with the parts; None to take the pairs' own.
+        names: the parts' names.
+        beside: the tables that lie beside them.
     """
 
     storage: Storage
     parts: tuple[str, ...]
     row_groups: tuple[tuple[int, ...], ...]
-    descriptions: tuple[str, ...] | None = None
+    names: tuple[str, ...] = ()
+    beside: tuple[Beside, ...] = ()
+
+    @classmethod
+    def of(cls, storage: Storage, name: str = "train") -> "PairFiles":
+        """Those of an ingested data set, with the captions and descriptions that were made."""
+        parts = Manifest.from_storage(storage, name).parts
+        return cls(
+            storage,
+            tuple(part.path for part in parts),
+            tuple(part.row_groups for part in parts),
+            tuple(part.name for part in parts),
+            written(storage, name),
+        )
 
     @cached_property
     def address(self) -> RowAddress:
@@ -77,25 +94,14 @@ class PairFiles:
         return [found[group][index[group, row]] for group, row in pairs]
 
     def _read(self, group: int, rows: Rows) -> list[dict[str, Any]]:
-        """Some rows of a row group, with their descriptions."""
+        """Some rows of a row group, with what was written beside them."""
         part = int(self.address.part_of_group[group])
         inside = int(self.address.group_in_part[group])
-        within = pa.array(rows - self.address.first_row[group])
-        table = _row_group(self.storage, self.parts[part], inside, _COLUMNS).take(within)
-        if self.descriptions is not None:
+        table = _row_group(self.storage, self.parts[part], inside, _COLUMNS)
+        if self.beside:
             first = sum(self.row_groups[part][:inside])
-            texts = self.storage.read_table(
-                self.descriptions[part], columns=["id", "description"]
-            ).slice(first, self.row_groups[part][inside])
-            texts = texts.take(within)
-            if not texts["id"].equals(table["id"]):
-                raise ValueError(
-                    f"{self.descriptions[part]} does not belong to {self.parts[part]}: their ids "
-                    "differ; delete the descriptions and run synthesis again"
-                )
-            at = table.schema.get_field_index("description")
-            table = table.set_column(at, "description", texts["description"])
-        return list(table.to_pylist())
+            table = lay_over(self.storage, table, self.beside, self.names[part], first, _SAID)
+        return list(table.take(pa.array(rows - self.address.first_row[group])).to_pylist())
 
 
 def _row_group(storage: Storage, name: str, group: int, columns: list[str]) -> pa.Table:
@@ -178,11 +184,16 @@ def choose_text(
     if total <= 0:
         return ", ".join(pair.get("tags") or ())
     mark = rng.random() * total
+    chosen = str(there[-1][0])
     for text, weight in there:
         mark -= weight
         if mark < 0:
-            return str(text)
-    return str(there[-1][0])
+            chosen = str(text)
+            break
+    others = pair.get("alternatives")
+    if others and chosen == pair["description"]:
+        chosen = str([chosen, *others][rng.integers(1 + len(others))])
+    return chosen
 
 
 def stream(

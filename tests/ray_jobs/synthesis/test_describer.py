@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 
-from ray_jobs.synthesis.describer import (
-    GenerationError,
-    SamplingConfig,
-    attempt_seed,
-    describe,
-)
+from ray_jobs.synthesis.describer import Describing
+from ray_jobs.synthesis.task import GenerationError, SamplingConfig, attempt_seed
 
 PAIR = {
     "id": "u1f436",
@@ -39,8 +35,9 @@ class Model:
         return answer
 
 
-def described(model: Model, **changes: Any) -> dict[str, Any]:
-    return asyncio.run(describe({**PAIR, **changes}, model, SamplingConfig(seed=5)))
+def described(model: Model, variants: int = 1, **changes: Any) -> dict[str, Any]:
+    task = Describing(SamplingConfig(seed=5), variants)
+    return asyncio.run(task({**PAIR, **changes}, model))
 
 
 def test_a_grounded_answer_is_kept():
@@ -91,6 +88,23 @@ def test_a_description_that_is_there_is_kept_and_nothing_is_asked():
     row = described(Model(), description="What someone wrote.")
     assert row["description"] == "What someone wrote."
     assert (row["description_source"], row["attempts"]) == ("given", 0)
+
+
+def test_variants_are_distinct_descriptions_by_seeds_of_their_own():
+    other = json.dumps({"description": "The face of a dog."})
+    model = Model(INVENTED, GROUNDED, other, GROUNDED)  # one is asked again
+    row = described(model, variants=3)
+    assert {row["description"], *row["alternatives"]} == {
+        "A cute dog's face.",
+        "The face of a dog.",
+    }
+    assert row["attempts"] == 4
+    assert len(set(model.seeds)) == 4
+
+
+def test_a_variant_that_is_kept_goes_before_one_that_is_not():
+    row = described(Model(INVENTED, INVENTED, GROUNDED), variants=2)
+    assert (row["description_source"], row["alternatives"]) == ("llm", None)
 
 
 def test_seeds_differ_between_pairs_attempts_and_runs():

@@ -21,8 +21,8 @@ from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.models import resolve_model
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.config import HttpConfig
-from ray_jobs.synthesis.describer import GenerationError, SamplingConfig
 from ray_jobs.synthesis.http import ChatClient, ServerError
+from ray_jobs.synthesis.task import GenerationError, SamplingConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, synthesize
 from rwkv_clip.descriptions import DESCRIPTION_SCHEMA
 
@@ -71,7 +71,7 @@ def ask(url: str, key: str | None = None, **settings: Any) -> str:
     config = HttpConfig(kind="http", url=url, model="small", **settings)
 
     async def once() -> str:
-        client = ChatClient(config, key, SamplingConfig())
+        client = ChatClient(config, key, SamplingConfig(), DESCRIPTION_SCHEMA)
         try:
             return await client.complete([{"role": "user", "content": "describe"}], 7)
         finally:

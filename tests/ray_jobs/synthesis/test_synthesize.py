@@ -12,9 +12,9 @@ import pytest
 
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis.chunks import DESCRIPTION_SCHEMA
+from ray_jobs.synthesis.describer import Describing
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
-from ray_jobs.train import pair_files
+from ray_jobs.training.batches import PairFiles
 from tests.ray_jobs.killing import PATIENCE, kill_all, processes_named, start_job, wait_until
 
 ROWS, PART_ROWS, CHUNK_ROWS = 72, 36, 12
@@ -94,7 +94,7 @@ def test_every_pair_is_described_once_through_kills(
     manifest = Manifest.from_storage(storage)
     for part in manifest.parts:
         table = storage.read_table(f"descriptions/train/{part.name}.parquet")
-        assert table.schema.equals(DESCRIPTION_SCHEMA)
+        assert table.schema.equals(Describing.schema)
         assert table["id"].to_pylist() == storage.read_table(part.path)["id"].to_pylist()
         assert all(table["description"].to_pylist())
         assert all(table["description_source"].to_pylist())
@@ -134,7 +134,7 @@ def test_a_finished_synthesis_returns_at_once_and_no_process_is_left(
 
 @pytest.mark.slow
 def test_training_reads_the_descriptions(storage: Storage, described: SynthesisResult) -> None:
-    files = pair_files(storage)
+    files = PairFiles.of(storage)
     first = files.take(np.arange(3))
     table = storage.read_table("descriptions/train/part-00000.parquet")
     assert [pair["description"] for pair in first] == table["description"].to_pylist()[:3]

@@ -8,7 +8,8 @@ import pytest
 
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
-from ray_jobs.train import TrainError, _trainer, pair_files, total_steps, train
+from ray_jobs.train import TrainError, _trainer, total_steps, train
+from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError, WorkerTask
 from rwkv_clip.model import load_checkpoint
@@ -33,7 +34,7 @@ def undisturbed(emoji_storage: Storage, tmp_path_factory: pytest.TempPathFactory
 
 def test_a_run_ends_with_a_model_and_its_history(undisturbed):
     storage, result = undisturbed
-    assert result.steps == total_steps(config_of(), pair_files(storage)) == 9
+    assert result.steps == total_steps(config_of(), PairFiles.of(storage)) == 9
     assert [record["step"] for record in result.history] == list(range(1, 10))
     assert {"loss", "learning_rate", "logit_scale", "gradient_norm"} <= result.history[0].keys()
     assert {"pairs_per_second", "data_wait_share"} <= result.history[0].keys()
@@ -51,7 +52,7 @@ def test_a_finished_run_is_not_run_again(undisturbed):
 def test_a_run_goes_on_from_its_last_checkpoint_with_the_same_curve(undisturbed, own_storage):
     _, expected = undisturbed
     config = config_of()
-    files = pair_files(own_storage)
+    files = PairFiles.of(own_storage)
     steps = total_steps(config, files)
     # The first attempt leaves in the middle of an epoch, as a killed one does.
     _trainer(config, own_storage, WorkerTask(config, files, steps, stop_after=4)).fit()

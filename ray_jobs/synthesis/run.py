@@ -1,0 +1,204 @@
+"""A run of a task over a data set: what synthesis and captioning have in common.
+
+Rows are done in chunks that are published whole. A run that was killed does the chunks that are not
+there; an engine that dies or hangs costs the chunks it had in work.
+"""
+
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray.data
+from ray.exceptions import RayError
+
+from ray_jobs.beside import Beside, written
+from ray_jobs.execution import arrange
+from ray_jobs.ingest import Manifest
+from ray_jobs.models import ModelError, check_model
+from ray_jobs.progress import Progress
+from ray_jobs.storage import Storage
+from ray_jobs.synthesis.chunks import open_work, seal
+from ray_jobs.synthesis.config import HttpConfig, VllmConfig
+from ray_jobs.synthesis.task import Task
+from ray_jobs.synthesis.watch import Watch
+from ray_jobs.synthesis.worker import Work
+
+_ERROR_LINE = re.compile(r"(?!ray\.exceptions\.)[\w.]*(?:Error|Exception|Exit)\b(?:\([\w.]*\))?: ")
+
+# Counts of chunks as they are done, for the chunks that are given as rows.
+Stream = Callable[[ray.data.Dataset, Work], ray.data.Dataset]
+
+
+class SynthesisError(RuntimeError):
+    """A model's work cannot start or go on; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """A run.
+
+    Attributes:
+        section: of the configuration, for messages.
+        verb: what is done, for the progress line.
+        storage: holds the pairs, and gets what is made of them.
+        manifest: of the data set.
+        task: what is done for each row.
+        identity: what decides the outcome; tables of another identity are not mixed with these.
+        chunk_rows: rows done, published or redone at once.
+        hang_seconds: an engine that answers nothing for so long is started anew.
+    """
+
+    section: str
+    verb: str
+    storage: Storage
+    manifest: Manifest
+    task: Task
+    identity: Mapping[str, Any]
+    chunk_rows: int
+    hang_seconds: float
+
+    @property
+    def beside(self) -> Beside:
+        """The tables that are filled."""
+        return Beside(self.task.kind, self.manifest.name)
+
+    def finished(self) -> dict[str, Any] | None:
+        """What `conclude` was given, if all is done; raises SynthesisError if it is another's."""
+        if not self.storage.exists(self.beside.manifest_file):
+            return None
+        value = self.storage.read_json(self.beside.manifest_file)
+        if value["run"] != self.identity:
+            raise self._other(value["run"])
+        result: dict[str, Any] = value["result"]
+        return result
+
+    def claim(self) -> None:
+        """Note whose tables the folder holds; refuse to mix them with others."""
+        folder = self.beside.folder
+        record = f"{folder}/run.json"
+        held = self.storage.read_json(record) if self.storage.exists(record) else None
+        if held == self.identity:
+            return
+        if held is not None and self.storage.names(folder, suffix=".parquet", recursive=True):
+            raise self._other(held)
+        self.storage.write_json(record, self.identity)
+
+    def run(self, stream: Stream) -> tuple[list[dict[str, Any]], float]:
+        """Do the chunks that are not there.
+
+        Returns:
+            The incidents and the seconds of work, of all runs so far.
+
+        Raises:
+            SynthesisError: the engines cannot go on.
+        """
+        todo, unsealed = open_work(self.storage, self.manifest, self.beside, self.chunk_rows)
+        left = Counter(chunk.part for chunk in todo)
+        for part, chunks in unsealed.items():
+            if not left[part]:
+                seal(self.storage, self.beside, chunks)
+        record = f"{self.beside.folder}/record.json"
+        earlier = self.storage.read_json(record) if self.storage.exists(record) else {}
+        incidents, seconds = earlier.get("incidents", []), earlier.get("seconds", 0.0)
+        if not todo:
+            return incidents, seconds
+        started = time.monotonic()
+        watch = Watch()
+        try:
+            self._do(stream, watch, todo, unsealed, left)
+        finally:
+            incidents = [*incidents, *watch.incidents()]
+            seconds += time.monotonic() - started
+            self.storage.write_json(record, {"incidents": incidents, "seconds": seconds})
+            watch.close()
+        return incidents, seconds
+
+    def conclude(self, result: Mapping[str, Any]) -> None:
+        """Note that all is done, and what came out."""
+        value = {"run": self.identity, "result": dict(result)}
+        self.storage.write_json(self.beside.manifest_file, value)
+
+    def _do(
+        self,
+        stream: Stream,
+        watch: Watch,
+        todo: list[Any],
+        unsealed: Mapping[str, list[Any]],
+        left: Counter[str],
+    ) -> None:
+        rows, name = self.manifest.rows, self.manifest.name
+        done = rows - sum(chunk.rows for chunk in todo)
+        others = tuple(one for one in written(self.storage, name) if one != self.beside)
+        work = Work(self.storage, name, others, self.task, watch, self.hang_seconds)
+        chunks = ray.data.from_items([asdict(chunk) for chunk in todo])
+        with (
+            Progress(f"{self.verb} {name}", rows, "pairs", done=done) as progress,
+            ThreadPoolExecutor(4) as pool,
+        ):
+            sealing = []
+            for counts in self._counts(arrange(stream(chunks, work)), watch):
+                part = counts["part"]
+                left[part] -= 1
+                if not left[part]:
+                    sealing.append(pool.submit(seal, self.storage, self.beside, unsealed[part]))
+                befallen = len(watch.incidents())
+                progress.update(counts["rows"], f"{befallen} incidents" if befallen else "")
+            for future in sealing:
+                future.result()
+
+    def _counts(self, dataset: ray.data.Dataset, watch: Watch) -> Iterator[dict[str, Any]]:
+        try:
+            yield from dataset.iter_rows()
+        except RayError as error:
+            told = "; ".join(f"{one['kind']}: {one['detail']}" for one in watch.incidents()[-3:])
+            raise SynthesisError(
+                f"the engines cannot go on: {_cause(error)}. {told or 'no engine died before'}. "
+                f"What is done is kept: mend {self.section}.engine and start again"
+            ) from error
+
+    def _other(self, held: Mapping[str, Any]) -> SynthesisError:
+        differ = [
+            key for key in {**held, **self.identity} if held.get(key) != self.identity.get(key)
+        ]
+        return SynthesisError(
+            f"{self.storage.child_uri(self.beside.folder)} holds what was made with another "
+            f"{', '.join(differ)}; choose another storage.uri, or delete that folder"
+        )
+
+
+def engine_stream(engine: VllmConfig | HttpConfig) -> Stream:
+    """Chunks done by an engine; what only it needs is imported here."""
+    if isinstance(engine, HttpConfig):
+        from ray_jobs.synthesis.http import http_stream
+
+        key = os.environ.get(engine.api_key_env)
+        return lambda chunks, work: http_stream(engine, key, chunks, work)
+    from ray_jobs.synthesis.engine import vllm_stream  # and with it vLLM
+
+    return lambda chunks, work: vllm_stream(engine, chunks, work)
+
+
+def check_engine(engine: VllmConfig | HttpConfig, section: str) -> None:
+    """Raises SynthesisError if there is no such model."""
+    try:
+        if isinstance(engine, VllmConfig):
+            check_model(engine.model)
+    except ModelError as error:
+        raise SynthesisError(f"{section}.engine.model: {error}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The error that was raised, on one line; Ray puts traces before it and advice behind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [at for at, line in enumerate(lines) if _ERROR_LINE.match(line)]
+    if not told:
+        return (lines or [type(error).__name__])[-1]
+    found = lines[told[-1]]
+    if "validation error" in found:  # pydantic's, who says below what it is
+        found = " ".join(lines[told[-1] : told[-1] + 3])
+    return found
