@@ -1,16 +1,23 @@
-"""Embeddings of stored pairs, and the metrics of retrieval by the names that are logged."""
+"""Embeddings of stored images and pairs, and the names by which metrics are logged."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
 import rwkv_clip
+from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip.evaluation import RetrievalResult
-from rwkv_clip.model import RWKVCLIP
+from rwkv_clip.model import RWKVCLIP, load_checkpoint
+from rwkv_clip.transforms import ImageDecodeError
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +32,31 @@ class Encoded:
     text_emb: Tensor
 
 
-class PairEncoder:
-    """Embeds pairs with a model, on a GPU where there is one.
+class ImageEncoder:
+    """Embeds images with a model, on a GPU where there is one.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: RWKVCLIP) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device).eval()
+        self.transform = rwkv_clip.image_transform(self.model.config)
+
+    @torch.inference_mode()
+    def encode_images(
+        self, images: Sequence[bytes], names: Sequence[object]
+    ) -> tuple[Tensor, list[int], list[ImageDecodeError]]:
+        """Embeddings [n, D], the positions of the n images, and an error for each other one."""
+        found = self.transform.batch(images, names=names)
+        for error in found.errors:
+            logger.warning("left out: %s", error)
+        return self.model.encode_image(found.pixels.to(self.device)), found.indices, found.errors
+
+
+class PairEncoder(ImageEncoder):
+    """Embeds pairs.
 
     Args:
         model: the model.
@@ -35,24 +65,45 @@ class PairEncoder:
     """
 
     def __init__(self, model: RWKVCLIP, files: PairFiles, text: str) -> None:
+        super().__init__(model)
         self.files, self.text = files, text
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.to(self.device)
-        self.transform = rwkv_clip.image_transform(self.model.config)
 
+    @torch.inference_mode()
     def encode(self, first: int, rows: int) -> Encoded:
         """The rows first .. first + rows; those whose image cannot be decoded are left out."""
         pairs = self.files.take(np.arange(first, first + rows))
-        transformed = self.transform.batch([pair["image"] for pair in pairs])
-        for error in transformed.errors:
-            logger.warning("left out: %s", error)
-        pairs = [pairs[at] for at in transformed.indices]
-        texts = [pair[self.text] or "" for pair in pairs]
+        ids = [pair["id"] for pair in pairs]
+        image_emb, usable, _ = self.encode_images([pair["image"] for pair in pairs], ids)
+        texts = [pairs[at][self.text] or "" for at in usable]
         tokens = rwkv_clip.tokenize(texts, self.model.config.context_length)
-        with torch.inference_mode():
-            image_emb = self.model.encode_image(transformed.pixels.to(self.device))
-            text_emb = self.model.encode_text(tokens.to(self.device))
-        return Encoded([pair["id"] for pair in pairs], texts, image_emb, text_emb)
+        text_emb = self.model.encode_text(tokens.to(self.device))
+        return Encoded([ids[at] for at in usable], texts, image_emb, text_emb)
+
+
+def fetch_checkpoint(storage: Storage, name: str) -> RWKVCLIP:
+    """A model from a checkpoint folder of any storage; raises CheckpointError."""
+    if storage.is_local:
+        return load_checkpoint(storage.path(name))
+    with TemporaryDirectory() as folder:
+        pafs.copy_files(
+            storage.path(name), folder, source_filesystem=storage.filesystem
+        )  # only tensors and JSON are read from it
+        return load_checkpoint(Path(folder))
+
+
+def vectors(values: Tensor) -> pa.FixedSizeListArray:
+    """Embeddings as a column."""
+    flat = values.float().cpu().numpy().reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), values.shape[1])
+
+
+def matrix(column: pa.ChunkedArray) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """A column of embeddings as [N, D]."""
+    array = column.combine_chunks()
+    width: int = array.type.list_size
+    values: np.ndarray[tuple[int, int], np.dtype[np.float32]]
+    values = array.flatten().to_numpy().reshape(-1, width)
+    return values
 
 
 def named_metrics(result: RetrievalResult) -> dict[str, float]:

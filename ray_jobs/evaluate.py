@@ -1,40 +1,39 @@
-"""The evaluation job: a trained model against pairs it has not seen.
+"""The evaluation job: a trained model against images and pairs it has not seen.
 
 Images and texts are embedded on Ray Data's workers; the scores are the library's pure functions of
 the embeddings. What is written, below `evaluation/NAME/`:
     embeddings/part-*.parquet   id, image and text embedding of every pair
     result.json                 the metrics, and the examples that the report shows
-    clip_benchmark.json         the metrics in LAION's CLIP_benchmark's form
+    clip_benchmark/*.json       the metrics in LAION's CLIP_benchmark's form, a file a task
 """
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs as pafs
 import ray.data
-from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
+from pydantic import Field, PositiveInt
 
 from ray_jobs import job
-from ray_jobs.encoding import PairEncoder, named_metrics
+from ray_jobs.classification import (
+    ClassificationConfig,
+    ClassificationScore,
+    EncoderConfig,
+    open_sets,
+    score_set,
+)
+from ray_jobs.encoding import PairEncoder, fetch_checkpoint, matrix, named_metrics, vectors
 from ray_jobs.execution import arrange
 from ray_jobs.ingest import Manifest
 from ray_jobs.progress import Progress
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
-from rwkv_clip.config import BaseConfig
 from rwkv_clip.evaluation import benchmark_result, retrieval, top_k
-from rwkv_clip.model import RWKVCLIP, load_checkpoint
-
-logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
@@ -43,15 +42,14 @@ configure = job.configure
 run = partial(job.run_stage, "evaluate")
 
 
-class EvaluationConfig(BaseConfig):
+class EvaluationConfig(EncoderConfig):
     """How a model is evaluated."""
 
     text: str = Field("caption", description="the column of texts that images are searched by")
-    batch: PositiveInt = Field(256, description="images or texts embedded at a time")
-    workers: PositiveInt = Field(1, description="processes that embed")
-    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that each holds")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each holds")
     examples: PositiveInt = Field(12, description="queries that the report shows")
+    classification: tuple[ClassificationConfig, ...] = Field(
+        (), description="data sets of labelled images"
+    )
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,12 @@ class EvaluationResult:
 
     Attributes:
         metrics: by name, fractions from 0 to 1 and counts.
-        chance: what recall_at_10 would be by chance.
+        chance: what recall_at_10 would be by chance; 0 where no pairs were searched.
         examples: queries, each with its text, its id, and the ids of the five nearest images.
         checkpoint: what was evaluated.
-        data_digest: of the pairs.
-        clip_benchmark: the result as LAION's CLIP_benchmark writes it.
+        data_digest: of all that it was evaluated on.
+        clip_benchmark: the results as LAION's CLIP_benchmark writes them, by file name.
+        classification: `ClassificationScore`'s fields, for each data set and task.
     """
 
     metrics: dict[str, float]
@@ -72,17 +71,23 @@ class EvaluationResult:
     examples: list[dict[str, Any]]
     checkpoint: str
     data_digest: str
-    clip_benchmark: dict[str, Any]
+    clip_benchmark: dict[str, dict[str, Any]]
+    classification: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def searched(self) -> bool:
+        """Whether there were pairs to search."""
+        return bool(self.chance)
 
 
 def evaluate(
     config: EvaluationConfig,
     storage: Storage,
     checkpoint: str,
-    name: str = "test",
+    name: str | None = "test",
     folder: str = "evaluation",
 ) -> EvaluationResult:
-    """Evaluate a checkpoint of the storage on one of its data sets.
+    """Evaluate a checkpoint of the storage on one of its data sets, and on labelled images.
 
     Ray must be initialised. Returns at once if it was done already with the same settings.
 
@@ -90,24 +95,50 @@ def evaluate(
         config: how.
         storage: holds the checkpoint and the pairs.
         checkpoint: the checkpoint folder's name in the storage.
-        name: of the data set.
+        name: of the data set of pairs; None for labelled images alone.
         folder: of the storage, that gets embeddings and result.
+
+    Raises:
+        SourceError: labelled images cannot be read, or their labels have no names.
     """
-    manifest = Manifest.from_storage(storage, name)
+    manifest = Manifest.from_storage(storage, name) if name else None
+    sets = open_sets(config.classification)
+    digests = [manifest.data_digest] if manifest else []
+    digests += [part.digest for _, test, train in sets for part in (test, train) if part]
+    digest = digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
     wanted = {
         "config": config.model_dump(mode="json"),
         "checkpoint": checkpoint,
-        "data_digest": manifest.data_digest,
+        "data_digest": digest,
     }
-    record = f"{folder}/{name}/result.json"
+    place = f"{folder}/{name or 'classification'}"
+    record = f"{place}/result.json"
     if storage.exists(record) and (held := storage.read_json(record))["run"] == wanted:
         return EvaluationResult(**held["result"])
-    table = _embed(config, storage, checkpoint, manifest)
-    storage.write_table(f"{folder}/{name}/embeddings/part-00000.parquet", table)
-    result = _score(config, table, checkpoint, manifest)
-    storage.write_json(f"{folder}/{name}/clip_benchmark.json", result.clip_benchmark)
+    result = EvaluationResult({}, 0.0, [], checkpoint, digest, {})
+    if manifest is not None:
+        table = _embed(config, storage, checkpoint, manifest)
+        storage.write_table(f"{place}/embeddings/part-00000.parquet", table)
+        result = _score(config, table, checkpoint, manifest, digest)
+    for settings, test, train in sets:
+        scores = score_set(settings, test, train, config, storage, checkpoint)
+        _add(result, scores)
+    for file, value in result.clip_benchmark.items():
+        storage.write_json(f"{place}/clip_benchmark/{file}", value)
     storage.write_json(record, {"run": wanted, "result": asdict(result)})
     return result
+
+
+def _add(result: EvaluationResult, scores: Sequence[ClassificationScore]) -> None:
+    """Take up what a data set's scores say."""
+    for score in scores:
+        told = asdict(score)
+        result.clip_benchmark[f"{score.name}-{score.task}.json"] = told.pop("clip_benchmark")
+        result.classification.append(told)
+        result.metrics.update(score.metrics())
+    for task in {one["task"] for one in result.classification}:
+        reported = [one[one["metric"]] for one in result.classification if one["task"] == task]
+        result.metrics[f"{task}_average"] = float(np.mean(reported))
 
 
 class Encoder(PairEncoder):
@@ -123,26 +154,10 @@ class Encoder(PairEncoder):
             {
                 "id": found.ids,
                 "text": found.texts,
-                "image_embedding": _vectors(found.image_emb),
-                "text_embedding": _vectors(found.text_emb),
+                "image_embedding": vectors(found.image_emb),
+                "text_embedding": vectors(found.text_emb),
             }
         )
-
-
-def fetch_checkpoint(storage: Storage, name: str) -> RWKVCLIP:
-    """A model from a checkpoint folder of any storage; raises CheckpointError."""
-    if storage.is_local:
-        return load_checkpoint(storage.path(name))
-    with TemporaryDirectory() as folder:
-        pafs.copy_files(
-            storage.path(name), folder, source_filesystem=storage.filesystem
-        )  # only tensors and JSON are read from it
-        return load_checkpoint(Path(folder))
-
-
-def _vectors(values: Tensor) -> pa.FixedSizeListArray:
-    flat = values.float().cpu().numpy().reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat), values.shape[1])
 
 
 def _embed(
@@ -176,9 +191,9 @@ def _arrow_batches(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
 
 
 def _score(
-    config: EvaluationConfig, table: pa.Table, checkpoint: str, manifest: Manifest
+    config: EvaluationConfig, table: pa.Table, checkpoint: str, manifest: Manifest, digest: str
 ) -> EvaluationResult:
-    images, texts = _matrix(table["image_embedding"]), _matrix(table["text_embedding"])
+    images, texts = matrix(table["image_embedding"]), matrix(table["text_embedding"])
     owner = np.arange(len(table))
     result = retrieval(images, texts, owner)
     metrics = {"pairs": float(len(table)), **named_metrics(result)}
@@ -187,14 +202,8 @@ def _score(
         benchmark_result(result, dataset=manifest.name, model="RWKV-CLIP", pretrained=checkpoint)
     )
     chance = 10 / max(len(table), 10)
-    return EvaluationResult(metrics, chance, examples, checkpoint, manifest.data_digest, written)
-
-
-def _matrix(column: pa.ChunkedArray) -> Array:
-    array = column.combine_chunks()
-    width: int = array.type.list_size
-    values: Array = array.flatten().to_numpy().reshape(-1, width)
-    return values
+    files = {f"{manifest.name}-retrieval.json": written}
+    return EvaluationResult(metrics, chance, examples, checkpoint, digest, files)
 
 
 def _examples(count: int, table: pa.Table, images: Array, texts: Array) -> list[dict[str, Any]]:

@@ -266,7 +266,11 @@ class _Pipeline:
             self._ingest()
             return
         if stage == "evaluate":
-            self._evaluate("evaluation", trained(storage), Manifest.from_storage(storage, "test"))
+            test = Manifest.from_storage(storage, "test") if config.test_data else None
+            if self._evaluate("evaluation", trained(storage), test) is None:
+                raise TrainError(
+                    "the configuration has neither test_data nor evaluation.classification"
+                )
             return
         data = Manifest.from_storage(storage, "train")
         if stage == "train":
@@ -376,17 +380,27 @@ class _Pipeline:
     def _evaluate(
         self, folder: str, trained: TrainResult, test: Manifest | None
     ) -> EvaluationResult | None:
-        if test is None:
+        config = self.config.evaluation
+        if test is None and not config.classification:
             return None
         with self._stage(folder) as told, self._tracked(folder) as run:
-            config = self.config.evaluation
             run.params({"checkpoint": trained.best, **config.model_dump(mode="json")})
-            self._note_data(run, test, "evaluation")
-            result = evaluate(config, self.storage, trained.best, "test", folder)
+            if test is not None:
+                self._note_data(run, test, "evaluation")
+            name = test.name if test is not None else None
+            result = evaluate(config, self.storage, trained.best, name, folder)
             run.metrics(result.metrics)
-            run.json("clip_benchmark.json", result.clip_benchmark)
-            recall = 100 * result.metrics["text_to_image_recall_at_10"]
-            told.append(f"text to image R@10 {recall:.1f} %")
+            for file, value in result.clip_benchmark.items():
+                run.json(f"clip_benchmark/{file}", value)
+            outcomes = []
+            if result.searched:
+                recall = 100 * result.metrics["text_to_image_recall_at_10"]
+                outcomes.append(f"text to image R@10 {recall:.1f} %")
+            outcomes += [
+                f"{one['name']} {one['task'].replace('_', ' ')} {100 * one[one['metric']]:.1f} %"
+                for one in result.classification
+            ]
+            told.append(", ".join(outcomes))
         return result
 
     def _register(
@@ -483,7 +497,7 @@ def _versions() -> dict[str, str]:
 
 def _table(storage: Storage, result: PipelineResult) -> str:
     lines = [_stages(result.stages)]
-    if result.evaluation is not None:
+    if result.evaluation is not None and result.evaluation.searched:
         lines.append("")
         lines += _recalls("", result.evaluation)
         if result.baseline is not None:

@@ -31,6 +31,24 @@ def loss_figure(
     return figure
 
 
+def validation_figure(validations: Sequence[Mapping[str, float]]) -> Figure:
+    """Recalls of the validations beside training, by step, in percent."""
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axes = figure.subplots()
+    directions = (("text_to_image", _LINE), ("image_to_text", _SECOND))
+    for direction, colour in directions:
+        name = f"validation_{direction}_recall_at_10"
+        percent = [{**record, name: 100 * record[name]} for record in validations]
+        _plot(axes, percent, name, colour, direction.replace("_", " "))
+    axes.legend(frameon=False)
+    axes.set_ylabel("validation R@10, %")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    return figure
+
+
 def svg(figure: Figure) -> str:
     """The figure as an SVG element."""
     out = StringIO()

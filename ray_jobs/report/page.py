@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ray_jobs.progress import duration
 from ray_jobs.report.collect import Report
-from ray_jobs.report.figures import loss_figure, svg
+from ray_jobs.report.figures import loss_figure, svg, validation_figure
 
 _DIRECTIONS = {"text_to_image": "Text to image", "image_to_text": "Image to text"}
 _CUTOFFS = (1, 5, 10)
@@ -33,6 +33,9 @@ def render(report: Report) -> str:
         report=report,
         scores=_scores(report),
         curves=svg(loss_figure(history, baseline)) if history else "",
+        validations=svg(validation_figure(report.train.validations))
+        if report.train.validations
+        else "",
         last=history[-1] if history else {},
         waiting=_waiting(history),
         configuration=yaml.safe_dump(dict(report.configuration), sort_keys=False),
@@ -61,7 +64,7 @@ def _waiting(history: list[dict[str, float]]) -> float:
 
 def _scores(report: Report) -> list[dict[str, Any]]:
     """Rows of the headline table."""
-    if report.evaluation is None:
+    if report.evaluation is None or not report.evaluation.searched:
         return []
     rows = []
     for key, name in _DIRECTIONS.items():

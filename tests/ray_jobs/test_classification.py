@@ -1,0 +1,160 @@
+"""Labelled images in folders and Parquet files, classified as the library classifies them."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+import rwkv_clip
+from ray_jobs.classification import ClassificationConfig, LabelledConfig, LabelledImages
+from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
+from ray_jobs.sources import SourceError
+from ray_jobs.storage import Storage
+from ray_jobs.training.config import ModelConfig
+from rwkv_clip.evaluation import classify, zero_shot_classifier
+from rwkv_clip.model import create_model, load_checkpoint, save_checkpoint
+from tests.ray_jobs.small import TRAIN
+
+COLOURS = {"blue_square": (20, 30, 230), "green_square": (30, 220, 40), "red_square": (230, 30, 20)}
+EACH = 8
+
+
+def picture(colour: tuple[int, int, int], seed: int) -> bytes:
+    noise = np.random.default_rng(seed).normal(0, 12, (32, 32, 3))
+    pixels = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+    out = BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def pictures(split: int) -> list[tuple[str, bytes]]:
+    """Labels and images."""
+    return [
+        (name, picture(colour, 1000 * split + 100 * at + seed))
+        for at, (name, colour) in enumerate(COLOURS.items())
+        for seed in range(EACH)
+    ]
+
+
+def write_folder(root: Path, split: int) -> Path:
+    for at, (label, image) in enumerate(pictures(split)):
+        (root / label).mkdir(parents=True, exist_ok=True)
+        (root / label / f"{at:03d}.png").write_bytes(image)
+    return root
+
+
+@pytest.fixture(scope="module")
+def storage(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A storage with a checkpoint of a small model."""
+    made = Storage.at(tmp_path_factory.mktemp("classification"))
+    torch.manual_seed(0)
+    model = create_model(ModelConfig.model_validate(TRAIN["model"]).clip_config())
+    save_checkpoint(model, made.path("model"))
+    return made
+
+
+def run(storage: Storage, folder: str, *sets: dict[str, Any]) -> EvaluationResult:
+    settings = {"cpus_per_worker": 0.2, "batch": 5, "classification": sets}
+    config = EvaluationConfig.model_validate(settings)
+    return evaluate(config, storage, "model", None, folder)
+
+
+def test_folders_are_classified_as_the_library_does(storage, tmp_path):
+    test = write_folder(tmp_path / "test", 0)
+    (test / "red_square" / "broken.png").write_bytes(picture((1, 2, 3), 0)[:50])
+    train = write_folder(tmp_path / "train", 1)
+    named = {"name": "squares", "test": {"path": str(test), "unit_rows": 7}}
+    result = run(storage, "folders", {**named, "train": {"path": str(train)}})
+    zero_shot, probe = result.classification
+    assert (zero_shot["images"], zero_shot["left_out"], zero_shot["classes"]) == (24, 1, 3)
+    model = load_checkpoint(storage.path("model")).eval()
+    transform = rwkv_clip.image_transform(model.config)
+    with torch.inference_mode():
+        pixels = transform.batch([image for _, image in pictures(0)]).pixels
+        names = [name.replace("_", " ") for name in COLOURS]
+        classes = zero_shot_classifier(model, names, ["a photo of a {}."])
+        labels = np.repeat(np.arange(3), EACH)
+        expected = classify(model.encode_image(pixels), classes, labels)
+    assert zero_shot["top1"] == expected.top1
+    assert zero_shot["mean_per_class"] == expected.mean_per_class
+    assert (probe["task"], probe["top1"]) == ("linear_probe", 1.0)
+    assert result.metrics["squares_linear_probe_top1"] == 1.0
+    assert result.metrics["zero_shot_average"] == expected.top1
+    written = storage.read_json("folders/classification/clip_benchmark/squares-zero_shot.json")
+    assert written["task"] == "zeroshot_classification"
+    assert written["metrics"]["acc1"] == expected.top1
+    again = run(storage, "folders", {**named, "train": {"path": str(train)}})
+    assert again == result
+
+
+def write_parquet(path: Path, struct: bool = False, names: bool = False) -> Path:
+    labels = [list(COLOURS).index(name) for name, _ in pictures(0)]
+    images: list[Any] = [image for _, image in pictures(0)]
+    if struct:
+        images = [{"bytes": image, "path": None} for image in images]
+    table = pa.table({"image": images, "label": labels})
+    if names:
+        features = {"label": {"names": list(COLOURS), "_type": "ClassLabel"}}
+        told = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": told})
+    pq.write_table(table, path, row_group_size=10)
+    return path
+
+
+def test_parquet_files_carry_names_or_are_given_them(storage, tmp_path):
+    plain = write_parquet(tmp_path / "plain.parquet")
+    named = write_parquet(tmp_path / "named.parquet", struct=True, names=True)
+    sets = [
+        {"name": "given", "test": {"path": str(plain)}, "class_names": list(COLOURS)},
+        {"name": "carried", "test": {"path": str(named)}},
+    ]
+    given, carried = run(storage, "parquet", *sets).classification
+    assert given["images"] == carried["images"] == 24
+    assert given["top1"] == carried["top1"]
+
+
+@pytest.mark.parametrize(
+    ("class_names", "told"),
+    [
+        (None, r"class_names: the labels are numbers"),
+        (["only", "two"], r"class_names: has no name for the label '2'; 2 are named"),
+        ({"0": "zero", "1": "one"}, r"class_names: has no name for the label '2'"),
+    ],
+)
+def test_labels_without_names_are_told(storage, tmp_path, class_names, told):
+    path = write_parquet(tmp_path / "plain.parquet")
+    one = {"name": "squares", "test": {"path": str(path)}, "class_names": class_names}
+    with pytest.raises(SourceError, match=told):
+        run(storage, "nameless", one)
+
+
+def test_images_outside_of_class_folders_are_told(tmp_path):
+    (tmp_path / "loose.png").write_bytes(picture((1, 2, 3), 0))
+    with pytest.raises(SourceError, match=r"loose.png is in no folder of a class"):
+        LabelledImages(LabelledConfig(path=str(tmp_path)), "evaluation.classification.0.test")
+
+
+def test_a_missing_column_is_told(tmp_path):
+    path = write_parquet(tmp_path / "plain.parquet")
+    with pytest.raises(SourceError, match=r"test\.label: .* has no column 'class'"):
+        LabelledImages(
+            LabelledConfig(path=str(path), label="class"), "evaluation.classification.0.test"
+        )
+
+
+def test_published_data_sets_have_their_prompts():
+    def config(name: str, **changes: Any) -> ClassificationConfig:
+        return ClassificationConfig.model_validate({"name": name, "test": {"path": "x"}, **changes})
+
+    assert len(config("cifar10").prompts()) == 18
+    assert config("own").prompts() == ("a photo of a {}.",)
+    with pytest.raises(ValidationError, match="the class name goes there"):
+        config("own", templates=["a photo"])
