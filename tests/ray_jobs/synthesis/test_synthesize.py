@@ -76,7 +76,9 @@ def mark(path: Path) -> None:
 def described(storage: Storage, interrupted: dict[str, int]) -> SynthesisResult:
     """The same again, to its end, although the engine was killed on the way."""
     results: list[SynthesisResult] = []
-    thread = threading.Thread(target=lambda: results.append(synthesize(config(), storage)))
+    thread = threading.Thread(
+        target=lambda: results.append(synthesize(config(), storage)), daemon=True
+    )
     thread.start()
     before = len(chunk_files(storage))
     (engine, *_) = wait_until(lambda: processes_named("EngineCore"), "an engine")

@@ -51,7 +51,9 @@ def test_the_driver_and_the_whole_cluster_are_killed(undisturbed, own_storage):
 @pytest.mark.slow
 def test_a_training_worker_is_killed(undisturbed, own_storage):
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(train(CONFIG, own_storage)))
+    thread = threading.Thread(
+        target=lambda: results.append(train(CONFIG, own_storage)), daemon=True
+    )
     thread.start()
     wait_until(lambda: checkpoints(own_storage), "a checkpoint")
     for worker in processes_named("ray::RayTrainWorker"):
