@@ -6,14 +6,18 @@ the stages' progress and nothing else.
 
 import logging
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import ray
 import ray.data
 from pydantic import Field, PositiveFloat, PositiveInt
+from ray._private import ray_logging
 
 from rwkv_clip.config import BaseConfig
 
@@ -39,7 +43,7 @@ def connected(config: RayConfig) -> Iterator[Path]:
     if ray.is_initialized():
         yield _logs()
         return
-    _quieten()
+    quieten()
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -51,10 +55,11 @@ def connected(config: RayConfig) -> Iterator[Path]:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    _quieten()
+    quieten()
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        yield _logs()
+        with _native_talk_in(_logs()):
+            yield _logs()
     finally:
         ray.shutdown()
 
@@ -64,11 +69,53 @@ def _logs() -> Path:
     return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", session, "logs")
 
 
-def _quieten() -> None:
-    """Let errors alone of Ray's own talk onto the terminal; its files get all of it."""
+def quieten() -> None:
+    """Let errors alone of Ray's own talk onto the terminal; its files get all of it.
+
+    To be called again after an import of a part of Ray that sets up logging of its own.
+    """
     for name in ("ray", "ray.data", "ray.llm", "ray.serve", "ray.train"):
         for handler in logging.getLogger(name).handlers:
             if type(handler).__name__ != "SessionFileHandler":
                 handler.setLevel(logging.ERROR)
     for name in ("alembic", "mlflow", "vllm"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Ray counts processes that hold next to no CPU as too many.
+    ray_logging.stderr_deduplicator.skip_re = re.compile(
+        "PYTHON worker processes have been started"
+    )
+
+
+@contextmanager
+def _native_talk_in(folder: Path) -> Iterator[None]:
+    """Let what Ray's C++ writes to this process's stderr go to a file, and what Python writes stay.
+
+    A cluster elsewhere has no such folder here; then nothing changes.
+    """
+    if not folder.is_dir():
+        yield
+        return
+    before = sys.stderr
+    before.flush()
+    terminal = os.dup(2)
+    with (
+        (folder / f"driver-{os.getpid()}.err").open("ab") as file,
+        os.fdopen(os.dup(terminal), "w", buffering=1, errors="backslashreplace") as shown,
+    ):
+        os.dup2(file.fileno(), 2)
+        _write_to(shown, instead_of=before)
+        try:
+            yield
+        finally:
+            shown.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            _write_to(before, instead_of=shown)
+
+
+def _write_to(stream: TextIO, instead_of: TextIO) -> None:
+    """Make a stream stderr, for those loggers too that have the one before."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is instead_of:
+            handler.setStream(stream)
+    sys.stderr = stream

@@ -15,6 +15,7 @@ import ray.data
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
+from ray_jobs.cluster import quieten
 from ray_jobs.models import resolve_model
 from ray_jobs.synthesis.captioner import see
 from ray_jobs.synthesis.chunks import Chunk
@@ -42,7 +43,7 @@ class ChunkEngine(vLLMEngineStageUDF):
         self.numbers = itertools.count()
         self._templates: dict[bool, Any] = {}
 
-    async def udf(  # type: ignore[override]  # Ray's own declaration has no yield
+    async def udf(  # type: ignore[override, misc]  # Ray's own declaration has no yield
         self, batch: list[dict[str, Any]]
     ) -> AsyncIterator[dict[str, Any]]:
         """Do chunks; gives their counts in the order in which they are done."""
@@ -140,6 +141,7 @@ def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray
         chunks: rows with the fields of Chunk.
         work: what is done with them.
     """
+    quieten()  # after the import of ray.data.llm
     bundles = [{"CPU": config.cpus, **({"GPU": 1} if config.gpus else {})}] * max(1, config.gpus)
     model = resolve_model(config.model)
     processor: Any = build_processor(
