@@ -11,29 +11,23 @@ The prompts of the published data sets are known by their names. Class names are
 folders, the names that a Parquet file of the `datasets` library carries, or given.
 """
 
-import hashlib
 import json
 import logging
-import posixpath
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from ray_jobs.encoding import ImageEncoder, fetch_checkpoint, matrix, vectors
-from ray_jobs.execution import arrange
-from ray_jobs.progress import Progress
+from ray_jobs.encoding import fetch_checkpoint, matrix
+from ray_jobs.image_sets import EncoderConfig, ImageSet, ImageSetConfig, embed_set
 from ray_jobs.sources import SourceError
-from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Unit
-from ray_jobs.sources.files import find_files, open_file
-from ray_jobs.sources.parquet import image_bytes, read_footer, read_rows, row_group_units
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.evaluation import (
@@ -50,15 +44,11 @@ logger = logging.getLogger(__name__)
 
 ZERO_SHOT, LINEAR_PROBE = "zero_shot", "linear_probe"
 _DEFAULT_TEMPLATES = ("a photo of a {}.",)
-_PARQUET = (".parquet", ".pq")
-_LOWER = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_IMAGES = (*_LOWER, *(suffix.upper() for suffix in _LOWER))
 
 
-class LabelledConfig(FilesConfig):
+class LabelledConfig(ImageSetConfig):
     """Images with labels: a folder of class folders, or Parquet files."""
 
-    image: str = Field("image", description="column of encoded images, in Parquet files")
     label: str = Field("label", description="column of labels, in Parquet files")
 
 
@@ -70,10 +60,10 @@ class ClassificationConfig(BaseConfig):
     train: LabelledConfig | None = Field(
         None, description="the images that a linear probe learns from; absent for zero-shot alone"
     )
-    class_names: tuple[str, ...] | dict[str, str] | None = Field(
+    class_names: tuple[str, ...] | dict[str, str] | str | None = Field(
         None,
-        description="names in the order of the labels, or names by label; those of the data if "
-        "absent",
+        description="names in the order of the labels, or names by label, or a JSON file of "
+        "either; those of the data if absent",
     )
     templates: tuple[str, ...] | None = Field(
         None, description="prompts with {} for the class name; the published ones if absent"
@@ -98,15 +88,6 @@ class ClassificationConfig(BaseConfig):
         return self.name in dataset_names()
 
 
-class EncoderConfig(BaseConfig):
-    """What embeds."""
-
-    batch: PositiveInt = Field(256, description="images or texts embedded at a time")
-    workers: PositiveInt = Field(1, description="processes that embed")
-    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that each holds")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each holds")
-
-
 @dataclass(frozen=True)
 class ClassificationScore:
     """How well a data set was classified.
@@ -115,7 +96,7 @@ class ClassificationScore:
         name: of the data set.
         task: ZERO_SHOT or LINEAR_PROBE.
         images: that were classified.
-        left_out: images that could not be decoded.
+        left_out: images that have no label or cannot be decoded.
         classes: how many there are.
         top1, top5, mean_per_class: fractions.
         metric: which of them is reported for this data set.
@@ -142,85 +123,6 @@ class ClassificationScore:
         return {f"{self.name}_{self.task}_{name}": getattr(self, name) for name in names}
 
 
-class LabelledImages:
-    """Where labelled images are; safe to send to other processes.
-
-    Args:
-        config: of the files.
-        key: of the configuration, for errors.
-
-    Raises:
-        SourceError: there are none, or they cannot be read.
-    """
-
-    def __init__(self, config: LabelledConfig, key: str) -> None:
-        self.config, self.key = config, key
-        self.names: tuple[str, ...] | None = None
-        files = find_files(config, (*_PARQUET, *_IMAGES))
-        self.is_parquet = any(file.uri.endswith(_PARQUET) for file in files)
-        self.units: list[list[Unit]] = []
-        if self.is_parquet:
-            for file in (one for one in files if one.uri.endswith(_PARQUET)):
-                metadata, schema = read_footer(file.uri, config.s3)
-                self._check(schema, file.uri)
-                self.names = self.names or _feature_names(schema, config.label)
-                self.units += [
-                    [unit] for unit in row_group_units(file, metadata, config.unit_rows, 1 << 29)
-                ]
-        else:
-            single = [Unit(file.uri, file.label, 0, 1, size=file.size) for file in files]
-            for unit in single:
-                if "/" not in unit.label:
-                    raise SourceError(
-                        f"{key}.path: {unit.path} is in no folder of a class; each class is a "
-                        "folder of its images"
-                    )
-            rows = config.unit_rows
-            self.units = [single[at : at + rows] for at in range(0, len(single), rows)]
-
-    @property
-    def rows(self) -> int:
-        """How many images there are."""
-        return sum(unit.rows or 0 for units in self.units for unit in units)
-
-    @property
-    def digest(self) -> str:
-        """Tells these files from any others, as long as one that changes changes its size."""
-        told = [
-            [unit.label, unit.first, unit.rows, unit.size] for one in self.units for unit in one
-        ]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-    def read(self, units: Sequence[Unit]) -> Iterator[tuple[str, str, bytes]]:
-        """Name, label and encoded image of each; an image that cannot be read is empty."""
-        for unit in units:
-            if self.is_parquet:
-                yield from self._rows(unit)
-                continue
-            with open_file(unit.path, self.config.s3) as stream:
-                small = (unit.size or 0) <= MAX_FILE_BYTES
-                image = bytes(stream.read()) if small else b""
-            yield unit.label, posixpath.dirname(unit.label).partition("/")[0], image
-
-    def _rows(self, unit: Unit) -> Iterator[tuple[str, str, bytes]]:
-        columns = [self.config.image, self.config.label]
-        for number, row in read_rows(unit, columns, self.config.s3):
-            name = f"{unit.label}:{number}"
-            if isinstance(row, str):
-                logger.warning("left out: %s: %s", name, row)
-                continue
-            image = image_bytes(row[self.config.image])
-            yield name, str(row[self.config.label]), bytes(image or b"")  # type: ignore[call-overload]
-
-    def _check(self, schema: pa.Schema, where: str) -> None:
-        for field, column in (("image", self.config.image), ("label", self.config.label)):
-            if column not in schema.names:
-                raise SourceError(
-                    f"{self.key}.{field}: {where} has no column {column!r}; it has "
-                    f"{', '.join(schema.names)}"
-                )
-
-
 def _feature_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
     """The class names that the `datasets` library keeps in a Parquet file's metadata."""
     try:
@@ -230,62 +132,30 @@ def _feature_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
         return None
 
 
-class LabelledEncoder(ImageEncoder):
-    """Embeds labelled images; one in each of Ray Data's actors.
-
-    Args:
-        storage: holds the checkpoint.
-        checkpoint: its folder's name.
-        images: where they are.
-        batch: images embedded at a time.
-    """
-
-    def __init__(
-        self, storage: Storage, checkpoint: str, images: LabelledImages, batch: int
-    ) -> None:
-        super().__init__(fetch_checkpoint(storage, checkpoint))
-        self.images, self.batch = images, batch
-
-    def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
-        """Embeddings of the unit's images."""
-        (at,) = batch["unit"].tolist()
-        waiting: list[tuple[str, str, bytes]] = []
-        for row in self.images.read(self.images.units[at]):
-            waiting.append(row)
-            if len(waiting) == self.batch:
-                yield self._table(waiting)
-                waiting = []
-        if waiting:
-            yield self._table(waiting)
-
-    def _table(self, rows: Sequence[tuple[str, str, bytes]]) -> pa.Table:
-        names = [name for name, _, _ in rows]
-        embedded, usable, _ = self.encode_images([image for _, _, image in rows], names)
-        return pa.table(
-            {
-                "label": pa.array([rows[at][1] for at in usable], pa.string()),
-                "image_embedding": vectors(embedded),
-            }
-        )
-
-
 def open_sets(
     configs: Sequence[ClassificationConfig],
-) -> list[tuple[ClassificationConfig, LabelledImages, LabelledImages | None]]:
+) -> list[tuple[ClassificationConfig, ImageSet, ImageSet | None]]:
     """The data sets with their files; raises SourceError before any work."""
     opened = []
     for at, config in enumerate(configs):
         key = f"evaluation.classification.{at}"
-        test = LabelledImages(config.test, f"{key}.test")
-        train = LabelledImages(config.train, f"{key}.train") if config.train else None
+        if isinstance(config.class_names, str):
+            _named_in(config.class_names, f"{key}.class_names")
+        test = labelled(config.test, f"{key}.test")
+        train = labelled(config.train, f"{key}.train") if config.train else None
         opened.append((config, test, train))
     return opened
 
 
+def labelled(config: LabelledConfig, key: str) -> ImageSet:
+    """Images with labels; raises SourceError."""
+    return ImageSet(config, config.label, key, "label", folders=True)
+
+
 def score_set(
     config: ClassificationConfig,
-    test: LabelledImages,
-    train: LabelledImages | None,
+    test: ImageSet,
+    train: ImageSet | None,
     encoder: EncoderConfig,
     storage: Storage,
     checkpoint: str,
@@ -295,13 +165,13 @@ def score_set(
     Raises:
         SourceError: labels and class names do not fit.
     """
-    table, left_out = _embed(f"classify {config.name}", test, encoder, storage, checkpoint)
+    table = _with_labels(embed_set(f"classify {config.name}", test, encoder, storage, checkpoint))
     learnt = None
     if train is not None:
-        learnt, _ = _embed(f"probe {config.name}", train, encoder, storage, checkpoint)
-    found = {*table["label"].to_pylist(), *(learnt["label"].to_pylist() if learnt else ())}
-    if not found:
-        raise SourceError(f"{test.key}.path: none of the images can be decoded")
+        learnt = _with_labels(
+            embed_set(f"probe {config.name}", train, encoder, storage, checkpoint)
+        )
+    found = {*_labels(table), *(_labels(learnt) if learnt else ())}
     names = _class_names(config, found, test)
     labels = list(names)
     class_names = list(names.values())
@@ -312,7 +182,7 @@ def score_set(
             logger.warning(
                 "%s: the class names are not those of the published numbers", config.name
             )
-    images, targets = matrix(table["image_embedding"]), _indices(table["label"], labels)
+    images, targets = matrix(table["image_embedding"]), _indices(_labels(table), labels)
     model = fetch_checkpoint(storage, checkpoint).eval()
     classes = zero_shot_classifier(model, class_names, config.prompts(), encoder.batch)
     metric = dataset_spec(config.name).metric if config.is_known else "top1"
@@ -322,7 +192,7 @@ def score_set(
             config.name,
             task,
             len(table),
-            left_out,
+            test.rows - len(table),
             len(labels),
             result.top1,
             result.top5,
@@ -341,7 +211,7 @@ def score_set(
     if learnt is not None:
         probe = linear_probe(
             matrix(learnt["image_embedding"]),
-            _indices(learnt["label"], labels),
+            _indices(_labels(learnt), labels),
             images,
             targets,
             num_classes=len(labels),
@@ -350,38 +220,14 @@ def score_set(
     return scores
 
 
-def _embed(
-    told: str, images: LabelledImages, config: EncoderConfig, storage: Storage, checkpoint: str
-) -> tuple[pa.Table, int]:
-    """Labels and embeddings of all images, in order, and how many images were left out."""
-    work = [pa.table({"unit": [at]}) for at in range(len(images.units))]
-    dataset = ray.data.from_arrow(work).map_batches(
-        LabelledEncoder,
-        fn_constructor_args=(storage, checkpoint, images, config.batch),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=config.workers),
-        num_cpus=config.cpus_per_worker,
-        num_gpus=config.gpus_per_worker or None,
-    )
-    arrange(dataset, ordered=True)
-    tables: list[pa.Table] = []
-    batches: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
-    with Progress(told, images.rows, "images") as progress:
-        for batch in batches:
-            tables.append(batch)
-            progress.update(batch.num_rows)
-    table = pa.concat_tables(tables).combine_chunks()
-    return table, images.rows - len(table)
-
-
-def _class_names(
-    config: ClassificationConfig, found: set[str], images: LabelledImages
-) -> dict[str, str]:
+def _class_names(config: ClassificationConfig, found: set[str], images: ImageSet) -> dict[str, str]:
     """Names by label, in the labels' order; raises SourceError where a label has no name."""
     key = images.key.rpartition(".")[0]
     given = config.class_names
-    if given is None and images.names is not None:
-        given = images.names
+    if given is None and images.schema is not None:
+        given = _feature_names(images.schema, images.column)
+    if isinstance(given, str):
+        given = _named_in(given, f"{key}.class_names")
     numbers = all(label.isdecimal() for label in found)
     if isinstance(given, Mapping):
         names = dict(given)
@@ -393,7 +239,7 @@ def _class_names(
                 f"{key}.class_names: has {len(given)} names, and the data has {len(found)} labels; "
                 "give a name for each, in the labels' order, or names by label"
             )
-    elif numbers and images.is_parquet:
+    elif numbers and images.schema is not None:
         raise SourceError(
             f"{key}.class_names: the labels are numbers, and the files do not name them; give the "
             "names in order"
@@ -409,6 +255,32 @@ def _class_names(
     return names
 
 
-def _indices(labels: pa.ChunkedArray, order: Sequence[str]) -> npt.NDArray[np.int64]:
-    found = pc.index_in(labels, pa.array(order, pa.string()))
-    return np.asarray(found.to_numpy(), np.int64)
+def _named_in(path: str, key: str) -> tuple[str, ...] | dict[str, str]:
+    """Class names from a JSON file: a list, or names by label; raises SourceError."""
+    try:
+        read = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(read, dict):
+            return {str(label): str(name) for label, name in read.items()}
+        if isinstance(read, list):
+            return tuple(map(str, read))
+        problem = f"is a {type(read).__name__}"
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read: {error}"
+    raise SourceError(
+        f"{key}: {path} {problem}; takes a JSON file of names in the order of the labels, or of "
+        "names by label"
+    )
+
+
+def _with_labels(table: pa.Table) -> pa.Table:
+    """Without the images whose label is null."""
+    return table.filter(pc.greater(pc.list_value_length(table["values"]), 0))
+
+
+def _labels(table: pa.Table) -> list[str]:
+    return [values[0] for values in table["values"].to_pylist()]
+
+
+def _indices(labels: Sequence[str], order: Sequence[str]) -> npt.NDArray[np.int64]:
+    place = {label: at for at, label in enumerate(order)}
+    return np.array([place[label] for label in labels], np.int64)

@@ -1,7 +1,9 @@
 """Embeddings of stored images and pairs, and the names by which metrics are logged."""
 
 import logging
+import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +19,7 @@ from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip.evaluation import RetrievalResult
 from rwkv_clip.model import RWKVCLIP, load_checkpoint
-from rwkv_clip.transforms import ImageDecodeError
+from rwkv_clip.transforms import ImageDecodeError, TransformedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -37,22 +39,42 @@ class ImageEncoder:
 
     Args:
         model: the model.
+        threads: that decode images, beside the model.
     """
 
-    def __init__(self, model: RWKVCLIP) -> None:
+    def __init__(self, model: RWKVCLIP, threads: int = 1) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device).eval()
         self.transform = rwkv_clip.image_transform(self.model.config)
+        self.threads = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
+        self.pieces = threads
 
     @torch.inference_mode()
     def encode_images(
         self, images: Sequence[bytes], names: Sequence[object]
     ) -> tuple[Tensor, list[int], list[ImageDecodeError]]:
         """Embeddings [n, D], the positions of the n images, and an error for each other one."""
-        found = self.transform.batch(images, names=names)
+        found = self._decode(images, names)
         for error in found.errors:
             logger.warning("left out: %s", error)
         return self.model.encode_image(found.pixels.to(self.device)), found.indices, found.errors
+
+    def _decode(self, images: Sequence[bytes], names: Sequence[object]) -> TransformedBatch:
+        if self.threads is None or not images:
+            return self.transform.batch(images, names=names)
+        step = math.ceil(len(images) / self.pieces)
+        starts = range(0, len(images), step)
+
+        def part(start: int) -> TransformedBatch:
+            piece = slice(start, start + step)
+            return self.transform.batch(images[piece], names=names[piece])
+
+        parts = list(self.threads.map(part, starts))
+        return TransformedBatch(
+            torch.cat([done.pixels for done in parts]),
+            [at + one for at, done in zip(starts, parts, strict=True) for one in done.indices],
+            [error for done in parts for error in done.errors],
+        )
 
 
 class PairEncoder(ImageEncoder):
@@ -62,10 +84,11 @@ class PairEncoder(ImageEncoder):
         model: the model.
         files: the pairs.
         text: the column whose texts are embedded.
+        threads: that decode images, beside the model.
     """
 
-    def __init__(self, model: RWKVCLIP, files: PairFiles, text: str) -> None:
-        super().__init__(model)
+    def __init__(self, model: RWKVCLIP, files: PairFiles, text: str, threads: int = 1) -> None:
+        super().__init__(model, threads)
         self.files, self.text = files, text
 
     @torch.inference_mode()
@@ -97,9 +120,11 @@ def vectors(values: Tensor) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), values.shape[1])
 
 
-def matrix(column: pa.ChunkedArray) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def matrix(
+    column: pa.ChunkedArray | pa.FixedSizeListArray,
+) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     """A column of embeddings as [N, D]."""
-    array = column.combine_chunks()
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     width: int = array.type.list_size
     values: np.ndarray[tuple[int, int], np.dtype[np.float32]]
     values = array.flatten().to_numpy().reshape(-1, width)

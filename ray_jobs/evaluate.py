@@ -23,14 +23,15 @@ from ray_jobs import job
 from ray_jobs.classification import (
     ClassificationConfig,
     ClassificationScore,
-    EncoderConfig,
     open_sets,
     score_set,
 )
 from ray_jobs.encoding import PairEncoder, fetch_checkpoint, matrix, named_metrics, vectors
 from ray_jobs.execution import arrange
+from ray_jobs.image_sets import EncoderConfig
 from ray_jobs.ingest import Manifest
 from ray_jobs.progress import Progress
+from ray_jobs.retrieval import RetrievalConfig, RetrievalScore, open_captioned, search_set
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip.evaluation import benchmark_result, retrieval, top_k
@@ -48,8 +49,16 @@ class EvaluationConfig(EncoderConfig):
     text: str = Field("caption", description="the column of texts that images are searched by")
     examples: PositiveInt = Field(12, description="queries that the report shows")
     classification: tuple[ClassificationConfig, ...] = Field(
-        (), description="data sets of labelled images"
+        (), description="sets of labelled images that are classified"
     )
+    retrieval: tuple[RetrievalConfig, ...] = Field(
+        (), description="sets of captioned images that are searched"
+    )
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether there is something to evaluate on besides pairs."""
+        return bool(self.classification or self.retrieval)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,8 @@ class EvaluationResult:
         checkpoint: what was evaluated.
         data_digest: of all that it was evaluated on.
         clip_benchmark: the results as LAION's CLIP_benchmark writes them, by file name.
-        classification: `ClassificationScore`'s fields, for each data set and task.
+        classification: `ClassificationScore`'s fields, for each set and task.
+        retrieval: `RetrievalScore`'s fields, for each set.
     """
 
     metrics: dict[str, float]
@@ -73,6 +83,7 @@ class EvaluationResult:
     data_digest: str
     clip_benchmark: dict[str, dict[str, Any]]
     classification: list[dict[str, Any]] = field(default_factory=list)
+    retrieval: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def searched(self) -> bool:
@@ -87,7 +98,7 @@ def evaluate(
     name: str | None = "test",
     folder: str = "evaluation",
 ) -> EvaluationResult:
-    """Evaluate a checkpoint of the storage on one of its data sets, and on labelled images.
+    """Evaluate a checkpoint of the storage on one of its data sets, and on sets of images.
 
     Ray must be initialised. Returns at once if it was done already with the same settings.
 
@@ -95,23 +106,25 @@ def evaluate(
         config: how.
         storage: holds the checkpoint and the pairs.
         checkpoint: the checkpoint folder's name in the storage.
-        name: of the data set of pairs; None for labelled images alone.
+        name: of the data set of pairs; None for sets of images alone.
         folder: of the storage, that gets embeddings and result.
 
     Raises:
-        SourceError: labelled images cannot be read, or their labels have no names.
+        SourceError: a set of images cannot be read, or its labels have no names.
     """
     manifest = Manifest.from_storage(storage, name) if name else None
     sets = open_sets(config.classification)
     digests = [manifest.data_digest] if manifest else []
     digests += [part.digest for _, test, train in sets for part in (test, train) if part]
+    searched = open_captioned(config.retrieval)
+    digests += [images.digest for _, images in searched]
     digest = digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
     wanted = {
         "config": config.model_dump(mode="json"),
         "checkpoint": checkpoint,
         "data_digest": digest,
     }
-    place = f"{folder}/{name or 'classification'}"
+    place = f"{folder}/{name or 'sets'}"
     record = f"{place}/result.json"
     if storage.exists(record) and (held := storage.read_json(record))["run"] == wanted:
         return EvaluationResult(**held["result"])
@@ -120,9 +133,11 @@ def evaluate(
         table = _embed(config, storage, checkpoint, manifest)
         storage.write_table(f"{place}/embeddings/part-00000.parquet", table)
         result = _score(config, table, checkpoint, manifest, digest)
-    for settings, test, train in sets:
-        scores = score_set(settings, test, train, config, storage, checkpoint)
+    for labelled, test, train in sets:
+        scores = score_set(labelled, test, train, config, storage, checkpoint)
         _add(result, scores)
+    for captioned, images in searched:
+        _add_search(result, search_set(captioned, images, config, storage, checkpoint))
     for file, value in result.clip_benchmark.items():
         storage.write_json(f"{place}/clip_benchmark/{file}", value)
     storage.write_json(record, {"run": wanted, "result": asdict(result)})
@@ -141,11 +156,20 @@ def _add(result: EvaluationResult, scores: Sequence[ClassificationScore]) -> Non
         result.metrics[f"{task}_average"] = float(np.mean(reported))
 
 
+def _add_search(result: EvaluationResult, score: RetrievalScore) -> None:
+    told = asdict(score)
+    result.clip_benchmark[f"{score.name}-retrieval.json"] = told.pop("clip_benchmark")
+    result.retrieval.append(told)
+    result.metrics.update(score.metrics())
+
+
 class Encoder(PairEncoder):
     """Embeds pairs of the storage; one in each of Ray Data's actors."""
 
-    def __init__(self, storage: Storage, checkpoint: str, files: PairFiles, text: str) -> None:
-        super().__init__(fetch_checkpoint(storage, checkpoint), files, text)
+    def __init__(
+        self, storage: Storage, checkpoint: str, files: PairFiles, text: str, threads: int
+    ) -> None:
+        super().__init__(fetch_checkpoint(storage, checkpoint), files, text, threads)
 
     def __call__(self, batch: Mapping[str, Array]) -> pa.Table:
         """Embeddings of the rows first .. first + rows of the data set."""
@@ -171,7 +195,7 @@ def _embed(
     ]
     dataset = ray.data.from_arrow(work).map_batches(
         Encoder,
-        fn_constructor_args=(storage, checkpoint, files, config.text),
+        fn_constructor_args=(storage, checkpoint, files, config.text, config.threads),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=config.workers),
         num_cpus=config.cpus_per_worker,

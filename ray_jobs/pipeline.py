@@ -28,6 +28,7 @@ import rwkv_clip
 from ray_jobs import job
 from ray_jobs.caption import CaptionConfig, CaptionResult, caption
 from ray_jobs.cluster import RayConfig, connected
+from ray_jobs.embed import EmbedConfig, EmbedError, EmbedResult, embed
 from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
 from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
 from ray_jobs.progress import Progress, duration
@@ -37,6 +38,7 @@ from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.tracking import StageRun, Tracker, TrackingConfig, TrackingError
 from ray_jobs.tracking.registry import Registered, register
+from ray_jobs.tracking.source import ModelSourceError, model_source, stored_model
 from ray_jobs.train import (
     VALIDATION,
     TrainError,
@@ -66,6 +68,8 @@ _FAILURES = (
     TrainError,
     NonFiniteLossError,
     TrackingError,
+    EmbedError,
+    ModelSourceError,
 )
 
 
@@ -94,6 +98,7 @@ class PipelineConfig(BaseConfig):
         None, description="texts of a second training, all else equal, to compare the first with"
     )
     evaluation: EvaluationConfig = EvaluationConfig()
+    embed: EmbedConfig = Field(EmbedConfig(), description="what `rwkv-clip embed` embeds")
 
     @model_validator(mode="after")
     def _validation_has_data(self) -> "PipelineConfig":
@@ -188,7 +193,7 @@ def pipeline(config: PipelineConfig, storage: Storage) -> PipelineResult:
 
 
 def run_stage(config: PipelineConfig, storage: Storage, stage: str) -> list[Stage]:
-    """Run `ingest`, `caption`, `synthesize`, `train` or `evaluate` alone; Ray must be initialised.
+    """Run one stage alone, `ingest` to `embed`; Ray must be initialised.
 
     Raises:
         SourceError, IngestError, SynthesisError, TrainError, NonFiniteLossError: as the stages do,
@@ -269,8 +274,11 @@ class _Pipeline:
             test = Manifest.from_storage(storage, "test") if config.test_data else None
             if self._evaluate("evaluation", trained(storage), test) is None:
                 raise TrainError(
-                    "the configuration has neither test_data nor evaluation.classification"
+                    "the configuration has neither test_data nor sets of images under evaluation"
                 )
+            return
+        if stage == "embed":
+            self._embed()
             return
         data = Manifest.from_storage(storage, "train")
         if stage == "train":
@@ -381,7 +389,7 @@ class _Pipeline:
         self, folder: str, trained: TrainResult, test: Manifest | None
     ) -> EvaluationResult | None:
         config = self.config.evaluation
-        if test is None and not config.classification:
+        if test is None and not config.has_sets:
             return None
         with self._stage(folder) as told, self._tracked(folder) as run:
             run.params({"checkpoint": trained.best, **config.model_dump(mode="json")})
@@ -400,7 +408,25 @@ class _Pipeline:
                 f"{one['name']} {one['task'].replace('_', ' ')} {100 * one[one['metric']]:.1f} %"
                 for one in result.classification
             ]
+            outcomes += [
+                f"{one['name']} R@1 {100 * one['found']['text_to_image_recall_at_1']:.1f} %"
+                for one in result.retrieval
+            ]
             told.append(", ".join(outcomes))
+        return result
+
+    def _embed(self) -> EmbedResult:
+        config, storage = self.config.embed, self.storage
+        with self._stage("embed") as told:
+            if config.model is None:
+                result = embed(config, storage, stored_model(storage, trained(storage).best))
+            else:
+                with model_source(config.model, storage, self.config.tracking) as source:
+                    result = embed(config, storage, source)
+            told.append(
+                f"{result.rows:,} of {config.data} in {result.dimensions} dimensions by "
+                f"{result.model}" + _already(result.resumed)
+            )
         return result
 
     def _register(

@@ -14,12 +14,13 @@ from PIL import Image
 from pydantic import ValidationError
 
 import rwkv_clip
-from ray_jobs.classification import ClassificationConfig, LabelledConfig, LabelledImages
+from ray_jobs.classification import ClassificationConfig, LabelledConfig, labelled
+from ray_jobs.encoding import named_metrics
 from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
 from ray_jobs.training.config import ModelConfig
-from rwkv_clip.evaluation import classify, zero_shot_classifier
+from rwkv_clip.evaluation import classify, retrieval, zero_shot_classifier
 from rwkv_clip.model import create_model, load_checkpoint, save_checkpoint
 from tests.ray_jobs.small import TRAIN
 
@@ -88,7 +89,7 @@ def test_folders_are_classified_as_the_library_does(storage, tmp_path):
     assert (probe["task"], probe["top1"]) == ("linear_probe", 1.0)
     assert result.metrics["squares_linear_probe_top1"] == 1.0
     assert result.metrics["zero_shot_average"] == expected.top1
-    written = storage.read_json("folders/classification/clip_benchmark/squares-zero_shot.json")
+    written = storage.read_json("folders/sets/clip_benchmark/squares-zero_shot.json")
     assert written["task"] == "zeroshot_classification"
     assert written["metrics"]["acc1"] == expected.top1
     again = run(storage, "folders", {**named, "train": {"path": str(train)}})
@@ -116,9 +117,12 @@ def test_parquet_files_carry_names_or_are_given_them(storage, tmp_path):
         {"name": "given", "test": {"path": str(plain)}, "class_names": list(COLOURS)},
         {"name": "carried", "test": {"path": str(named)}},
     ]
-    given, carried = run(storage, "parquet", *sets).classification
+    listed = tmp_path / "names.json"
+    listed.write_text(json.dumps({str(at): name for at, name in enumerate(COLOURS)}))
+    sets.append({"name": "listed", "test": {"path": str(plain)}, "class_names": str(listed)})
+    given, carried, read = run(storage, "parquet", *sets).classification
     assert given["images"] == carried["images"] == 24
-    assert given["top1"] == carried["top1"]
+    assert given["top1"] == carried["top1"] == read["top1"]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +131,7 @@ def test_parquet_files_carry_names_or_are_given_them(storage, tmp_path):
         (None, r"class_names: the labels are numbers"),
         (["only", "two"], r"class_names: has no name for the label '2'; 2 are named"),
         ({"0": "zero", "1": "one"}, r"class_names: has no name for the label '2'"),
+        ("no-such-file.json", r"class_names: no-such-file.json cannot be read"),
     ],
 )
 def test_labels_without_names_are_told(storage, tmp_path, class_names, told):
@@ -139,15 +144,13 @@ def test_labels_without_names_are_told(storage, tmp_path, class_names, told):
 def test_images_outside_of_class_folders_are_told(tmp_path):
     (tmp_path / "loose.png").write_bytes(picture((1, 2, 3), 0))
     with pytest.raises(SourceError, match=r"loose.png is in no folder of a class"):
-        LabelledImages(LabelledConfig(path=str(tmp_path)), "evaluation.classification.0.test")
+        labelled(LabelledConfig(path=str(tmp_path)), "evaluation.classification.0.test")
 
 
 def test_a_missing_column_is_told(tmp_path):
     path = write_parquet(tmp_path / "plain.parquet")
     with pytest.raises(SourceError, match=r"test\.label: .* has no column 'class'"):
-        LabelledImages(
-            LabelledConfig(path=str(path), label="class"), "evaluation.classification.0.test"
-        )
+        labelled(LabelledConfig(path=str(path), label="class"), "evaluation.classification.0.test")
 
 
 def test_published_data_sets_have_their_prompts():
@@ -158,3 +161,34 @@ def test_published_data_sets_have_their_prompts():
     assert config("own").prompts() == ("a photo of a {}.",)
     with pytest.raises(ValidationError, match="the class name goes there"):
         config("own", templates=["a photo"])
+
+
+def test_captions_of_any_number_are_searched_as_the_library_does(storage, tmp_path):
+    images = [image for _, image in pictures(0)]
+    captions = [[f"caption {at} {n}" for n in range(1 + at % 3)] for at in range(len(images))]
+    images.insert(3, b"no image")
+    captions.insert(3, ["a caption of nothing"])
+    path = tmp_path / "captioned.parquet"
+    pq.write_table(pa.table({"image": images, "caption": captions}), path, row_group_size=7)
+    sets = {"retrieval": [{"name": "own", "test": {"path": str(path)}}]}
+    settings = {"cpus_per_worker": 0.2, "batch": 5, **sets}
+    config = EvaluationConfig.model_validate(settings)
+    result = evaluate(config, storage, "model", None, "captioned")
+    (score,) = result.retrieval
+    del images[3], captions[3]
+    assert (score["images"], score["left_out"]) == (len(images), 1)
+    model = load_checkpoint(storage.path("model")).eval()
+    texts = [text for some in captions for text in some]
+    owner = np.repeat(np.arange(len(images)), [len(some) for some in captions])
+    with torch.inference_mode():
+        transform = rwkv_clip.image_transform(model.config)
+        image_emb = model.encode_image(transform.batch(images).pixels)
+        text_emb = model.encode_text(rwkv_clip.tokenize(texts, model.config.context_length))
+        expected = named_metrics(retrieval(image_emb, text_emb, owner))
+    assert score["captions"] == len(texts)
+    assert score["found"] == pytest.approx(expected)
+    assert result.metrics["own_text_to_image_recall_at_10"] == pytest.approx(
+        expected["text_to_image_recall_at_10"]
+    )
+    written = storage.read_json("captioned/sets/clip_benchmark/own-retrieval.json")
+    assert written["task"] == "zeroshot_retrieval"

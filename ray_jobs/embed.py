@@ -1,0 +1,205 @@
+"""The embedding job: vectors of an ingested data set, for search and for whoever wants them.
+
+    rwkv-clip embed --config FILE
+
+Beside each part of the pairs it writes a table of the same rows, as far as their images can be
+decoded: `vectors/NAME/part-00000.parquet` with id, image_embedding and text_embedding. A run that
+was killed does the parts that are not there.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+from pydantic import Field
+
+import rwkv_clip
+from ray_jobs import job
+from ray_jobs.encoding import ImageEncoder, fetch_checkpoint, vectors
+from ray_jobs.execution import arrange
+from ray_jobs.image_sets import EncoderConfig
+from ray_jobs.ingest import Manifest
+from ray_jobs.progress import Progress
+from ray_jobs.storage import Storage
+from ray_jobs.tracking.source import ModelSource
+from ray_jobs.training.batches import PairFiles
+
+SUMMARY = "embed an ingested data set, for search"
+configure = job.configure
+run = partial(job.run_stage, "embed")
+
+
+class EmbedError(RuntimeError):
+    """Embedding cannot start; the message says what to do."""
+
+
+class EmbedConfig(EncoderConfig):
+    """What is embedded, and with what."""
+
+    data: str = Field("test", description="a data set of the storage: train, test or validation")
+    model: str | None = Field(
+        None,
+        description="models:/NAME@ALIAS, or the folder or URI of a checkpoint; the one that was "
+        "trained in this storage if absent",
+    )
+    text: str | None = Field("caption", description="column of texts; null for images alone")
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """What a finished run left.
+
+    Attributes:
+        rows: that have vectors.
+        left_out: rows whose image could not be decoded.
+        dimensions: of a vector.
+        seconds: of work, in the run that finished it.
+        model: where the model came from.
+        resumed: whether an earlier run had done all of it.
+    """
+
+    rows: int
+    left_out: int
+    dimensions: int
+    seconds: float
+    model: str
+    resumed: bool = False
+
+
+def vectors_folder(name: str) -> str:
+    """Where the vectors of a data set are."""
+    return f"vectors/{name}"
+
+
+def embed(config: EmbedConfig, storage: Storage, source: ModelSource) -> EmbedResult:
+    """Embed a data set of the storage; goes on where an earlier run stopped.
+
+    Ray must be initialised.
+
+    Args:
+        config: how.
+        storage: holds the pairs, and gets the vectors.
+        source: of the model.
+
+    Raises:
+        EmbedError: the storage holds vectors of another model.
+    """
+    manifest = Manifest.from_storage(storage, config.data)
+    folder = vectors_folder(config.data)
+    identity = {
+        "model": source.digest,
+        "text": config.text,
+        "data_digest": manifest.data_digest,
+    }
+    record = f"{folder}/manifest.json"
+    if storage.exists(record):
+        held = storage.read_json(record)
+        if held["run"] != identity:
+            raise _other(storage, folder)
+        return EmbedResult(**held["result"], resumed=True)
+    claim = f"{folder}/run.json"
+    if storage.exists(claim) and storage.read_json(claim) != identity:
+        raise _other(storage, folder)
+    storage.write_json(claim, identity)
+    checkpoint = source.publish(storage, f"{folder}/model")
+    started = time.monotonic()
+    _embed(config, storage, manifest, checkpoint)
+    tables = [
+        storage.read_table(_file(config.data, part.name), ["image_embedding"])
+        for part in manifest.parts
+    ]
+    rows = sum(len(table) for table in tables)
+    dimensions = tables[0].schema.field("image_embedding").type.list_size
+    result = EmbedResult(
+        rows, manifest.rows - rows, dimensions, time.monotonic() - started, source.name
+    )
+    told = asdict(result)
+    del told["resumed"]
+    storage.write_json(record, {"run": identity, "result": told})
+    return result
+
+
+class PartEncoder(ImageEncoder):
+    """Embeds whole parts; one in each of Ray Data's actors.
+
+    Args:
+        storage: holds the checkpoint and the pairs.
+        checkpoint: its folder's name.
+        config: what is embedded.
+    """
+
+    def __init__(self, storage: Storage, checkpoint: str, config: EmbedConfig) -> None:
+        super().__init__(fetch_checkpoint(storage, checkpoint), config.threads)
+        self.storage, self.config = storage, config
+        self.files = PairFiles.of(storage, config.data)
+
+    def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
+        """Do a part; gives rows as they are done, the last ones when the part is written."""
+        (part,) = batch["part"].tolist()
+        sizes = [sum(groups) for groups in self.files.row_groups]
+        first = list(accumulate(sizes, initial=0))[part]
+        tables = []
+        for at in range(0, sizes[part], self.config.batch):
+            rows = min(self.config.batch, sizes[part] - at)
+            tables.append(self._table(first + at, rows))
+            if at + rows < sizes[part]:
+                yield {"rows": [rows]}
+        file = _file(self.config.data, self.files.names[part])
+        self.storage.write_table(file, pa.concat_tables(tables))
+        yield {"rows": [rows]}
+
+    @torch.inference_mode()
+    def _table(self, first: int, rows: int) -> pa.Table:
+        pairs = self.files.take(np.arange(first, first + rows))
+        ids = [pair["id"] for pair in pairs]
+        image_emb, usable, _ = self.encode_images([pair["image"] for pair in pairs], ids)
+        columns = {
+            "id": pa.array([ids[at] for at in usable], pa.string()),
+            "image_embedding": vectors(image_emb),
+        }
+        if self.config.text is not None:
+            texts = [pairs[at][self.config.text] or "" for at in usable]
+            tokens = rwkv_clip.tokenize(texts, self.model.config.context_length)
+            columns["text_embedding"] = vectors(self.model.encode_text(tokens.to(self.device)))
+        return pa.table(columns)
+
+
+def _embed(config: EmbedConfig, storage: Storage, manifest: Manifest, checkpoint: str) -> None:
+    there = {part.name for part in manifest.parts if storage.exists(_file(config.data, part.name))}
+    todo = [at for at, part in enumerate(manifest.parts) if part.name not in there]
+    if not todo:
+        return
+    dataset = ray.data.from_arrow([pa.table({"part": [at]}) for at in todo]).map_batches(
+        PartEncoder,
+        fn_constructor_args=(storage, checkpoint, config),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=config.workers),
+        num_cpus=config.cpus_per_worker,
+        num_gpus=config.gpus_per_worker or None,
+    )
+    done = sum(part.rows for part in manifest.parts if part.name in there)
+    with Progress(f"embed {config.data}", manifest.rows, "pairs", done=done) as progress:
+        for row in arrange(dataset).iter_rows():
+            progress.update(row["rows"])
+
+
+def _file(name: str, part: str) -> str:
+    return f"{vectors_folder(name)}/{part}.parquet"
+
+
+def _other(storage: Storage, folder: str) -> EmbedError:
+    return EmbedError(
+        f"{storage.child_uri(folder)} holds vectors of another model or of other data; delete "
+        "that folder to embed anew"
+    )
+
+
+if __name__ == "__main__":
+    job.main("embed")

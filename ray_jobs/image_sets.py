@@ -1,0 +1,223 @@
+"""Sets of images with labels or captions, as evaluations read them, and their embeddings.
+
+A set is a folder whose folders are the classes, or Parquet files with a column of encoded images
+and one of what goes with them.
+"""
+
+import hashlib
+import json
+import logging
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+
+import rwkv_clip
+from ray_jobs.encoding import ImageEncoder, fetch_checkpoint, vectors
+from ray_jobs.execution import arrange
+from ray_jobs.progress import Progress
+from ray_jobs.sources import SourceError
+from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Unit
+from ray_jobs.sources.files import find_files, open_file
+from ray_jobs.sources.parquet import image_bytes, read_footer, read_rows, row_group_units
+from ray_jobs.storage import Storage
+from rwkv_clip.config import BaseConfig
+
+logger = logging.getLogger(__name__)
+
+_PARQUET = (".parquet", ".pq")
+_LOWER = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_IMAGES = (*_LOWER, *(suffix.upper() for suffix in _LOWER))
+_UNIT_BYTES = 1 << 29  # a task reads at most, about
+
+
+class ImageSetConfig(FilesConfig):
+    """Images with something that goes with each."""
+
+    image: str = Field("image", description="column of encoded images, in Parquet files")
+
+
+class EncoderConfig(BaseConfig):
+    """What embeds."""
+
+    batch: PositiveInt = Field(256, description="images or texts embedded at a time")
+    workers: PositiveInt = Field(1, description="processes that embed")
+    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that each holds")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each holds")
+
+    @property
+    def threads(self) -> int:
+        """That decode images beside the model; alone on its CPUs, the model wants all of them."""
+        return max(1, int(self.cpus_per_worker)) if self.gpus_per_worker else 1
+
+
+class ImageSet:
+    """Where the images are; safe to send to other processes.
+
+    Args:
+        config: of the files.
+        column: what goes with the images, in Parquet files.
+        key: of the configuration, for errors.
+        field: of the configuration, that names the column.
+        folders: whether class folders will do in place of Parquet files.
+
+    Raises:
+        SourceError: there are none, or they cannot be read.
+    """
+
+    def __init__(
+        self, config: ImageSetConfig, column: str, key: str, field: str, *, folders: bool
+    ) -> None:
+        self.config, self.column, self.key, self.field = config, column, key, field
+        self.schema: pa.Schema | None = None
+        files = find_files(config, (*_PARQUET, *_IMAGES) if folders else _PARQUET)
+        self.units: list[list[Unit]] = []
+        rows = config.unit_rows
+        parquet = [file for file in files if file.uri.endswith(_PARQUET)]
+        for file in parquet:
+            metadata, schema = read_footer(file.uri, config.s3)
+            self._check(schema, file.uri)
+            self.schema = self.schema or schema
+            self.units += [[one] for one in row_group_units(file, metadata, rows, _UNIT_BYTES)]
+        if parquet:
+            return
+        single = [Unit(file.uri, file.label, 0, 1, size=file.size) for file in files]
+        for unit in single:
+            if "/" not in unit.label:
+                raise SourceError(
+                    f"{key}.path: {unit.path} is in no folder of a class; each class is a folder "
+                    "of its images"
+                )
+        self.units = [single[at : at + rows] for at in range(0, len(single), rows)]
+
+    @property
+    def rows(self) -> int:
+        """How many images there are."""
+        return sum(unit.rows or 0 for units in self.units for unit in units)
+
+    @property
+    def digest(self) -> str:
+        """Tells these files from any others, as long as one that changes changes its size."""
+        flat = (unit for units in self.units for unit in units)
+        told = [[unit.label, unit.first, unit.rows, unit.size] for unit in flat]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def read(self, units: Sequence[Unit]) -> Iterator[tuple[str, list[str], bytes]]:
+        """Name, label or captions, and encoded image of each; empty if it cannot be read."""
+        for unit in units:
+            if self.schema is not None:
+                yield from self._rows(unit)
+                continue
+            with open_file(unit.path, self.config.s3) as stream:
+                small = (unit.size or 0) <= MAX_FILE_BYTES
+                image = bytes(stream.read()) if small else b""
+            yield unit.label, [posixpath.dirname(unit.label).partition("/")[0]], image
+
+    def _rows(self, unit: Unit) -> Iterator[tuple[str, list[str], bytes]]:
+        for number, row in read_rows(unit, [self.config.image, self.column], self.config.s3):
+            name = f"{unit.label}:{number}"
+            if isinstance(row, str):
+                logger.warning("left out: %s: %s", name, row)
+                continue
+            image, value = image_bytes(row[self.config.image]), row[self.column]
+            values = value if isinstance(value, list) else [value]
+            found = image if isinstance(image, bytes) else b""
+            yield name, [str(one) for one in values if one is not None], found
+
+    def _check(self, schema: pa.Schema, where: str) -> None:
+        for field, column in (("image", self.config.image), (self.field, self.column)):
+            if column not in schema.names:
+                raise SourceError(
+                    f"{self.key}.{field}: {where} has no column {column!r}; it has "
+                    f"{', '.join(schema.names)}"
+                )
+
+
+class SetEncoder(ImageEncoder):
+    """Embeds a set; one in each of Ray Data's actors.
+
+    Args:
+        storage: holds the checkpoint.
+        checkpoint: its folder's name.
+        images: where they are.
+        config: how many are embedded at a time.
+        texts: whether what goes with the images is text to be embedded.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        checkpoint: str,
+        images: ImageSet,
+        config: EncoderConfig,
+        *,
+        texts: bool,
+    ) -> None:
+        super().__init__(fetch_checkpoint(storage, checkpoint), config.threads)
+        self.images, self.batch, self.texts = images, config.batch, texts
+
+    def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
+        """`values`, `image_embedding` and perhaps `text_embedding` of a unit's images."""
+        (at,) = batch["unit"].tolist()
+        waiting: list[tuple[str, list[str], bytes]] = []
+        for row in self.images.read(self.images.units[at]):
+            waiting.append(row)
+            if len(waiting) == self.batch:
+                yield self._table(waiting)
+                waiting = []
+        if waiting:
+            yield self._table(waiting)
+
+    def _table(self, rows: Sequence[tuple[str, list[str], bytes]]) -> pa.Table:
+        names = [name for name, _, _ in rows]
+        embedded, usable, _ = self.encode_images([image for _, _, image in rows], names)
+        values = pa.array([rows[at][1] for at in usable], pa.list_(pa.string()))
+        columns = {"values": values, "image_embedding": vectors(embedded)}
+        if self.texts:
+            encoded = vectors(self._encode_texts(values.flatten().to_pylist()))
+            columns["text_embedding"] = pa.ListArray.from_arrays(values.offsets, encoded)
+        return pa.table(columns)
+
+    @torch.inference_mode()
+    def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        tokens = rwkv_clip.tokenize(list(texts), self.model.config.context_length)
+        return torch.cat(
+            [self.model.encode_text(part.to(self.device)) for part in tokens.split(self.batch)]
+        )
+
+
+def embed_set(
+    told: str,
+    images: ImageSet,
+    config: EncoderConfig,
+    storage: Storage,
+    checkpoint: str,
+    *,
+    texts: bool = False,
+) -> pa.Table:
+    """What `SetEncoder` gives for all images that can be decoded, in order."""
+    work = [pa.table({"unit": [at]}) for at in range(len(images.units))]
+    dataset = ray.data.from_arrow(work).map_batches(
+        SetEncoder,
+        fn_constructor_args=(storage, checkpoint, images, config),
+        fn_constructor_kwargs={"texts": texts},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=config.workers),
+        num_cpus=config.cpus_per_worker,
+        num_gpus=config.gpus_per_worker or None,
+    )
+    arrange(dataset, ordered=True)
+    tables: list[pa.Table] = []
+    batches: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    with Progress(told, images.rows, "images") as progress:
+        for batch in batches:
+            tables.append(batch)
+            progress.update(batch.num_rows)
+    table = pa.concat_tables(tables).combine_chunks()
+    if not table.num_rows:
+        raise SourceError(f"{images.key}.path: none of the images can be decoded")
+    return table
