@@ -59,8 +59,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if the library itself does not work."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the table says what the warnings would
-    findings = examine()
+    try:
+        findings = examine()
+    finally:
+        logging.disable(before)
     broken = any(finding.status == "broken" for finding in findings)
     if args.json:
         report = {"works": not broken, "findings": [asdict(finding) for finding in findings]}
