@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from mlflow.exceptions import MlflowException
 from pydantic import Field, model_validator
@@ -99,6 +100,7 @@ class PipelineConfig(BaseConfig):
     )
     evaluation: EvaluationConfig = EvaluationConfig()
     embed: EmbedConfig = Field(EmbedConfig(), description="what `rwkv-clip embed` embeds")
+    serve: dict[str, Any] = Field({}, description="the endpoint's, which `rwkv-clip serve` checks")
 
     @model_validator(mode="after")
     def _validation_has_data(self) -> "PipelineConfig":

@@ -1,6 +1,8 @@
-"""What every test may use. Imports pytest alone: the operator's tests run where little else is."""
+"""What every test may use. Imports pytest alone: the operator's tests run where little
+else is.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,18 @@ def golden() -> Callable[[str], Path]:
         return file
 
     return path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster with two CPUs, for everything that needs one."""
+    import ray
+
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=300_000_000,
+    )
+    yield
+    ray.shutdown()

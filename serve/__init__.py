@@ -1,0 +1,1 @@
+"""The endpoint: images and texts to embeddings over HTTP, on Ray Serve."""

@@ -1,0 +1,86 @@
+"""`rwkv-clip serve`: the endpoint on this machine or on a cluster, until it is interrupted."""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+
+import ray
+from ray import serve
+
+from rwkv_clip.config import ConfigError, add_config_options, config_from_args
+from serve.app import build
+from serve.config import ServeConfig, ServeFile
+from serve.models import ModelError
+
+SUMMARY = "serve image and text embeddings over HTTP"
+APPLICATION = "rwkv-clip"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add_config_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; 2 where it cannot start."""
+    try:
+        config = config_from_args(ServeFile, args)
+        application = build(config)
+        _check_port(config.serve)
+    except (ConfigError, ModelError, OSError) as error:
+        _tell(f"rwkv-clip serve: {error}")
+        return 2
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS"),
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
+    )
+    try:
+        start(config.serve)
+        serve.run(application, name=APPLICATION, blocking=False)
+        _tell(f"serving at http://{config.serve.host}:{config.serve.port}; stop with Ctrl-C")
+        stop.wait()
+        _tell("no more requests are taken; those that came are answered")
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
+    return 0
+
+
+def start(config: ServeConfig) -> None:
+    """Start Serve's proxies, where they do not run already."""
+    serve.start(
+        proxy_location="EveryNode",
+        http_options={
+            "host": config.host,
+            "port": config.port,
+            "request_timeout_s": config.request_seconds,
+        },
+    )
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _check_port(config: ServeConfig) -> None:
+    """Raise OSError if the address cannot be listened on."""
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise OSError(
+                f"serve.port: {config.host}:{config.port} cannot be listened on "
+                f"({error.strerror}); choose another one"
+            ) from error

@@ -1,0 +1,137 @@
+"""The endpoint's configuration: the section `serve` of a run's file, beside its `storage`."""
+
+import os
+from typing import Literal
+
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from rwkv_clip.config import BaseConfig
+
+Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+
+class LimitsConfig(BaseConfig):
+    """What a request may ask for; more is refused before any work."""
+
+    body_bytes: PositiveInt = Field(32 << 20, description="of a request")
+    items: PositiveInt = Field(256, description="texts and images in a request")
+    image_bytes: PositiveInt = Field(16 << 20, description="of an encoded image")
+    image_pixels: PositiveInt = Field(40_000_000, description="width times height")
+    text_characters: PositiveInt = Field(100_000, description="of a text")
+    formats: tuple[Format, ...] = Field(FORMATS, description="of images")
+
+
+class EncoderConfig(BaseConfig):
+    """The replicas of one tower."""
+
+    replicas: PositiveInt = Field(1, description="that there are at least")
+    max_replicas: PositiveInt | None = Field(
+        None, description="that load may bring about; absent for a fixed number"
+    )
+    cpus: float = Field(1.0, ge=0, description="that each holds")
+    gpus: float = Field(0.0, ge=0, description="that each holds; a fraction shares a GPU")
+    threads: PositiveInt = Field(1, description="of PyTorch, where there is no GPU")
+    decode_threads: PositiveInt = Field(2, description="that decode images and tokenize")
+    batch: PositiveInt = Field(64, description="items that travel through the model together")
+    batch_wait_seconds: float = Field(
+        0.002, ge=0, description="that an item waits for company at most"
+    )
+    max_ongoing: PositiveInt = Field(256, description="requests in a replica at once")
+    max_queued: PositiveInt = Field(
+        512, description="requests that wait in each ingress; 429 answers more"
+    )
+
+    @model_validator(mode="after")
+    def _most_is_not_least(self) -> "EncoderConfig":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, fewer than replicas={self.replicas}"
+            )
+        return self
+
+
+class IngressConfig(BaseConfig):
+    """The replicas that read requests and write answers."""
+
+    replicas: PositiveInt = Field(1, description="how many")
+    cpus: float = Field(0.1, ge=0, description="that each holds")
+    max_ongoing: PositiveInt = Field(1024, description="requests in a replica at once")
+
+
+class ServeConfig(BaseConfig):
+    """The endpoint."""
+
+    model: str | None = Field(
+        None,
+        description="models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint's folder or URI; "
+        "the champion of the configuration's registry if absent",
+    )
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every one")
+    port: PositiveInt = Field(8000, le=65535, description="to listen on")
+    request_seconds: PositiveFloat = Field(60.0, description="that an answer may take")
+    limits: LimitsConfig = LimitsConfig()
+    ingress: IngressConfig = IngressConfig()
+    image: EncoderConfig = EncoderConfig()
+    text: EncoderConfig = EncoderConfig()
+    docs: bool = Field(True, description="whether /docs and /openapi.json are open")
+
+
+class _Section(BaseConfig):
+    """A section that belongs to the jobs, read here for the keys that are needed."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class S3Section(_Section):
+    """How S3 is reached."""
+
+    endpoint: str | None = None
+    region: str | None = None
+
+
+class StorageSection(_Section):
+    """Where a run keeps what it makes."""
+
+    uri: str
+    s3: S3Section = S3Section()
+
+
+class TrackingSection(_Section):
+    """Where MLflow is."""
+
+    uri: str | None = None
+    model_name: str = "rwkv-clip"
+
+
+class ServeFile(_Section):
+    """A run's file, as the endpoint reads it: the jobs check their own sections."""
+
+    storage: StorageSection | None = None
+    tracking: TrackingSection | None = TrackingSection()
+    serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="after")
+    def _model_can_be_found(self) -> "ServeFile":
+        if self.serve.model is None and self.storage is None and not self.tracking_uri():
+            raise ValueError(
+                "serve.model is absent, and there is neither storage nor tracking to find a "
+                "champion in; set serve.model"
+            )
+        return self
+
+    def s3(self) -> S3Section:
+        """How S3 is reached."""
+        return self.storage.s3 if self.storage else S3Section()
+
+    def tracking_uri(self) -> str | None:
+        """Of MLflow; None if only the storage has one."""
+        section = self.tracking.uri if self.tracking else None
+        return section or os.environ.get("MLFLOW_TRACKING_URI")
+
+    def model_name(self) -> str:
+        """What is served, in the terms of `serve.model`."""
+        if self.serve.model:
+            return self.serve.model
+        section = self.tracking or TrackingSection()
+        return f"models:/{section.model_name}@champion"

@@ -1,0 +1,212 @@
+"""Requests in OpenAI's shape, and the texts and images in them."""
+
+import base64
+import binascii
+import io
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from PIL import Image, UnidentifiedImageError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SkipValidation,
+    TypeAdapter,
+    ValidationError,
+)
+
+from serve.config import LimitsConfig
+from serve.errors import ApiError
+
+_DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),", re.IGNORECASE)
+_SPACE = re.compile(r"\s+")
+
+
+class _Shape(BaseModel):
+    """A JSON object; keys that are not known are let pass, as OpenAI's clients send more."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ImageUrl(_Shape):
+    """Where an image is."""
+
+    url: str = Field(description="data:image/…;base64,…, or the base64 alone")
+
+
+class TextPart(_Shape):
+    """A text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_Shape):
+    """An image."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Item = str | Part
+
+_PART: TypeAdapter[Part] = TypeAdapter(Part)
+
+
+class EmbeddingsRequest(_Shape):
+    """What `/v1/embeddings` takes."""
+
+    # Read item by item, so that a bad one is told by its place and costs no other.
+    input: SkipValidation[Item | list[Item]] = Field(
+        description="a text, an image as data:image/…, a content part, or a list of these"
+    )
+    model: str | None = Field(None, description="the served model's name, or nothing")
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: PositiveInt | None = Field(
+        None, description="the first so many of a vector, made length one again"
+    )
+    on_error: Literal["request", "item"] = Field(
+        "request", description="whether a bad item fails the request, or itself alone"
+    )
+    user: str | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """An item that the text tower embeds."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An item that the image tower embeds: an encoded file whose header has been read."""
+
+    data: bytes
+
+
+def parse_request(body: bytes) -> EmbeddingsRequest:
+    """A request from JSON; raises ApiError that names the key."""
+    try:
+        return EmbeddingsRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def invalid(error: ValidationError) -> ApiError:
+    """What is wrong with a request, without what it holds."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, "invalid_json", f"the body is no JSON: {first['msg']}")
+    param = ".".join(map(str, first["loc"]))
+    return ApiError(400, "invalid_request", f"{param or 'the body'}: {first['msg']}", param)
+
+
+def request_items(request: EmbeddingsRequest, limits: LimitsConfig) -> list[object]:
+    """The items of a request, in order; raises ApiError if there are none or too many."""
+    items: list[object] = [*request.input] if isinstance(request.input, list) else [request.input]
+    if not items:
+        raise ApiError(400, "empty_input", "input: is empty; give at least one item", "input")
+    if len(items) > limits.items:
+        raise ApiError(
+            413,
+            "too_many_items",
+            f"input: has {len(items)} items, more than {limits.items}; send several requests",
+            "input",
+        )
+    return items
+
+
+def read_item(item: object, limits: LimitsConfig) -> Text | Picture:
+    """The text or image of an item; raises ApiError if it cannot be embedded."""
+    if isinstance(item, str):
+        return _picture(item, limits) if item[:5].lower() == "data:" else _text(item, limits)
+    if isinstance(item, list | int):
+        raise ApiError(
+            400, "invalid_item", "is token ids; the model has a tokenizer of its own, send text"
+        )
+    try:
+        part = _PART.validate_python(item)
+    except ValidationError as error:
+        told = invalid(error)
+        raise ApiError(400, "invalid_item", f"is no content part: {told.message}") from None
+    if isinstance(part, TextPart):
+        return _text(part.text, limits)
+    return _picture(part.image_url.url, limits)
+
+
+def _text(text: str, limits: LimitsConfig) -> Text:
+    if not text.strip():
+        raise ApiError(400, "empty_text", "is an empty text")
+    if len(text) > limits.text_characters:
+        raise ApiError(
+            413,
+            "text_too_long",
+            f"has {len(text):,} characters, more than {limits.text_characters:,}",
+        )
+    return Text(text)
+
+
+def _picture(url: str, limits: LimitsConfig) -> Picture:
+    if re.match(r"[a-z][a-z0-9+.-]*://", url[:32], re.IGNORECASE):
+        raise ApiError(
+            400,
+            "remote_image",
+            "is an address; this server fetches none, so send the image as data:image/…;base64,…",
+        )
+    if url[:5].lower() == "data:":
+        found = _DATA_URI.match(url[:256])
+        if found is None or not found["parameters"].lower().endswith(";base64"):
+            raise ApiError(400, "invalid_data_uri", "is no data:image/…;base64,… URI")
+        if not found["type"].lower().startswith("image/"):
+            raise ApiError(415, "not_an_image", "is a data URI of something else than an image")
+        url = url[found.end() :]
+    if len(url) * 3 // 4 > limits.image_bytes + 3:
+        raise ApiError(
+            413, "image_too_large", f"is an image of more than {limits.image_bytes:,} bytes"
+        )
+    try:
+        data = base64.b64decode(_SPACE.sub("", url), validate=True)
+    except (binascii.Error, ValueError):
+        raise ApiError(400, "invalid_base64", "is an image whose base64 is broken") from None
+    check_picture(data, limits)
+    return Picture(data)
+
+
+def check_picture(data: bytes, limits: LimitsConfig) -> None:
+    """Raise ApiError for a file whose header tells that it must not be decoded."""
+    if not data:
+        raise ApiError(400, "empty_image", "is an image of no bytes")
+    try:
+        # Only the header is read; a bomb's pixels never come to be.
+        with Image.open(io.BytesIO(data), formats=limits.formats) as image:
+            width, height = image.size
+    except UnidentifiedImageError:
+        raise ApiError(
+            415,
+            "unsupported_image",
+            f"is no image of a supported format; those are {', '.join(limits.formats)}",
+        ) from None
+    except Image.DecompressionBombError:
+        raise _too_many_pixels(limits) from None
+    except Exception:  # Pillow raises whatever a broken header leads it to
+        raise ApiError(400, "broken_image", "is an image whose header is broken") from None
+    if width * height > limits.image_pixels:
+        raise _too_many_pixels(limits)
+
+
+def _too_many_pixels(limits: LimitsConfig) -> ApiError:
+    return ApiError(
+        413, "image_too_large", f"is an image of more than {limits.image_pixels:,} pixels"
+    )
+
+
+def encoded_vector(vector: Any, encoding_format: str) -> list[float] | str:
+    """A float32 vector as OpenAI's clients take it."""
+    if encoding_format == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+    return [float(value) for value in vector.tolist()]

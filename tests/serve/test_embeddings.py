@@ -1,0 +1,145 @@
+"""`/v1/embeddings`: the model's own vectors, in order, whatever else is asked for."""
+
+import base64
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from openai import OpenAI
+
+from rwkv_clip import image_transform, tokenize
+from rwkv_clip.model import RWKVCLIP
+from tests.serve.small import data_uri, image_part, picture
+
+
+@torch.inference_mode()
+def of_texts(model: RWKVCLIP, texts: list[str]) -> np.ndarray:
+    return model.encode_text(tokenize(texts, model.config.context_length)).numpy()
+
+
+@torch.inference_mode()
+def of_images(model: RWKVCLIP, images: list[bytes]) -> np.ndarray:
+    transform = image_transform(model.config, exif_orientation=True)
+    return model.encode_image(torch.stack([transform(image) for image in images])).numpy()
+
+
+def vectors(answer: httpx.Response) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    data = answer.json()["data"]
+    assert [one["index"] for one in data] == list(range(len(data)))
+    return np.array([one["embedding"] for one in data], np.float32)
+
+
+def test_openais_client_gets_texts_and_images(endpoint, model):
+    client = OpenAI(base_url=f"{endpoint}/v1", api_key="none", max_retries=0)
+    texts = ["a red heart", "two dogs"]
+    answer = client.embeddings.create(model="small", input=texts)
+    found = np.array([one.embedding for one in answer.data])
+    np.testing.assert_allclose(found, of_texts(model, texts), atol=1e-5)
+    assert answer.model == "small"
+    assert answer.usage.prompt_tokens == 5 + 4
+    image = picture(0)
+    (single,) = client.embeddings.create(model="small", input=data_uri(image)).data
+    np.testing.assert_allclose(single.embedding, of_images(model, [image])[0], atol=1e-5)
+    assert [one.id for one in client.models.list()] == ["small"]
+
+
+def test_mixed_items_keep_their_order_in_batches_of_any_size(client, model):
+    images = [picture(seed, (30 + seed, 50)) for seed in range(9)]
+    texts = [f"text number {at}" for at in range(9)]
+    items: list[object] = []
+    for at, (image, text) in enumerate(zip(images, texts, strict=True)):
+        raw = base64.b64encode(image).decode()
+        items.append([data_uri(image), image_part(data_uri(image)), image_part(raw)][at % 3])
+        items.append(text if at % 2 else {"type": "text", "text": text})
+    found = vectors(client.post("/v1/embeddings", json={"input": items}))
+    np.testing.assert_allclose(found[0::2], of_images(model, images), atol=1e-5)
+    np.testing.assert_allclose(found[1::2], of_texts(model, texts), atol=1e-5)
+
+
+def test_formats_and_dimensions(client, model):
+    asked = {"input": "a red heart", "dimensions": 8}
+    expected = of_texts(model, ["a red heart"])[:, :8]
+    expected /= np.linalg.norm(expected)
+    np.testing.assert_allclose(
+        vectors(client.post("/v1/embeddings", json=asked)), expected, atol=1e-5
+    )
+    answer = client.post("/v1/embeddings", json={**asked, "encoding_format": "base64"}).json()
+    packed = base64.b64decode(answer["data"][0]["embedding"])
+    np.testing.assert_allclose(np.frombuffer(packed, "<f4"), expected[0], atol=1e-5)
+
+
+BROKEN = picture(3, (60, 60), "JPEG")
+BAD = {
+    "truncated": (data_uri(BROKEN[: len(BROKEN) // 2], "jpeg"), 400, "broken_image"),
+    "svg": (data_uri(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), 415, None),
+    "no base64": ("data:image/png;base64,????", 400, "invalid_base64"),
+    "not encoded": ("data:image/png,abc", 400, "invalid_data_uri"),
+    "a document": ("data:text/plain;base64,YWJj", 415, "not_an_image"),
+    "an address": (image_part("https://example.com/cat.png"), 400, "remote_image"),
+    "blank": ("  ", 400, "empty_text"),
+    "long": ("x" * 100_001, 413, "text_too_long"),
+    "heavy": (data_uri(b"\0" * 600_000), 413, "image_too_large"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_item_is_named_and_costs_no_other(client, model, name):
+    item, status, code = BAD[name]
+    items = ["good", item, "better"]
+    answer = client.post("/v1/embeddings", json={"input": items})
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["index"] == 1
+    assert error["param"] == "input.1"
+    assert code in (None, error["code"])
+    one_by_one = client.post("/v1/embeddings", json={"input": items, "on_error": "item"})
+    assert one_by_one.status_code == 200
+    data = one_by_one.json()["data"]
+    assert data[1]["error"]["code"] == error["code"]
+    found = np.array([data[0]["embedding"], data[2]["embedding"]])
+    np.testing.assert_allclose(found, of_texts(model, ["good", "better"]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"input": []}, 400, "input"),
+        ({}, 400, "input"),
+        ({"input": 3}, 400, "input"),
+        ({"input": None}, 400, "input"),
+        ({"input": [[1, 2]]}, 400, "input.0"),
+        ({"input": ["x", {"type": "text"}]}, 400, "input.1"),
+        ({"input": "x", "dimensions": 0}, 400, "dimensions"),
+        ({"input": "x", "dimensions": 33}, 400, "dimensions"),
+        ({"input": "x", "model": "other"}, 404, "model"),
+        ({"input": ["x"] * 21}, 413, "input"),
+        ({"input": [{"type": "audio"}]}, 400, "input.0"),
+    ],
+)
+def test_a_bad_request_is_told_by_its_key(client, body, status, param):
+    answer = client.post("/v1/embeddings", json=body)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_bodies_that_are_no_json_or_too_large(client):
+    headers = {"content-type": "application/json"}
+    broken = client.post("/v1/embeddings", content=b'{"input": ', headers=headers)
+    assert (broken.status_code, broken.json()["error"]["code"]) == (400, "invalid_json")
+    large = client.post("/v1/embeddings", json={"input": "x" * 2_000_001})
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
+    form = client.post("/v1/embeddings", data={"input": "x"})
+    assert form.status_code == 415
+    assert client.get("/nothing").json()["error"]["code"] == "not_found"
+    assert client.get("/v1/embeddings").status_code == 405
+
+
+def test_every_answer_has_an_id_and_timings(client):
+    answer = client.post("/v1/embeddings", json={"input": "x"}, headers={"x-request-id": "mine"})
+    assert answer.headers["x-request-id"] == "mine"
+    assert "inference;dur=" in answer.headers["server-timing"]
+    assert len(client.get("/healthz").headers["x-request-id"]) > 30
+    ready = client.get("/readyz").json()
+    assert (ready["status"], ready["model"]) == ("ready", "small")
