@@ -11,10 +11,9 @@ import threading
 import ray
 from ray import serve
 
-from rwkv_clip.config import ConfigError, add_config_options, config_from_args
+from rwkv_clip.config import add_config_options, config_from_args
 from serve.app import build
 from serve.config import ServeConfig, ServeFile
-from serve.models import ModelError
 
 SUMMARY = "serve image and text embeddings over HTTP"
 APPLICATION = "rwkv-clip"
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         config = config_from_args(ServeFile, args)
         application = build(config)
         _check_port(config.serve)
-    except (ConfigError, ModelError, OSError) as error:
+    except (ValueError, OSError) as error:
         _tell(f"rwkv-clip serve: {error}")
         return 2
     stop = threading.Event()

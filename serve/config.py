@@ -18,6 +18,7 @@ class LimitsConfig(BaseConfig):
     items: PositiveInt = Field(256, description="texts and images in a request")
     image_bytes: PositiveInt = Field(16 << 20, description="of an encoded image")
     image_pixels: PositiveInt = Field(40_000_000, description="width times height")
+    prompts: PositiveInt = Field(4096, description="labels times templates to classify by")
     text_characters: PositiveInt = Field(100_000, description="of a text")
     formats: tuple[Format, ...] = Field(FORMATS, description="of images")
 

@@ -1,6 +1,6 @@
 """Errors in OpenAI's shape."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 _TYPES = {
@@ -30,10 +30,6 @@ class ApiError(Exception):
     message: str
     param: str | None = None
     index: int | None = None
-
-    def at(self, index: int, param: str) -> "ApiError":
-        """The same about one item."""
-        return replace(self, index=index, param=param)
 
     def body(self) -> dict[str, Any]:
         """As OpenAI's clients read it."""

@@ -5,7 +5,7 @@ import binascii
 import io
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import (
@@ -21,30 +21,32 @@ from pydantic import (
 from serve.config import LimitsConfig
 from serve.errors import ApiError
 
+Request = TypeVar("Request", bound="Shape")
+
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),", re.IGNORECASE)
 _SPACE = re.compile(r"\s+")
 
 
-class _Shape(BaseModel):
+class Shape(BaseModel):
     """A JSON object; keys that are not known are let pass, as OpenAI's clients send more."""
 
     model_config = ConfigDict(extra="ignore")
 
 
-class ImageUrl(_Shape):
+class ImageUrl(Shape):
     """Where an image is."""
 
     url: str = Field(description="data:image/…;base64,…, or the base64 alone")
 
 
-class TextPart(_Shape):
+class TextPart(Shape):
     """A text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImagePart(_Shape):
+class ImagePart(Shape):
     """An image."""
 
     type: Literal["image_url"]
@@ -57,7 +59,7 @@ Item = str | Part
 _PART: TypeAdapter[Part] = TypeAdapter(Part)
 
 
-class EmbeddingsRequest(_Shape):
+class EmbeddingsRequest(Shape):
     """What `/v1/embeddings` takes."""
 
     # Read item by item, so that a bad one is told by its place and costs no other.
@@ -89,10 +91,10 @@ class Picture:
     data: bytes
 
 
-def parse_request(body: bytes) -> EmbeddingsRequest:
+def parse_request(shape: type[Request], body: bytes) -> Request:
     """A request from JSON; raises ApiError that names the key."""
     try:
-        return EmbeddingsRequest.model_validate_json(body)
+        return shape.model_validate_json(body)
     except ValidationError as error:
         raise invalid(error) from None
 
@@ -124,7 +126,9 @@ def request_items(request: EmbeddingsRequest, limits: LimitsConfig) -> list[obje
 def read_item(item: object, limits: LimitsConfig) -> Text | Picture:
     """The text or image of an item; raises ApiError if it cannot be embedded."""
     if isinstance(item, str):
-        return _picture(item, limits) if item[:5].lower() == "data:" else _text(item, limits)
+        return (
+            read_picture(item, limits) if item[:5].lower() == "data:" else read_text(item, limits)
+        )
     if isinstance(item, list | int):
         raise ApiError(
             400, "invalid_item", "is token ids; the model has a tokenizer of its own, send text"
@@ -135,11 +139,12 @@ def read_item(item: object, limits: LimitsConfig) -> Text | Picture:
         told = invalid(error)
         raise ApiError(400, "invalid_item", f"is no content part: {told.message}") from None
     if isinstance(part, TextPart):
-        return _text(part.text, limits)
-    return _picture(part.image_url.url, limits)
+        return read_text(part.text, limits)
+    return read_picture(part.image_url.url, limits)
 
 
-def _text(text: str, limits: LimitsConfig) -> Text:
+def read_text(text: str, limits: LimitsConfig) -> Text:
+    """A text; raises ApiError if it is empty or too long."""
     if not text.strip():
         raise ApiError(400, "empty_text", "is an empty text")
     if len(text) > limits.text_characters:
@@ -151,7 +156,8 @@ def _text(text: str, limits: LimitsConfig) -> Text:
     return Text(text)
 
 
-def _picture(url: str, limits: LimitsConfig) -> Picture:
+def read_picture(url: str, limits: LimitsConfig) -> Picture:
+    """An image from a data URI or base64; raises ApiError if it must not be decoded."""
     if re.match(r"[a-z][a-z0-9+.-]*://", url[:32], re.IGNORECASE):
         raise ApiError(
             400,
@@ -173,11 +179,11 @@ def _picture(url: str, limits: LimitsConfig) -> Picture:
         data = base64.b64decode(_SPACE.sub("", url), validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(400, "invalid_base64", "is an image whose base64 is broken") from None
-    check_picture(data, limits)
+    checkread_picture(data, limits)
     return Picture(data)
 
 
-def check_picture(data: bytes, limits: LimitsConfig) -> None:
+def checkread_picture(data: bytes, limits: LimitsConfig) -> None:
     """Raise ApiError for a file whose header tells that it must not be decoded."""
     if not data:
         raise ApiError(400, "empty_image", "is an image of no bytes")

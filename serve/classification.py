@@ -1,0 +1,94 @@
+"""`/v1/classify`: how well each label fits an image, by the model's own scale."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from rwkv_clip.evaluation import class_embeddings
+from serve.config import LimitsConfig
+from serve.errors import ApiError
+from serve.inputs import Shape, read_picture, read_text
+from serve.towers import Towers, answered_by, check_model, timings
+
+
+class ClassifyRequest(Shape):
+    """What `/v1/classify` takes."""
+
+    image: str = Field(description="data:image/…;base64,…, or the base64 alone")
+    labels: list[str] = Field(min_length=1, description="as they read in a sentence")
+    templates: list[str] = Field(
+        ["a photo of a {}."],
+        min_length=1,
+        description="sentences with {} where the label goes; their embeddings are averaged",
+    )
+    model: str | None = Field(None, description="the served model's name, or nothing")
+
+
+async def classify(asked: ClassifyRequest, towers: Towers, limits: LimitsConfig) -> Response:
+    """Probabilities of labels, the likeliest first; raises ApiError."""
+    prompts = len(asked.labels) * len(asked.templates)
+    if prompts > limits.prompts:
+        raise ApiError(
+            413,
+            "too_many_labels",
+            f"labels: {len(asked.labels)} labels in {len(asked.templates)} templates are "
+            f"{prompts:,} texts, more than {limits.prompts:,}",
+            "labels",
+        )
+    for at, template in enumerate(asked.templates):
+        if "{}" not in template:
+            place = f"templates.{at}"
+            raise ApiError(
+                400, "invalid_template", f"{place}: has no {{}}, where the label goes", place
+            )
+    texts = []
+    for at, label in enumerate(asked.labels):
+        with _told_as(f"labels.{at}"):
+            read_text(label, limits)
+            texts += [
+                read_text(template.replace("{}", label), limits).text
+                for template in asked.templates
+            ]
+    with _told_as("image"):
+        image = read_picture(asked.image, limits)
+    card = await towers.card()
+    check_model(asked.model, card)
+    seen, told = await asyncio.gather(
+        towers.encode("image", [image.data]), towers.encode("text", texts)
+    )
+    if seen.failures:
+        raise ApiError(400, "broken_image", f"image: {seen.failures[0]}", "image")
+    vectors = torch.from_numpy(told.vectors).unflatten(0, (len(asked.labels), -1))
+    similarity = class_embeddings(vectors) @ torch.from_numpy(seen.vectors[0])
+    chances = (card.scale * similarity).softmax(0).tolist()
+    order = sorted(range(len(chances)), key=lambda at: -chances[at])
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": [
+                {
+                    "object": "label",
+                    "index": at,
+                    "label": asked.labels[at],
+                    "probability": chances[at],
+                    "similarity": float(similarity[at]),
+                }
+                for at in order
+            ],
+            **answered_by(card, seen.tokens + told.tokens),
+        },
+        headers=timings([seen, told]),
+    )
+
+
+@contextmanager
+def _told_as(place: str) -> Iterator[None]:
+    """Name the place in the request that an error is about."""
+    try:
+        yield
+    except ApiError as error:
+        raise ApiError(error.status, error.code, f"{place}: {error.message}", place) from None

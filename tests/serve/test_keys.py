@@ -1,0 +1,50 @@
+"""Keys of the environment and of a file."""
+
+import os
+
+import pytest
+
+from serve.errors import ApiError
+from serve.keys import Keys
+
+
+def is_good(keys: Keys, shown: str | None) -> bool:
+    try:
+        keys.check(shown)
+    except ApiError as error:
+        assert error.status == 401
+        return False
+    return True
+
+
+def test_without_keys_nobody_is_asked():
+    assert is_good(Keys(""), None)
+
+
+def test_each_of_several_keys_is_good():
+    keys = Keys("first, second")
+    assert is_good(keys, "Bearer first")
+    assert is_good(keys, "bearer second")
+    for shown in (None, "", "Bearer", "Bearer third", "Basic first", "first", "Bearer first,"):
+        assert not is_good(keys, shown)
+
+
+def test_a_file_of_keys_may_change(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# for the team\nold\n")
+    keys = Keys(f"@{file}")
+    assert is_good(keys, "Bearer old")
+    file.write_text("new\nnewer\n")
+    os.utime(file, ns=(1, 1))
+    assert is_good(keys, "Bearer newer")
+    assert not is_good(keys, "Bearer old")
+    file.unlink()
+    assert is_good(keys, "Bearer new")
+    file.write_text("\n")
+    assert is_good(keys, "Bearer new")
+
+
+@pytest.mark.parametrize("told", [",", "@/nowhere/keys"])
+def test_keys_that_are_none_are_told_before_anything_is_served(told):
+    with pytest.raises(ValueError, match="holds no key"):
+        Keys(told)
