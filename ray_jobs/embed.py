@@ -50,6 +50,9 @@ class EmbedConfig(EncoderConfig):
         "trained in this storage if absent",
     )
     text: str | None = Field("caption", description="column of texts; null for images alone")
+    replace: bool = Field(
+        False, description="replace vectors of another model or of other data, instead of stopping"
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def embed(config: EmbedConfig, storage: Storage, source: ModelSource) -> EmbedRe
         source: of the model.
 
     Raises:
-        EmbedError: the storage holds vectors of another model.
+        EmbedError: the storage holds vectors of another model, which are not to be replaced.
     """
     manifest = Manifest.from_storage(storage, config.data)
     folder = vectors_folder(config.data)
@@ -98,15 +101,18 @@ def embed(config: EmbedConfig, storage: Storage, source: ModelSource) -> EmbedRe
         "text": config.text,
         "data_digest": manifest.data_digest,
     }
-    record = f"{folder}/manifest.json"
-    if storage.exists(record):
-        held = storage.read_json(record)
-        if held["run"] != identity:
-            raise _other(storage, folder)
-        return EmbedResult(**held["result"], resumed=True)
-    claim = f"{folder}/run.json"
+    record, claim = f"{folder}/manifest.json", f"{folder}/run.json"
     if storage.exists(claim) and storage.read_json(claim) != identity:
-        raise _other(storage, folder)
+        if not config.replace:
+            raise EmbedError(
+                f"{storage.child_uri(folder)} holds vectors of another model or of other data; set "
+                "embed.replace, or delete that folder, to embed anew"
+            )
+        for file in storage.names(folder, recursive=True):
+            if file != claim:  # which goes last, so that a run killed here is known by it
+                storage.delete(file)
+    if storage.exists(record):
+        return EmbedResult(**storage.read_json(record)["result"], resumed=True)
     storage.write_json(claim, identity)
     checkpoint = source.publish(storage, f"{folder}/model")
     started = time.monotonic()
@@ -192,13 +198,6 @@ def _embed(config: EmbedConfig, storage: Storage, manifest: Manifest, checkpoint
 
 def _file(name: str, part: str) -> str:
     return f"{vectors_folder(name)}/{part}.parquet"
-
-
-def _other(storage: Storage, folder: str) -> EmbedError:
-    return EmbedError(
-        f"{storage.child_uri(folder)} holds vectors of another model or of other data; delete "
-        "that folder to embed anew"
-    )
 
 
 if __name__ == "__main__":

@@ -99,7 +99,9 @@ class PipelineConfig(BaseConfig):
         None, description="texts of a second training, all else equal, to compare the first with"
     )
     evaluation: EvaluationConfig = EvaluationConfig()
-    embed: EmbedConfig = Field(EmbedConfig(), description="what `rwkv-clip embed` embeds")
+    embed: EmbedConfig | None = Field(
+        None, description="embeds a data set after the training; `rwkv-clip embed` needs no section"
+    )
     serve: dict[str, Any] = Field({}, description="the endpoint's, which `rwkv-clip serve` checks")
 
     @model_validator(mode="after")
@@ -213,7 +215,7 @@ def _opened(config: PipelineConfig, storage: Storage) -> Iterator["_Pipeline"]:
     if config.tracking is None:
         yield _Pipeline(config, storage, None)
         return
-    settings = config.model_dump(mode="json", exclude={"ray", "tracking"})
+    settings = config.model_dump(mode="json", exclude={"ray", "serve", "tracking"})
     with Tracker(config.tracking, storage, settings, config.name) as tracker:
         yield _Pipeline(config, storage, tracker)
 
@@ -237,9 +239,11 @@ class _Pipeline:
             baseline_train = self._train(_BASELINE, settings, data)
             baseline = self._evaluate(f"{_BASELINE}-evaluation", baseline_train, test)
         registered = self._register(main, evaluated)
+        if config.embed is not None:
+            self._embed()
         report = Report(
             title=config.name,
-            configuration=config.model_dump(mode="json", exclude={"ray", "tracking"}),
+            configuration=config.model_dump(mode="json", exclude={"ray", "serve", "tracking"}),
             versions=_versions(),
             data=[data, test] if test else [data],
             train=main,
@@ -418,7 +422,7 @@ class _Pipeline:
         return result
 
     def _embed(self) -> EmbedResult:
-        config, storage = self.config.embed, self.storage
+        config, storage = self.config.embed or EmbedConfig(), self.storage
         with self._stage("embed") as told:
             if config.model is None:
                 result = embed(config, storage, stored_model(storage, trained(storage).best))

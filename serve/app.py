@@ -24,9 +24,11 @@ from serve.config import EncoderConfig, ServeFile
 from serve.embeddings import embeddings
 from serve.encoders import Encoder
 from serve.errors import ApiError
+from serve.index import Index, IndexFiles, find_index
 from serve.inputs import EmbeddingsRequest, parse_request
 from serve.keys import Keys
 from serve.models import find_model
+from serve.searching import Searcher, SearchRequest
 from serve.towers import Handle, Towers
 
 logger = logging.getLogger(__name__)
@@ -42,10 +44,20 @@ class Ingress:
     Args:
         config: of the endpoint.
         image, text: the towers.
+        files: that are searched, if there are any.
+        index: that searches them.
     """
 
-    def __init__(self, config: ServeFile, image: Handle, text: Handle) -> None:
+    def __init__(
+        self,
+        config: ServeFile,
+        image: Handle,
+        text: Handle,
+        files: IndexFiles | None,
+        index: Handle | None,
+    ) -> None:
         self.config = config.serve
+        self.searcher = Searcher(files, index)
         self.towers = Towers(image, text)
         self.keys = Keys()
 
@@ -64,6 +76,7 @@ class Ingress:
         for path, shape, method in (
             ("/v1/embeddings", EmbeddingsRequest, self.embeddings),
             ("/v1/classify", ClassifyRequest, self.classify),
+            ("/v1/search", SearchRequest, self.search),
         ):
             content = {"application/json": {"schema": shape.model_json_schema()}}
             told = {"requestBody": {"content": content, "required": True}}
@@ -82,6 +95,11 @@ class Ingress:
         """How well each label fits an image."""
         asked = parse_request(ClassifyRequest, await self._body(request))
         return await classify(asked, self.towers, self.config.limits)
+
+    async def search(self, request: Request) -> Response:
+        """The pairs whose images are nearest to a text or an image."""
+        asked = parse_request(SearchRequest, await self._body(request))
+        return await self.searcher.search(asked, self.towers, self.config.limits)
 
     async def models(self) -> Response:
         """The served model."""
@@ -159,9 +177,16 @@ def application(arguments: dict[str, str]) -> serve.Application:
 
 
 def build(config: ServeFile) -> serve.Application:
-    """The application; raises ModelError if there is no model to serve, ValueError if no key."""
+    """The application.
+
+    Raises:
+        ModelError: there is no model to serve.
+        SearchError: what is to be searched cannot be read.
+        ValueError: there are to be keys, and there are none.
+    """
     Keys()
     place = find_model(config)
+    files = find_index(config)
     image, text = (
         _deployment(tower, getattr(config.serve, tower)).bind(tower, config, place)
         for tower in ("image", "text")
@@ -173,7 +198,8 @@ def build(config: ServeFile) -> serve.Application:
         max_ongoing_requests=ingress.max_ongoing,
         ray_actor_options={"num_cpus": ingress.cpus},
     )(Ingress)
-    return deployment.bind(config, image, text)
+    index = _index(files).bind(files) if files is not None else None
+    return deployment.bind(config, image, text, files, index)
 
 
 def _deployment(tower: str, config: EncoderConfig) -> serve.Deployment:
@@ -191,6 +217,16 @@ def _deployment(tower: str, config: EncoderConfig) -> serve.Deployment:
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
         **scaling,
     )(Encoder)
+
+
+def _index(files: IndexFiles) -> serve.Deployment:
+    settings = files.settings
+    return serve.deployment(
+        name="index",
+        max_ongoing_requests=settings.max_ongoing,
+        max_queued_requests=settings.max_queued,
+        ray_actor_options={"num_cpus": settings.cpus},
+    )(Index)
 
 
 def error_response(error: ApiError) -> Response:

@@ -60,6 +60,18 @@ class IngressConfig(BaseConfig):
     max_ongoing: PositiveInt = Field(1024, description="requests in a replica at once")
 
 
+class SearchConfig(BaseConfig):
+    """What is searched."""
+
+    data: str = Field("test", description="the data set that `rwkv-clip embed` embedded")
+    text: str = Field("caption", description="its column of texts that results show")
+    results: PositiveInt = Field(100, description="that a search gives at most")
+    picture_side: PositiveInt = Field(160, description="of a result's picture, in pixels")
+    cpus: float = Field(0.5, ge=0, description="that the index holds")
+    max_ongoing: PositiveInt = Field(64, description="searches at once")
+    max_queued: PositiveInt = Field(512, description="searches that wait; 429 answers more")
+
+
 class ServeConfig(BaseConfig):
     """The endpoint."""
 
@@ -75,6 +87,9 @@ class ServeConfig(BaseConfig):
     ingress: IngressConfig = IngressConfig()
     image: EncoderConfig = EncoderConfig()
     text: EncoderConfig = EncoderConfig()
+    search: SearchConfig | None = Field(
+        SearchConfig(), description="what is searched if its vectors are there; null for nothing"
+    )
     docs: bool = Field(True, description="whether /docs and /openapi.json are open")
 
 

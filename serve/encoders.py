@@ -28,12 +28,14 @@ class ModelCard:
 
     Attributes:
         name, version: as in `ModelPlace`.
+        digest: SHA-256 of its weights' file.
         dimensions: of an embedding.
         scale: that similarities are multiplied by before a softmax.
     """
 
     name: str
     version: str
+    digest: str
     dimensions: int
     scale: float
 
@@ -89,12 +91,11 @@ class Encoder:
         self.device = torch.device("cuda" if settings.gpus and torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads)
-        model = load_model(place, config.s3()).to(self.device)
+        loaded, digest = load_model(place, config.s3())
+        self.model = model = loaded.to(self.device)
         check_model(model)
-        self.model = model
-        self.card = ModelCard(
-            place.name, place.version, model.config.embed_dim, float(model.logit_scale.exp())
-        )
+        scale = float(model.logit_scale.exp())
+        self.card = ModelCard(place.name, place.version, digest, model.config.embed_dim, scale)
         self.batch = settings.batch
         self.workers = ThreadPoolExecutor(settings.decode_threads, "preprocess")
         self.runner = ThreadPoolExecutor(1, "model")  # which keeps the event loop free

@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from rwkv_clip.model import RWKVCLIP, load_checkpoint
 from rwkv_clip.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError
 from serve.config import S3Section, ServeFile
+from serve.files import open_filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +76,17 @@ def find_model(config: ServeFile) -> ModelPlace:
     return ModelPlace(name, str(version), f"models:/{name}/{version}", uri)
 
 
-def load_model(place: ModelPlace, s3: S3Section) -> RWKVCLIP:
-    """The model in evaluation mode, on the CPU.
+def load_model(place: ModelPlace, s3: S3Section) -> tuple[RWKVCLIP, str]:
+    """The model in evaluation mode, on the CPU, and the SHA-256 of its weights' file.
 
     Raises:
         ModelError: it cannot be fetched, or is no model of this program.
     """
     try:
         with _fetched(place, s3) as folder:
-            return load_checkpoint(folder).eval()
+            with (folder / WEIGHTS_FILE).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return load_checkpoint(folder).eval(), digest
     except (CheckpointError, MlflowException, OSError) as error:
         raise ModelError(f"{place.uri} cannot be loaded: {error}") from error
 
@@ -134,21 +137,9 @@ def _beside(config: ServeFile) -> str:
     return f"sqlite:///{file}"
 
 
-def _filesystem(uri: str, s3: S3Section) -> tuple[pafs.FileSystem, str]:
-    if uri.startswith("s3://"):
-        return (
-            pafs.S3FileSystem(endpoint_override=s3.endpoint, region=s3.region),
-            uri.removeprefix("s3://"),
-        )
-    if "://" in uri:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-        return filesystem, path
-    return pafs.LocalFileSystem(), str(Path(uri).resolve())
-
-
 def _in_folder(uri: str, s3: S3Section) -> ModelPlace:
     try:
-        filesystem, folder = _filesystem(uri, s3)
+        filesystem, folder = open_filesystem(uri, s3)
         with filesystem.open_input_stream(f"{folder}/{WEIGHTS_FILE}") as stream:
             digest = hashlib.sha256()
             while block := stream.read(1 << 24):
@@ -169,7 +160,7 @@ def _fetched(place: ModelPlace, s3: S3Section) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="rwkv-clip-") as folder:
         if place.tracking_uri is None:
-            filesystem, path = _filesystem(place.uri, s3)
+            filesystem, path = open_filesystem(place.uri, s3)
             for file in (CONFIG_FILE, WEIGHTS_FILE):
                 pafs.copy_files(f"{path}/{file}", f"{folder}/{file}", source_filesystem=filesystem)
             yield Path(folder)

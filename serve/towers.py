@@ -29,26 +29,28 @@ class Towers:
     async def card(self) -> ModelCard:
         """What is served; raises ApiError as long as nothing is."""
         if self._card is None:
-            self._card = await self._call("text", "describe")
+            self._card = await call(self.handles["text"], "text", "describe")
         return self._card
 
     async def encode(self, tower: Tower, items: Sequence[bytes | str]) -> Encoded:
         """Embed encoded images, or texts; raises ApiError if the tower cannot be reached."""
-        answer: Encoded = await self._call(tower, "encode", items)
+        answer: Encoded = await call(self.handles[tower], tower, "encode", items)
         return answer
 
-    async def _call(self, tower: Tower, method: str, *arguments: Any) -> Any:
-        try:
-            return await getattr(self.handles[tower], method).remote(*arguments)
-        except BackPressureError:
-            raise ApiError(
-                429, "overloaded", "too many requests wait; send this one again later"
-            ) from None
-        except (DeploymentUnavailableError, RayServeException) as error:
-            logger.warning("the %s tower is away: %s", tower, type(error).__name__)
-            raise ApiError(
-                503, "unavailable", f"the {tower} encoder is not there now; send it again later"
-            ) from None
+
+async def call(handle: Handle, told: str, method: str, *arguments: Any) -> Any:
+    """A deployment's answer; raises ApiError where it has none."""
+    try:
+        return await getattr(handle, method).remote(*arguments)
+    except BackPressureError:
+        raise ApiError(
+            429, "overloaded", "too many requests wait; send this one again later"
+        ) from None
+    except (DeploymentUnavailableError, RayServeException) as error:
+        logger.warning("%s is away: %s", told, type(error).__name__)
+        raise ApiError(
+            503, "unavailable", f"the {told} deployment is not there now; send it again later"
+        ) from None
 
 
 def check_model(asked: str | None, card: ModelCard) -> None:

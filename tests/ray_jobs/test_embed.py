@@ -74,6 +74,9 @@ def test_vectors_are_the_library_s_and_a_stopped_run_does_what_is_missing(storag
     assert embed(CONFIG, storage, source).resumed
     with pytest.raises(EmbedError, match="of another model or of other data"):
         embed(CONFIG.model_copy(update={"text": None}), storage, source)
+    anew = embed(CONFIG.model_copy(update={"text": None, "replace": True}), storage, source)
+    assert (anew.rows, anew.resumed) == (120, False)
+    assert storage.read_table(files[0]).column_names == ["id", "image_embedding"]
 
 
 def test_a_model_of_the_registry_is_embedded_with(storage, tmp_path):

@@ -9,6 +9,10 @@ import pytest
 import torch
 from ray import serve
 
+from ray_jobs.embed import EmbedConfig, embed
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.storage import Storage
+from ray_jobs.tracking.source import stored_model
 from rwkv_clip.model import RWKVCLIP, create_model, load_checkpoint, save_checkpoint
 from serve.app import build
 from serve.command import start
@@ -36,7 +40,21 @@ def model(checkpoint: Path) -> RWKVCLIP:
 
 
 @pytest.fixture(scope="session")
-def endpoint(ray_cluster: None, checkpoint: Path) -> Iterator[str]:
+def searched(
+    ray_cluster: None, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Storage:
+    """A storage with pairs and their vectors."""
+    storage = Storage.at(tmp_path_factory.mktemp("searched"))
+    source = {"kind": "emoji", "vendor": "twemoji", "limit": 80, "unit_rows": 40}
+    config = {"source": source, "cpus_per_task": 0.2, "row_group_rows": 16}
+    ingest(IngestConfig.model_validate(config), storage, "test")
+    model = stored_model(Storage.at(checkpoint), "", "small")
+    embed(EmbedConfig(batch=32, cpus_per_worker=0.2), storage, model)
+    return storage
+
+
+@pytest.fixture(scope="session")
+def endpoint(ray_cluster: None, checkpoint: Path, searched: Storage) -> Iterator[str]:
     """Its address."""
     tower = {"cpus": 0.2, "batch": 8}
     settings = {
@@ -45,8 +63,9 @@ def endpoint(ray_cluster: None, checkpoint: Path) -> Iterator[str]:
         "limits": {"body_bytes": 2_000_000, "items": 20, "image_bytes": 500_000},
         "image": tower,
         "text": tower,
+        "search": {"cpus": 0.1, "results": 30},
     }
-    config = ServeFile.model_validate({"serve": settings})
+    config = ServeFile.model_validate({"storage": {"uri": searched.uri}, "serve": settings})
     start(config.serve)
     serve.run(build(config), name="rwkv-clip")
     yield f"http://127.0.0.1:{config.serve.port}"

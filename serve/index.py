@@ -1,0 +1,206 @@
+"""The deployment that searches: the vectors of `rwkv-clip embed` and a product of matrices."""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from rwkv_clip.transforms import ImageDecodeError, small_picture
+from serve.config import SearchConfig, ServeFile, StorageSection
+from serve.files import open_filesystem
+
+logger = logging.getLogger(__name__)
+
+
+class SearchError(ValueError):
+    """There is nothing to search in; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class IndexFiles:
+    """Vectors of a data set, that are complete.
+
+    Attributes:
+        storage: that holds them.
+        settings: how they are searched.
+        parts: the names of the Parquet files, without their suffix.
+        model: the digest of the weights that made them.
+    """
+
+    storage: StorageSection
+    settings: SearchConfig
+    parts: tuple[str, ...]
+    model: str
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A pair that was found.
+
+    Attributes:
+        id, text: the pair's.
+        score: the cosine of the angle to the query.
+        picture: JPEG, if it was asked for.
+    """
+
+    id: str
+    text: str
+    score: float
+    picture: bytes | None = None
+
+
+def find_index(config: ServeFile) -> IndexFiles | None:
+    """The vectors that a configuration means; None if it wants none or there are none.
+
+    Raises:
+        SearchError: the storage cannot be read.
+    """
+    search, storage = config.serve.search, config.storage
+    if search is None or storage is None:
+        return None
+    try:
+        filesystem, root = open_filesystem(storage.uri, config.s3())
+        with filesystem.open_input_stream(f"{root}/vectors/{search.data}/manifest.json") as file:
+            told = json.loads(file.read())
+        folder = pafs.FileSelector(f"{root}/vectors/{search.data}")
+        names = [info.base_name for info in filesystem.get_file_info(folder)]
+        parts = sorted(
+            name.removesuffix(".parquet")
+            for name in names
+            if name.startswith("part-") and name.endswith(".parquet")
+        )
+        return IndexFiles(storage, search, tuple(parts), told["run"]["model"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SearchError(
+            f"serve.search: vectors/{search.data} of the storage cannot be read: {error}; run "
+            "`rwkv-clip embed` again, or set serve.search to null"
+        ) from error
+
+
+class Index:
+    """All vectors of a data set in memory, searched exactly.
+
+    Args:
+        files: that are searched.
+    """
+
+    def __init__(self, files: IndexFiles) -> None:
+        self.settings = files.settings
+        self.filesystem, self.root = open_filesystem(files.storage.uri, files.storage.s3)
+        self.parts = files.parts
+        loaded = [self._load(part) for part in files.parts]
+        self.vectors = np.concatenate([vectors for vectors, _ in loaded])
+        self.about = pa.concat_tables([about for _, about in loaded])
+        self.part_of = np.repeat(np.arange(len(loaded)), [len(about) for _, about in loaded])
+        self.threads = ThreadPoolExecutor(2, "search")
+
+    async def search(self, query: npt.NDArray[np.float32], results: int) -> list[Hit]:
+        """The pairs whose images are nearest to a vector [D], the nearest first."""
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self.threads, self._search, query, results)
+
+    async def search_with_pictures(self, query: npt.NDArray[np.float32], results: int) -> list[Hit]:
+        """The same, each with a small picture."""
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self.threads, self._search, query, results, True)
+
+    def _search(
+        self, query: npt.NDArray[np.float32], results: int, pictures: bool = False
+    ) -> list[Hit]:
+        scores = self.vectors @ query
+        results = min(results, len(scores))
+        best = np.argpartition(-scores, results - 1)[:results]
+        best = best[np.argsort(-scores[best], kind="stable")]
+        about = self.about.take(pa.array(best))
+        shown = self._pictures(best, about["row"].to_numpy()) if pictures else [None] * results
+        texts = [text or "" for text in about["text"].to_pylist()]
+        ids = about["id"].to_pylist()
+        values = scores[best].tolist()
+        return [Hit(*hit) for hit in zip(ids, texts, values, shown, strict=True)]
+
+    def _pictures(
+        self, places: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> list[bytes | None]:
+        """Small pictures of pairs; None for one that cannot be had."""
+        found: list[bytes | None] = [None] * len(places)
+        owners = self.part_of[places]
+        for part in np.unique(owners):
+            wanted = np.flatnonzero(owners == part)
+            try:
+                images = self._images(self.parts[part], rows[wanted])
+            except (OSError, pa.ArrowException) as error:
+                logger.warning("pictures of %s cannot be read: %s", self.parts[part], error)
+                continue
+            for at, image in zip(wanted, images, strict=True):
+                found[at] = _jpeg(image, self.settings.picture_side)
+        return found
+
+    def _images(self, part: str, rows: npt.NDArray[np.int64]) -> list[bytes]:
+        path = f"{self.root}/pairs/{self.settings.data}/{part}.parquet"
+        with pq.ParquetFile(self.filesystem.open_input_file(path)) as file:
+            counts = [
+                file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)
+            ]
+            ends = np.cumsum(counts)
+            groups = np.searchsorted(ends, rows, side="right")
+            images: dict[int, bytes] = {}
+            for group in np.unique(groups):
+                column = file.read_row_group(int(group), columns=["image"])["image"]
+                begin = int(ends[group]) - counts[group]
+                for row in rows[groups == group]:
+                    images[int(row)] = column[int(row) - begin].as_py()
+            return [images[int(row)] for row in rows]
+
+    def _load(self, part: str) -> tuple[npt.NDArray[np.float32], pa.Table]:
+        """Vectors [n, D] of a part, and of each its pair's id, text and row."""
+        vectors = self._read("vectors", part, ["id", "image_embedding"])
+        pairs = self._read("pairs", part, ["id", self.settings.text])
+        column = vectors["image_embedding"].combine_chunks()
+        size = column.type.list_size
+        matrix = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+        rows = pc.index_in(vectors["id"], pairs["id"].combine_chunks())
+        about = {"id": vectors["id"], "text": pairs[self.settings.text].take(rows), "row": rows}
+        return matrix.astype(np.float32, copy=False), pa.table(about)
+
+    def _read(self, kind: str, part: str, columns: Sequence[str]) -> pa.Table:
+        path = f"{self.root}/{kind}/{self.settings.data}/{part}.parquet"
+        with self.filesystem.open_input_file(path) as file:
+            return pq.read_table(file, columns=list(columns))
+
+
+def _jpeg(image: bytes, side: int) -> bytes | None:
+    try:
+        picture = small_picture(image, side)
+    except ImageDecodeError:
+        return None
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=85)
+    return out.getvalue()
+
+
+def told(hit: Hit, index: int) -> dict[str, Any]:
+    """A hit as the answer gives it."""
+    answer: dict[str, Any] = {
+        "object": "result",
+        "index": index,
+        "id": hit.id,
+        "score": hit.score,
+        "text": hit.text,
+    }
+    if hit.picture is not None:
+        answer["image"] = "data:image/jpeg;base64," + base64.b64encode(hit.picture).decode()
+    return answer

@@ -1,0 +1,75 @@
+"""`/v1/search`: the nearest pairs of an embedded data set, with their pictures."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ray_jobs.storage import Storage
+from ray_jobs.training.batches import PairFiles
+from rwkv_clip import image_transform, tokenize
+from serve.config import ServeFile
+from serve.index import find_index
+from tests.serve.small import data_uri
+
+
+@pytest.fixture(scope="module")
+def pairs(searched: Storage) -> list[dict[str, object]]:
+    return PairFiles.of(searched, "test").take(np.arange(80))
+
+
+def test_a_text_finds_the_images_that_are_nearest(client, model, pairs):
+    with torch.inference_mode():
+        transform = image_transform(model.config)
+        images = model.encode_image(torch.stack([transform(pair["image"]) for pair in pairs]))
+        query = model.encode_text(tokenize(["a red heart"], model.config.context_length))
+    scores = (images @ query[0]).numpy()
+    answer = client.post("/v1/search", json={"input": "a red heart", "limit": 30})
+    assert answer.status_code == 200, answer.text
+    data = answer.json()["data"]
+    found = [one["score"] for one in data]
+    np.testing.assert_allclose(found, np.sort(scores)[::-1][:30], atol=1e-5)
+    by_id = {pair["id"]: (at, pair["caption"]) for at, pair in enumerate(pairs)}
+    for one in data:
+        at, caption = by_id[one["id"]]
+        assert one["score"] == pytest.approx(scores[at], abs=1e-5)
+        assert one["text"] == caption
+    assert "image" not in data[0]
+
+
+def test_an_image_finds_itself_and_its_picture(client, pairs):
+    for at in (0, 39, 40, 79):
+        body = {"input": data_uri(pairs[at]["image"]), "limit": 3, "with_images": True}
+        data = client.post("/v1/search", json=body).json()["data"]
+        assert data[0]["id"] == pairs[at]["id"]
+        assert data[0]["score"] == pytest.approx(1, abs=1e-5)
+        content = base64.b64decode(data[0]["image"].removeprefix("data:image/jpeg;base64,"))
+        shown = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), float)
+        drawn = Image.open(io.BytesIO(pairs[at]["image"])).convert("RGBA")
+        white = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn)
+        expected = np.asarray(white.convert("RGB").resize(shown.shape[1::-1]), float)
+        assert np.abs(shown - expected).mean() < 12
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"input": ""}, 400, "input"),
+        ({"input": "x", "limit": 0}, 400, "limit"),
+        ({"input": "x", "limit": 31}, 400, "limit"),
+        ({"input": 7}, 400, "input"),
+    ],
+)
+def test_a_bad_request_is_told_by_its_key(client, body, status, param):
+    answer = client.post("/v1/search", json=body)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_without_vectors_there_is_no_index(tmp_path, searched):
+    assert find_index(ServeFile.model_validate({"storage": {"uri": str(tmp_path)}})) is None
+    off = {"storage": {"uri": searched.uri}, "serve": {"search": None}}
+    assert find_index(ServeFile.model_validate(off)) is None
