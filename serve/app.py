@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from ray import serve
 from ray.serve.config import AutoscalingConfig
@@ -35,6 +36,11 @@ logger = logging.getLogger(__name__)
 
 Answer = Callable[[Request], Awaitable[Response]]
 RETRY_SECONDS = 1
+PAGE = Path(__file__).parent / "page"
+_CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @serve.ingress()
@@ -81,6 +87,8 @@ class Ingress:
             content = {"application/json": {"schema": shape.model_json_schema()}}
             told = {"requestBody": {"content": content, "required": True}}
             app.post(path, openapi_extra=told)(method)
+        app.get("/", include_in_schema=False)(_page)
+        app.mount("/page", StaticFiles(directory=PAGE))
         app.get("/v1/models")(self.models)
         app.get("/healthz")(self.healthz)
         app.get("/readyz")(self.readyz)
@@ -227,6 +235,11 @@ def _index(files: IndexFiles) -> serve.Deployment:
         max_queued_requests=settings.max_queued,
         ray_actor_options={"num_cpus": settings.cpus},
     )(Index)
+
+
+async def _page() -> Response:
+    """The search page; what it loads comes from here alone."""
+    return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": _CONTENT_POLICY})
 
 
 def error_response(error: ApiError) -> Response:
