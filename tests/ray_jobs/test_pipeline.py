@@ -37,7 +37,8 @@ def config_file(folder: Path, **changes: object) -> Path:
 
 
 def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster, tmp_path, capsys):
-    config = load_config(PipelineConfig, config_file(tmp_path, baseline=BASELINE))
+    file = config_file(tmp_path, baseline=BASELINE, embed={"cpus_per_worker": 0.2})
+    config = load_config(PipelineConfig, file)
     storage = Storage(config.storage)
     first = pipeline(config, storage)
     assert first.evaluation is not None
@@ -49,6 +50,8 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster
     assert example["similarity"] == sorted(example["similarity"], reverse=True)
     vectors = storage.read_table("evaluation/test/embeddings/part-00000.parquet")
     assert vectors.num_rows == 120
+    embedded = storage.read_table("vectors/test/part-00000.parquet", ["image_embedding"])
+    assert len(embedded) > 0
     assert first.baseline is not None
     assert first.baseline.metrics != first.evaluation.metrics
     assert first.registered is not None
