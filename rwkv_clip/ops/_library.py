@@ -3,10 +3,16 @@
 `torch.ops.rwkv_clip.wkv6` and `.wkv6_backward` exist afterwards, with the same schemas, whether the
 library was built or not, and on every device, whether the library has kernels for it or not.
 RWKV_CLIP_NO_LIBRARY=1 leaves the library alone, to compare or to rule it out.
+
+Code that was sent to a cluster without its library, as in a job's working directory, hides the
+package that is installed there; it takes that package's library, so that no worker ever compiles.
 """
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,7 +23,8 @@ from rwkv_clip.ops import reference
 
 logger = logging.getLogger(__name__)
 
-LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
+PACKAGE = Path(__file__).resolve().parent.parent
+NAME = "_C.so"
 # What this version of the code expects of the library.
 COMPILED = (
     *("wkv6", "wkv6_backward", "cpu_isa", "has_cuda"),
@@ -45,6 +52,7 @@ class BuildInfo(TypedDict):
     reason: str | None
 
 
+_library = PACKAGE / NAME
 _reason: str | None = None
 _registrations: list[torch.library.Library] = []  # which live as long as these do
 _devices_told: set[str] = set()
@@ -75,26 +83,40 @@ def build_info() -> BuildInfo:
     capability = CAPABILITIES[torch.ops.rwkv_clip.cpu_isa()]
     cuda = bool(torch.ops.rwkv_clip.has_cuda())
     return BuildInfo(
-        library=str(LIBRARY), cpu=True, cuda=cuda, cpu_capability=capability, reason=None
+        library=str(_library), cpu=True, cuda=cuda, cpu_capability=capability, reason=None
     )
 
 
 def _try_library() -> str | None:
     """None once the library is loaded, otherwise why it is not."""
+    global _library
     if os.environ.get("RWKV_CLIP_NO_LIBRARY") == "1":
         return "RWKV_CLIP_NO_LIBRARY is 1"
-    if not LIBRARY.is_file():
-        return f"{LIBRARY} was not built"
+    if not _library.is_file():
+        _library = next(filter(Path.is_file, _hidden()), _library)
+    if not _library.is_file():
+        return f"{_library} was not built"
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(_library))
     except OSError as error:
-        return f"{LIBRARY} cannot be loaded ({error})"
+        return f"{_library} cannot be loaded ({error})"
     if absent := [name for name in COMPILED if not hasattr(torch.ops.rwkv_clip, name)]:
         raise ImportError(
-            f"{LIBRARY} is of another version, without {', '.join(absent)}: "
+            f"{_library} is of another version, without {', '.join(absent)}: "
             "build it again by python -m rwkv_clip._build"
         )
     return None
+
+
+def _hidden() -> Iterator[Path]:
+    """Where the libraries of installed packages would be that this code stands before."""
+    for finder in sys.meta_path:
+        # Python stops at the first entry that has the package; those behind it are meant here.
+        places = [[entry] for entry in sys.path] if finder is PathFinder else [None]
+        for place in places:
+            spec = finder.find_spec(PACKAGE.name, place)
+            if spec is not None and spec.origin is not None:
+                yield Path(spec.origin).with_name(NAME)
 
 
 def _define_fallback() -> None:
@@ -113,7 +135,7 @@ def _tell_once(device: str) -> None:
             "WKV6 on %s runs through its reference, correct but slow: %s has no kernels for it. "
             "To build them: RWKV_CLIP_CUDA=1 python -m rwkv_clip._build",
             device,
-            LIBRARY,
+            _library,
         )
 
 

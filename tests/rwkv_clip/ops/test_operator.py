@@ -278,6 +278,26 @@ print(build_info()["reason"])
     assert answer.stderr.count("rwkv_clip._build") == 1
 
 
+def test_code_without_a_library_takes_that_of_the_package_it_hides(tmp_path):
+    if not build_info()["library"]:
+        pytest.skip("the library is not built")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(ROOT / "rwkv_clip", tmp_path / "rwkv_clip", ignore=ignore)
+    installed = tmp_path / "installed" / "rwkv_clip"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("raise ImportError('this is the hidden one')")
+    shutil.copy(str(build_info()["library"]), installed / "_C.so")
+    program = f"""
+import sys
+sys.path.append({str(installed.parent)!r})
+from rwkv_clip.ops import build_info
+import rwkv_clip
+print(rwkv_clip.__file__, build_info()["library"], build_info()["cpu"])
+"""
+    told = python(program, tmp_path).stdout.split()
+    assert told == [str(tmp_path / "rwkv_clip/__init__.py"), str(installed / "_C.so"), "True"]
+
+
 def test_importing_the_operators_is_enough_for_torch_ops():
     assert rwkv_clip.ops.wkv6 is wkv6
     program = "import torch, rwkv_clip.ops; print(torch.ops.rwkv_clip.wkv6.default._schema)"
