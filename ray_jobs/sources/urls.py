@@ -16,7 +16,6 @@ import asyncio
 import concurrent.futures
 import email.utils
 import hashlib
-import ipaddress
 import random
 import socket
 import threading
@@ -34,6 +33,7 @@ from yarl import URL
 from ray_jobs.sources.base import ColumnsConfig, FilesConfig, Raw, Rejected, Unit, require_text
 from ray_jobs.sources.lists import column_names, list_units, read_list
 from ray_jobs.sources.parquet import id_text
+from rwkv_clip import addresses
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -260,7 +260,7 @@ class Downloader:
             raise DownloadError("download_refused", f"{text[:80]!r} is no URL: {error}") from error
         if url.scheme not in ("http", "https") or not host:
             raise DownloadError("download_refused", f"{text[:80]!r} is no http or https URL")
-        if not self.config.allow_private and not _may_be_public(host):
+        if not self.config.allow_private and not addresses.may_be_public(host):
             raise DownloadError("download_refused", f"{host} is a private address")
         return url.with_user(None)
 
@@ -278,25 +278,13 @@ class _PublicResolver(AbstractResolver):
         found = await self._inner.resolve(host, port, family)
         if self._allow_private:
             return found
-        public = [result for result in found if is_public(result["host"])]
+        public = [result for result in found if addresses.is_public(result["host"])]
         if not public:
             raise DownloadError("download_refused", f"{host} has private addresses only")
         return public
 
     async def close(self) -> None:
         await self._inner.close()
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is the internet's; one that carries another counts as that."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        carried = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if carried is None and ip in _NAT64:
-            carried = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if carried is not None:
-            return is_public(str(carried))
-    return ip.is_global and not ip.is_multicast
 
 
 def is_image(content: bytes | bytearray) -> bool:
@@ -319,18 +307,9 @@ def retry_after(header: str | None, now: float | None = None) -> float:
     return max(0.0, date.timestamp() - (time.time() if now is None else now))
 
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _SIGNATURES = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\x00", b"MM\x00*",
 )  # fmt: skip
-
-
-def _may_be_public(host: str) -> bool:
-    """False for an IP address that is not; names are for the resolver to check."""
-    try:
-        return is_public(host)
-    except ValueError:
-        return True
 
 
 def _asks_not_to(headers: list[str]) -> bool:

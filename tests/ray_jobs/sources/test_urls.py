@@ -17,7 +17,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source
-from ray_jobs.sources.urls import is_public, retry_after
+from ray_jobs.sources.urls import retry_after
+from rwkv_clip.addresses import is_public
 
 Png = Callable[[int], bytes]
 QUICK = {
@@ -284,7 +285,7 @@ def test_a_redirect_to_a_private_address_is_refused(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "ray_jobs.sources.urls.is_public",
+        "rwkv_clip.addresses.is_public",
         lambda address: address == "127.0.0.1" or is_public(address),
     )
     (row,) = download(tmp_path, [server.url("/tometadata")], allow_private=False)
