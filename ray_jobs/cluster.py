@@ -8,11 +8,10 @@ import logging
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import ray
 import ray.data
@@ -65,8 +64,8 @@ def connected(config: RayConfig) -> Iterator[Path]:
 
 
 def _logs() -> Path:
-    session = ray.get_runtime_context().get_session_name()
-    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", session, "logs")
+    node: Any = ray._private.worker.global_worker.node  # which knows the cluster's own folder
+    return Path(node.get_logs_dir_path())
 
 
 def quieten() -> None:
@@ -78,7 +77,7 @@ def quieten() -> None:
         for handler in logging.getLogger(name).handlers:
             if type(handler).__name__ != "SessionFileHandler":
                 handler.setLevel(logging.ERROR)
-    for name in ("alembic", "mlflow", "vllm"):
+    for name in ("alembic", "mlflow", "ray.dashboard", "vllm"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Ray counts processes that hold next to no CPU as too many.
     ray_logging.stderr_deduplicator.skip_re = re.compile(
