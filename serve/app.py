@@ -6,41 +6,49 @@
 import asyncio
 import io
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from ray import serve
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from starlette.exceptions import HTTPException
 
 from rwkv_clip._version import __version__
 from rwkv_clip.config import load_config
+from serve.bodies import Bodies
 from serve.classification import ClassifyRequest, classify
-from serve.config import EncoderConfig, ServeFile
+from serve.config import EncoderConfig, ServeConfig, ServeFile
 from serve.embeddings import embeddings
 from serve.encoders import Encoder
 from serve.errors import ApiError
 from serve.index import Index, IndexFiles, find_index
-from serve.inputs import EmbeddingsRequest, parse_request
+from serve.inputs import EmbeddingsRequest, Reader, Shape, parse_request
 from serve.keys import Keys
+from serve.metrics import RequestMetrics, gathered
 from serve.models import find_model
+from serve.remote import Fetcher
 from serve.searching import Searcher, SearchRequest
-from serve.towers import Handle, Towers
+from serve.succession import TOWERS, Director
+from serve.towers import Handle, Served, Towers
 
 logger = logging.getLogger(__name__)
 
 Answer = Callable[[Request], Awaitable[Response]]
+Work = Callable[[Any, Served, Reader], Awaitable[Response]]
 RETRY_SECONDS = 1
 PAGE = Path(__file__).parent / "page"
 _CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_MORE = 64  # requests that an ingress takes in to tell them that there are too many
+_LONGER = 5.0  # seconds that Serve waits after an answer should have been there
 
 
 @serve.ingress()
@@ -49,6 +57,7 @@ class Ingress:
 
     Args:
         config: of the endpoint.
+        director: says which model is served.
         image, text: the towers.
         files: that are searched, if there are any.
         index: that searches them.
@@ -57,15 +66,21 @@ class Ingress:
     def __init__(
         self,
         config: ServeFile,
+        director: Handle,
         image: Handle,
         text: Handle,
         files: IndexFiles | None,
         index: Handle | None,
     ) -> None:
         self.config = config.serve
+        limits, remote = self.config.limits, self.config.remote
+        self.towers = Towers(director, image, text)
         self.searcher = Searcher(files, index)
-        self.towers = Towers(image, text)
+        self.reader = Reader(limits, Fetcher(remote, limits.image_bytes) if remote else None)
+        self.bodies = Bodies(limits.body_bytes, limits.bodies_bytes)
         self.keys = Keys()
+        self.metrics = RequestMetrics()
+        self.ongoing = 0
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The routes."""
@@ -77,41 +92,36 @@ class Ingress:
             redoc_url=None,
             openapi_url="/openapi.json" if open_docs else None,
         )
-        app.middleware("http")(self._around)
         app.add_exception_handler(HTTPException, _http_error)
-        for path, shape, method in (
-            ("/v1/embeddings", EmbeddingsRequest, self.embeddings),
-            ("/v1/classify", ClassifyRequest, self.classify),
-            ("/v1/search", SearchRequest, self.search),
-        ):
-            content = {"application/json": {"schema": shape.model_json_schema()}}
-            told = {"requestBody": {"content": content, "required": True}}
-            app.post(path, openapi_extra=told)(method)
+        app.post("/v1/embeddings", **_told(EmbeddingsRequest, "Vectors of texts and images"))(
+            self._v1("/v1/embeddings", EmbeddingsRequest, embeddings)
+        )
+        app.post("/v1/classify", **_told(ClassifyRequest, "How well each label fits an image"))(
+            self._v1("/v1/classify", ClassifyRequest, classify)
+        )
+        app.post("/v1/search", **_told(SearchRequest, "The pairs with the nearest images"))(
+            self._v1("/v1/search", SearchRequest, self.searcher.search)
+        )
+        app.get("/v1/models", summary="The served model")(
+            self._answering("/v1/models", self.models)
+        )
+        app.get("/healthz", summary="Whether this process answers")(
+            self._answering("/healthz", self.healthz)
+        )
+        app.get("/readyz", summary="Whether both towers give embeddings")(
+            self._answering("/readyz", self.readyz)
+        )
+        if self.config.metrics:
+            app.get("/metrics", summary="Numbers for Prometheus")(
+                self._answering("/metrics", self.tell_metrics)
+            )
         app.get("/", include_in_schema=False)(_page)
         app.mount("/page", StaticFiles(directory=PAGE))
-        app.get("/v1/models")(self.models)
-        app.get("/healthz")(self.healthz)
-        app.get("/readyz")(self.readyz)
         return app
 
-    async def embeddings(self, request: Request) -> Response:
-        """Vectors of texts and images."""
-        asked = parse_request(EmbeddingsRequest, await self._body(request))
-        return await embeddings(asked, self.towers, self.config.limits)
-
-    async def classify(self, request: Request) -> Response:
-        """How well each label fits an image."""
-        asked = parse_request(ClassifyRequest, await self._body(request))
-        return await classify(asked, self.towers, self.config.limits)
-
-    async def search(self, request: Request) -> Response:
-        """The pairs whose images are nearest to a text or an image."""
-        asked = parse_request(SearchRequest, await self._body(request))
-        return await self.searcher.search(asked, self.towers, self.config.limits)
-
-    async def models(self) -> Response:
+    async def models(self, _: Request) -> Response:
         """The served model."""
-        card = await self.towers.card()
+        card = (await self.towers.served()).card
         told = {
             "id": card.name,
             "object": "model",
@@ -122,54 +132,99 @@ class Ingress:
         }
         return JSONResponse({"object": "list", "data": [told]})
 
-    async def healthz(self) -> Response:
+    async def healthz(self, _: Request) -> Response:
         """Whether this process answers."""
         return JSONResponse({"status": "ok"})
 
-    async def readyz(self) -> Response:
-        """Whether both towers give embeddings."""
-        card = await self.towers.card()
-        text, image = await asyncio.gather(
-            self.towers.encode("text", ["ready"]), self.towers.encode("image", [_dot()])
-        )
-        if not len(text.vectors) or not len(image.vectors):
-            raise ApiError(503, "not_ready", "the model gives no embeddings; see the server's log")
-        return JSONResponse({"status": "ready", "model": card.name, "model_version": card.version})
+    async def readyz(self, _: Request) -> Response:
+        """Whether both towers give embeddings, and how the model stands."""
 
-    async def _around(self, request: Request, answer: Answer) -> Response:
-        """Every error in OpenAI's shape; Serve itself gives answers their x-request-id."""
-        try:
-            if request.url.path.startswith("/v1"):
-                self.keys.check(request.headers.get("authorization"))
-            return await answer(request)
-        except ApiError as error:
-            return error_response(error)
-        except Exception:
-            number = request.headers.get("x-request-id", "without an id")
-            # The trace names the place; inputs are in no message of ours.
-            logger.exception("request %s failed", number)
-            return error_response(
-                ApiError(500, "internal", f"the server failed; its log has request {number}")
+        async def try_out(served: Served) -> Served:
+            text, image = await asyncio.gather(
+                served.encode("text", ["ready"]), served.encode("image", [_dot()])
             )
+            if not len(text.vectors) or not len(image.vectors):
+                raise ApiError(
+                    503, "not_ready", "the model gives no embeddings; see the server's log"
+                )
+            return served
 
-    async def _body(self, request: Request) -> bytes:
-        """The body; raises ApiError before it is read if it is too large or of another type."""
-        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-        if kind.lower() != "application/json":
-            raise ApiError(415, "not_json", "send JSON, with Content-Type: application/json")
-        limit = self.config.limits.body_bytes
-        too_large = ApiError(
-            413, "body_too_large", f"the body has more than {limit:,} bytes; send several requests"
-        )
-        told = request.headers.get("content-length", "")
-        if told.isdecimal() and int(told) > limit:
-            raise too_large
-        body = bytearray()
-        async for block in request.stream():
-            body += block
-            if len(body) > limit:
-                raise too_large
-        return bytes(body)
+        card = (await self.towers.through_one_model(try_out)).card
+        standing = await self.towers.standing()
+        told: dict[str, Any] = {
+            "status": "ready",
+            "model": card.name,
+            "model_version": card.version,
+        }
+        if standing.coming is not None:
+            told["loading"] = standing.coming.version
+        if standing.refused:
+            told["refused"] = [
+                {"model_version": version, "reason": reason} for version, reason in standing.refused
+            ]
+        if standing.trouble is not None:
+            told["trouble"] = standing.trouble
+        return JSONResponse(told)
+
+    async def tell_metrics(self, _: Request) -> Response:
+        """All nodes' numbers."""
+        return PlainTextResponse(await gathered(), media_type="text/plain; version=0.0.4")
+
+    def _v1(self, route: str, shape: type[Shape], work: Work) -> Answer:
+        """A route that takes a JSON object, and answers by one model."""
+
+        async def answer(request: Request) -> Response:
+            async with self.bodies.read(request) as body:
+                asked = parse_request(shape, body)
+                return await self.towers.through_one_model(
+                    lambda served: work(asked, served, self.reader)
+                )
+
+        return self._answering(route, answer)
+
+    def _answering(self, route: str, answer: Answer) -> Answer:
+        """A route with keys, a limit of time, numbers, and every error in OpenAI's shape."""
+
+        async def answering(request: Request) -> Response:
+            began = time.monotonic()
+            self.ongoing += 1
+            try:
+                response = await self._admitted(request, answer)
+            except ApiError as error:
+                response = error_response(error)
+            except Exception:
+                number = request.headers.get("x-request-id", "without an id")
+                # The trace names the place; inputs are in no message of ours.
+                logger.exception("request %s failed", number)
+                response = error_response(
+                    ApiError(500, "internal", f"the server failed; its log has request {number}")
+                )
+            finally:
+                self.ongoing -= 1
+            version = response.headers.get("x-model-version", "")
+            seconds = time.monotonic() - began
+            self.metrics.answered(route, response.status_code, version, seconds)
+            return response
+
+        return answering
+
+    async def _admitted(self, request: Request, answer: Answer) -> Response:
+        if request.url.path.startswith("/v1/"):
+            self.keys.check(request.headers.get("authorization"))
+            if self.ongoing > self.config.ingress.max_ongoing:
+                raise ApiError(
+                    429, "overloaded", "too many requests are under way; send this one again later"
+                )
+        try:
+            async with asyncio.timeout(self.config.request_seconds):
+                return await answer(request)
+        except TimeoutError:
+            raise ApiError(
+                503,
+                "timeout",
+                f"there is no answer within {self.config.request_seconds:g} seconds; send fewer "
+                "items, or send it again later",
+            ) from None
 
 
 def application(arguments: dict[str, str]) -> serve.Application:
@@ -195,35 +250,38 @@ def build(config: ServeFile) -> serve.Application:
     Keys()
     place = find_model(config)
     files = find_index(config)
-    image, text = (
-        _deployment(tower, getattr(config.serve, tower)).bind(tower, config, place)
-        for tower in ("image", "text")
-    )
-    ingress = config.serve.ingress
-    deployment = serve.deployment(
-        name="ingress",
-        num_replicas=ingress.replicas,
-        max_ongoing_requests=ingress.max_ongoing,
-        ray_actor_options={"num_cpus": ingress.cpus},
-    )(Ingress)
+    director = serve.deployment(
+        name="director", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
+    )(Director).bind(config, place)
+    image, text = (_encoder(tower, config.serve).bind(tower, config, director) for tower in TOWERS)
     index = _index(files).bind(files) if files is not None else None
-    return deployment.bind(config, image, text, files, index)
+    return _ingress(config.serve).bind(config, director, image, text, files, index)
 
 
-def _deployment(tower: str, config: EncoderConfig) -> serve.Deployment:
-    scaling: dict[str, Any] = {"num_replicas": config.replicas}
-    if config.max_replicas is not None:
-        scaling = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=config.replicas, max_replicas=config.max_replicas
-            )
-        }
+def _ingress(config: ServeConfig) -> serve.Deployment:
+    settings = config.ingress
+    return serve.deployment(
+        name="ingress",
+        # Serve's own limits are wider, so that it is we who tell that there are too many.
+        max_ongoing_requests=settings.max_ongoing + _MORE,
+        max_queued_requests=settings.max_ongoing,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
+        ray_actor_options={"num_cpus": settings.cpus},
+        graceful_shutdown_timeout_s=config.request_seconds + _LONGER,
+        **_replicas(settings.replicas, settings.max_replicas),
+    )(Ingress)
+
+
+def _encoder(tower: str, config: ServeConfig) -> serve.Deployment:
+    settings: EncoderConfig = getattr(config, tower)
     return serve.deployment(
         name=tower,
-        max_ongoing_requests=config.max_ongoing,
-        max_queued_requests=config.max_queued,
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
-        **scaling,
+        max_ongoing_requests=settings.max_ongoing,
+        max_queued_requests=settings.max_queued,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        graceful_shutdown_timeout_s=config.request_seconds + _LONGER,
+        health_check_period_s=5,
+        **_replicas(settings.replicas, settings.max_replicas),
     )(Encoder)
 
 
@@ -231,10 +289,35 @@ def _index(files: IndexFiles) -> serve.Deployment:
     settings = files.settings
     return serve.deployment(
         name="index",
+        num_replicas=settings.replicas,
         max_ongoing_requests=settings.max_ongoing,
         max_queued_requests=settings.max_queued,
         ray_actor_options={"num_cpus": settings.cpus},
     )(Index)
+
+
+def _replicas(least: int, most: int | None) -> dict[str, Any]:
+    if most is None:
+        return {"num_replicas": least}
+    return {"autoscaling_config": AutoscalingConfig(min_replicas=least, max_replicas=most)}
+
+
+def http_options(config: ServeConfig) -> dict[str, Any]:
+    """Of Serve's proxies."""
+    return {
+        "host": config.host,
+        "port": config.port,
+        "request_timeout_s": config.request_seconds + _LONGER,
+    }
+
+
+def _told(shape: type[Shape], summary: str) -> dict[str, Any]:
+    """What /docs says of a route that reads its body by itself."""
+    content = {"application/json": {"schema": shape.model_json_schema()}}
+    return {
+        "summary": summary,
+        "openapi_extra": {"requestBody": {"content": content, "required": True}},
+    }
 
 
 async def _page() -> Response:

@@ -9,10 +9,9 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from rwkv_clip.evaluation import class_embeddings
-from serve.config import LimitsConfig
 from serve.errors import ApiError
-from serve.inputs import Shape, read_picture, read_text
-from serve.towers import Towers, answered_by, check_model, timings
+from serve.inputs import Reader, Shape
+from serve.towers import Served, answer_headers, answered_by, check_model
 
 
 class ClassifyRequest(Shape):
@@ -28,8 +27,9 @@ class ClassifyRequest(Shape):
     model: str | None = Field(None, description="the served model's name, or nothing")
 
 
-async def classify(asked: ClassifyRequest, towers: Towers, limits: LimitsConfig) -> Response:
+async def classify(asked: ClassifyRequest, served: Served, reader: Reader) -> Response:
     """Probabilities of labels, the likeliest first; raises ApiError."""
+    limits = reader.limits
     prompts = len(asked.labels) * len(asked.templates)
     if prompts > limits.prompts:
         raise ApiError(
@@ -48,17 +48,16 @@ async def classify(asked: ClassifyRequest, towers: Towers, limits: LimitsConfig)
     texts = []
     for at, label in enumerate(asked.labels):
         with _told_as(f"labels.{at}"):
-            read_text(label, limits)
+            reader.text(label)
             texts += [
-                read_text(template.replace("{}", label), limits).text
-                for template in asked.templates
+                reader.text(template.replace("{}", label)).text for template in asked.templates
             ]
     with _told_as("image"):
-        image = read_picture(asked.image, limits)
-    card = await towers.card()
+        image = await reader.picture(asked.image)
+    card = served.card
     check_model(asked.model, card)
     seen, told = await asyncio.gather(
-        towers.encode("image", [image.data]), towers.encode("text", texts)
+        served.encode("image", [image.data]), served.encode("text", texts)
     )
     if seen.failures:
         raise ApiError(400, "broken_image", f"image: {seen.failures[0]}", "image")
@@ -81,7 +80,7 @@ async def classify(asked: ClassifyRequest, towers: Towers, limits: LimitsConfig)
             ],
             **answered_by(card, seen.tokens + told.tokens),
         },
-        headers=timings([seen, told]),
+        headers=answer_headers(card, [seen, told]),
     )
 
 

@@ -12,8 +12,9 @@ import ray
 from ray import serve
 
 from rwkv_clip.config import add_config_options, config_from_args
-from serve.app import build
+from serve.app import build, http_options
 from serve.config import ServeConfig, ServeFile
+from serve.traces import tracing
 
 SUMMARY = "serve image and text embeddings over HTTP"
 APPLICATION = "rwkv-clip"
@@ -59,11 +60,8 @@ def start(config: ServeConfig) -> None:
     """Start Serve's proxies, where they do not run already."""
     serve.start(
         proxy_location="EveryNode",
-        http_options={
-            "host": config.host,
-            "port": config.port,
-            "request_timeout_s": config.request_seconds,
-        },
+        http_options=http_options(config),
+        tracing_config=tracing(config.traces),
     )
 
 

@@ -3,7 +3,14 @@
 import os
 from typing import Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from rwkv_clip.config import BaseConfig
 
@@ -21,6 +28,20 @@ class LimitsConfig(BaseConfig):
     prompts: PositiveInt = Field(4096, description="labels times templates to classify by")
     text_characters: PositiveInt = Field(100_000, description="of a text")
     formats: tuple[Format, ...] = Field(FORMATS, description="of images")
+    bodies_bytes: PositiveInt = Field(
+        512 << 20, description="of all requests that an ingress reads at once; 429 answers more"
+    )
+
+
+class RemoteConfig(BaseConfig):
+    """Images that requests name by address. Fetching is off unless this section is there."""
+
+    hosts: tuple[str, ...] = Field(
+        min_length=1, description="names that may be asked; *.NAME means all names below one"
+    )
+    seconds: PositiveFloat = Field(10.0, description="for an image, redirects included")
+    redirects: NonNegativeInt = Field(3, description="that are followed")
+    at_once: PositiveInt = Field(16, description="fetches in each ingress")
 
 
 class EncoderConfig(BaseConfig):
@@ -35,9 +56,6 @@ class EncoderConfig(BaseConfig):
     threads: PositiveInt = Field(1, description="of PyTorch, where there is no GPU")
     decode_threads: PositiveInt = Field(2, description="that decode images and tokenize")
     batch: PositiveInt = Field(64, description="items that travel through the model together")
-    batch_wait_seconds: float = Field(
-        0.002, ge=0, description="that an item waits for company at most"
-    )
     max_ongoing: PositiveInt = Field(256, description="requests in a replica at once")
     max_queued: PositiveInt = Field(
         512, description="requests that wait in each ingress; 429 answers more"
@@ -55,19 +73,45 @@ class EncoderConfig(BaseConfig):
 class IngressConfig(BaseConfig):
     """The replicas that read requests and write answers."""
 
-    replicas: PositiveInt = Field(1, description="how many")
+    replicas: PositiveInt = Field(1, description="that there are at least")
+    max_replicas: PositiveInt | None = Field(
+        None, description="that load may bring about; absent for a fixed number"
+    )
     cpus: float = Field(0.1, ge=0, description="that each holds")
-    max_ongoing: PositiveInt = Field(1024, description="requests in a replica at once")
+    max_ongoing: PositiveInt = Field(
+        256, description="requests in a replica at once; 429 answers more"
+    )
+
+
+class FaissConfig(BaseConfig):
+    """An index of cells, which are made when the server starts."""
+
+    cells: PositiveInt | None = Field(
+        None,
+        description="that the vectors are put into; 4 times the root of their number if absent",
+    )
+    probes: PositiveInt = Field(32, description="cells that a search looks into")
+    codes: Literal["float32", "float16", "int8"] = Field(
+        "float16", description="what a vector's numbers are kept as"
+    )
 
 
 class SearchConfig(BaseConfig):
-    """What is searched."""
+    """What is searched, and how."""
 
     data: str = Field("test", description="the data set that `rwkv-clip embed` embedded")
     text: str = Field("caption", description="its column of texts that results show")
     results: PositiveInt = Field(100, description="that a search gives at most")
     picture_side: PositiveInt = Field(160, description="of a result's picture, in pixels")
-    cpus: float = Field(0.5, ge=0, description="that the index holds")
+    method: Literal["auto", "exact", "faiss"] = Field(
+        "auto",
+        description="exact is a product with all vectors; faiss looks at a part of them; auto is "
+        "exact up to exact_rows",
+    )
+    exact_rows: PositiveInt = Field(1_000_000, description="that auto searches exactly at most")
+    faiss: FaissConfig = FaissConfig()
+    replicas: PositiveInt = Field(1, description="that hold all vectors each")
+    cpus: float = Field(0.5, ge=0, description="that each holds")
     max_ongoing: PositiveInt = Field(64, description="searches at once")
     max_queued: PositiveInt = Field(512, description="searches that wait; 429 answers more")
 
@@ -83,7 +127,11 @@ class ServeConfig(BaseConfig):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every one")
     port: PositiveInt = Field(8000, le=65535, description="to listen on")
     request_seconds: PositiveFloat = Field(60.0, description="that an answer may take")
+    watch_seconds: PositiveFloat = Field(
+        10.0, description="between looks at the registry for another version of the model"
+    )
     limits: LimitsConfig = LimitsConfig()
+    remote: RemoteConfig | None = Field(None, description="images by address; absent for none")
     ingress: IngressConfig = IngressConfig()
     image: EncoderConfig = EncoderConfig()
     text: EncoderConfig = EncoderConfig()
@@ -91,6 +139,13 @@ class ServeConfig(BaseConfig):
         SearchConfig(), description="what is searched if its vectors are there; null for nothing"
     )
     docs: bool = Field(True, description="whether /docs and /openapi.json are open")
+    metrics: bool = Field(True, description="whether /metrics is open")
+    traces: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of requests that are traced, to the server that OTEL_* variables name",
+    )
 
 
 class _Section(BaseConfig):

@@ -8,21 +8,21 @@ import numpy as np
 import numpy.typing as npt
 from fastapi.responses import JSONResponse, Response
 
-from serve.config import LimitsConfig
-from serve.encoders import Encoded, Tower
+from serve.encoders import Encoded
 from serve.errors import ApiError
-from serve.inputs import EmbeddingsRequest, Text, encoded_vector, read_item, request_items
-from serve.towers import Towers, answered_by, check_model, timings
+from serve.inputs import EmbeddingsRequest, Picture, Reader, Text, encoded_vector, request_items
+from serve.succession import Tower
+from serve.towers import Served, answer_headers, answered_by, check_model
 
 
-async def embeddings(asked: EmbeddingsRequest, towers: Towers, limits: LimitsConfig) -> Response:
+async def embeddings(asked: EmbeddingsRequest, served: Served, reader: Reader) -> Response:
     """Vectors of texts and images, in the order in which they came.
 
     Raises:
         ApiError: the request cannot be answered, or an item cannot and the request wants all.
     """
-    items = request_items(asked, limits)
-    card = await towers.card()
+    items = request_items(asked, reader.limits)
+    card = served.card
     check_model(asked.model, card)
     if asked.dimensions is not None and asked.dimensions > card.dimensions:
         raise ApiError(
@@ -34,20 +34,17 @@ async def embeddings(asked: EmbeddingsRequest, towers: Towers, limits: LimitsCon
     data: list[dict[str, Any] | None] = [None] * len(items)
     failures: dict[int, ApiError] = {}
     sent: dict[Tower, list[tuple[int, bytes | str]]] = {"image": [], "text": []}
-    for at, item in enumerate(items):
-        try:
-            read = read_item(item, limits)
-        except ApiError as error:
-            failures[at] = error
-            continue
-        if isinstance(read, Text):
+    for at, read in enumerate(await asyncio.gather(*(_read(reader, item) for item in items))):
+        if isinstance(read, ApiError):
+            failures[at] = read
+        elif isinstance(read, Text):
             sent["text"].append((at, read.text))
         else:
             sent["image"].append((at, read.data))
     _stop_at(failures, asked)
     busy = [tower for tower, payloads in sent.items() if payloads]
     answers: list[Encoded] = await asyncio.gather(
-        *(towers.encode(tower, [payload for _, payload in sent[tower]]) for tower in busy)
+        *(served.encode(tower, [payload for _, payload in sent[tower]]) for tower in busy)
     )
     for tower, answer in zip(busy, answers, strict=True):
         places = [at for at, _ in sent[tower]]
@@ -67,8 +64,16 @@ async def embeddings(asked: EmbeddingsRequest, towers: Towers, limits: LimitsCon
         data[at] = {"object": "error", "index": at, "error": told}
     tokens = sum(answer.tokens for answer in answers)
     return JSONResponse(
-        {"object": "list", "data": data, **answered_by(card, tokens)}, headers=timings(answers)
+        {"object": "list", "data": data, **answered_by(card, tokens)},
+        headers=answer_headers(card, answers),
     )
+
+
+async def _read(reader: Reader, item: object) -> Text | Picture | ApiError:
+    try:
+        return await reader.item(item)
+    except ApiError as error:
+        return error
 
 
 def _about(at: int, error: ApiError, asked: EmbeddingsRequest) -> ApiError:

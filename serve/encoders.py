@@ -1,25 +1,32 @@
 """The deployments that hold a tower each, and put what comes at the same time into one batch."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from rwkv_clip import image_transform, tokenize
-from rwkv_clip.transforms import ImageDecodeError
+from rwkv_clip.model import RWKVCLIP
+from rwkv_clip.transforms import ImageDecodeError, ImageTransform
+from serve.batching import Batcher, Done, Room, Vectors
 from serve.config import EncoderConfig, ServeFile
-from serve.models import ModelPlace, check_model, check_vectors, load_model
+from serve.metrics import TowerMetrics
+from serve.models import ModelError, ModelPlace, check_model, check_vectors, load_model
+from serve.succession import REPORT_SECONDS, Director, Orders, Report, Tower
 
-Tower = Literal["image", "text"]
-Vectors = npt.NDArray[np.float32]
+logger = logging.getLogger(__name__)
+
+_BATCHES_AHEAD = 4  # that may be decoded and wait for the model
+_SHORT = 2000  # characters that are tokenized sooner than a thread is woken
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,6 @@ class Encoded:
         indices: of these n among the items that were sent.
         failures: messages by the index of each other item.
         tokens: that went through the tower, for `usage`.
-        model: that made the vectors.
         seconds: of `preprocess`, `queue` and `inference`.
     """
 
@@ -57,126 +63,225 @@ class Encoded:
     indices: list[int]
     failures: dict[int, str]
     tokens: int
-    model: ModelCard
     seconds: dict[str, float]
 
 
-@dataclass
-class _Ready:
-    """Items of one request on their way into a batch."""
-
-    inputs: torch.Tensor
-    since: float = field(default_factory=time.monotonic)
-
-
 @dataclass(frozen=True)
-class _Done:
-    vectors: Vectors
-    waited: float
-    took: float
+class Elsewhere:
+    """The replica does not hold the model that was asked for; `serving` is the one to ask for."""
+
+    serving: ModelPlace
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A model in memory, that has shown that it works."""
+
+    place: ModelPlace
+    card: ModelCard
+    model: RWKVCLIP
+    transform: ImageTransform
 
 
 class Encoder:
-    """One tower of one model.
+    """One tower of the models that are served now.
 
     Args:
         tower: which.
         config: of the endpoint.
-        place: of the model.
+        director: says which models those are.
     """
 
-    def __init__(self, tower: Tower, config: ServeFile, place: ModelPlace) -> None:
-        self.tower = tower
+    async def __init__(  # type: ignore[misc]
+        self, tower: Tower, config: ServeFile, director: DeploymentHandle[Director]
+    ) -> None:
+        self.tower, self.config, self.director = tower, config, director
         settings: EncoderConfig = getattr(config.serve, tower)
+        self.batch = settings.batch
         self.device = torch.device("cuda" if settings.gpus and torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads)
-        loaded, digest = load_model(place, config.s3())
-        self.model = model = loaded.to(self.device)
-        check_model(model)
-        scale = float(model.logit_scale.exp())
-        self.card = ModelCard(place.name, place.version, digest, model.config.embed_dim, scale)
-        self.batch = settings.batch
+        self.replica = serve.get_replica_context().replica_id.unique_id
         self.workers = ThreadPoolExecutor(settings.decode_threads, "preprocess")
-        self.runner = ThreadPoolExecutor(1, "model")  # which keeps the event loop free
-        # Phones keep photographs as the sensor lies, with a tag that says how to turn them.
-        self.transform = image_transform(
-            model.config, exif_orientation=True, max_pixels=config.serve.limits.image_pixels
-        )
-        self._infer.set_max_batch_size(settings.batch)  # type: ignore[attr-defined]
-        self._infer.set_batch_wait_timeout_s(settings.batch_wait_seconds)  # type: ignore[attr-defined]
+        self.loader = ThreadPoolExecutor(1, "load")
+        self.metrics = TowerMetrics(tower)
+        self.batcher = Batcher(self._forward, settings.batch, self._observe)
+        self.room = Room(_BATCHES_AHEAD * settings.batch)
+        self.held: dict[ModelPlace, Held] = {}
+        self.refused: dict[ModelPlace, str] = {}
+        orders: Orders = await director.orders.remote(Report(tower, self.replica))
+        self.serving = orders.current
+        self.held[self.serving] = await self._load(self.serving)
+        self.follower = asyncio.create_task(self._follow())
 
-    async def describe(self) -> ModelCard:
-        """The model that answers."""
-        return self.card
+    async def describe(self, place: ModelPlace) -> ModelCard | Elsewhere:
+        """What a model is."""
+        held = self.held.get(place)
+        return Elsewhere(self.serving) if held is None else held.card
 
-    async def encode(self, items: Sequence[bytes | str]) -> Encoded:
-        """Embed encoded images, or texts; an item that cannot be read costs no other."""
-        loop = asyncio.get_running_loop()
-        started = time.monotonic()
-        read = await asyncio.gather(
-            *(loop.run_in_executor(self.workers, self._read, item) for item in items)
+    async def encode(self, items: Sequence[bytes | str], place: ModelPlace) -> Encoded | Elsewhere:
+        """Embed encoded images, or texts, by one model; an item that is broken costs no other."""
+        held = self.held.get(place)
+        if held is None:
+            return Elsewhere(self.serving)
+        starts = range(0, len(items), self.batch)
+        parts = await asyncio.gather(
+            *(self._part(held, items[at : at + self.batch]) for at in starts)
         )
-        inputs = [one for one in read if isinstance(one, torch.Tensor)]
-        indices = [at for at, one in enumerate(read) if isinstance(one, torch.Tensor)]
-        failures = {
-            at: f"is an image that {one.reason}"
-            for at, one in enumerate(read)
-            if isinstance(one, ImageDecodeError)
+        vectors = [part.vectors for part in parts]
+        seconds = {
+            "preprocess": sum(part.seconds["preprocess"] for part in parts),
+            "queue": max((part.seconds["queue"] for part in parts), default=0.0),
+            "inference": sum(part.seconds["inference"] for part in parts),
         }
-        preprocessed = time.monotonic() - started
-        pieces = [inputs[at : at + self.batch] for at in range(0, len(inputs), self.batch)]
-        done: list[_Done] = await asyncio.gather(
-            *(self._infer(_Ready(torch.stack(piece))) for piece in pieces)
-        )
-        dimensions = self.card.dimensions
-        vectors = [one.vectors for one in done] or [np.empty((0, dimensions), np.float32)]
+        self.metrics.request(held.card.version, seconds["preprocess"], seconds["queue"])
         return Encoded(
-            np.concatenate(vectors),
-            indices,
-            failures,
-            self._units(inputs),
-            self.card,
+            np.concatenate(vectors) if vectors else np.empty((0, held.card.dimensions), np.float32),
+            [at + one for at, part in zip(starts, parts, strict=True) for one in part.indices],
             {
-                "preprocess": preprocessed,
-                "queue": max((one.waited for one in done), default=0.0),
-                "inference": sum(one.took for one in done),
+                at + one: told
+                for at, part in zip(starts, parts, strict=True)
+                for one, told in part.failures.items()
             },
+            sum(part.tokens for part in parts),
+            seconds,
         )
 
     async def check_health(self) -> None:
-        """Fail where the thread that runs the model is no more; Serve then replaces the replica."""
-        await asyncio.get_running_loop().run_in_executor(self.workers, bool)
+        """Fail where this replica takes no orders any more; Serve then replaces it."""
+        if self.follower.done():
+            raise RuntimeError("this replica no longer follows the director")
 
-    def _read(self, item: bytes | str) -> torch.Tensor | ImageDecodeError:
-        if isinstance(item, str):
-            return tokenize([item], self.model.config.context_length)[0]
-        try:
-            return self.transform(item)
-        except ImageDecodeError as error:
-            return error
+    async def _part(self, held: Held, items: Sequence[bytes | str]) -> Encoded:
+        """At most a batch of items."""
+        async with self.room.of(len(items)):
+            began = time.monotonic()
+            read = await self._read(held, items)
+            inputs = [one for one in read if isinstance(one, torch.Tensor)]
+            preprocessed = time.monotonic() - began
+            if inputs:
+                done = await self.batcher(held, torch.stack(inputs))
+            else:
+                empty = np.empty((0, held.card.dimensions), np.float32)
+                done = Done(empty, waited=0.0, took=0.0)
+        return Encoded(
+            done.vectors,
+            [at for at, one in enumerate(read) if isinstance(one, torch.Tensor)],
+            {
+                at: f"is an image that {one.reason}"
+                for at, one in enumerate(read)
+                if isinstance(one, ImageDecodeError)
+            },
+            self._units(held, inputs),
+            {"preprocess": preprocessed, "queue": done.waited, "inference": done.took},
+        )
 
-    def _units(self, inputs: Sequence[torch.Tensor]) -> int:
+    async def _read(
+        self, held: Held, items: Sequence[bytes | str]
+    ) -> list[torch.Tensor | ImageDecodeError]:
+        """Pixels of images, side by side, or tokens of texts, all at once."""
+        run = asyncio.get_running_loop().run_in_executor
+        images = [item for item in items if isinstance(item, bytes)]
+        if images:
+            return list(
+                await asyncio.gather(*(run(self.workers, _pixels, held, one) for one in images))
+            )
+        texts = [item for item in items if isinstance(item, str)]
+        length = held.model.config.context_length
+        if sum(map(len, texts)) <= _SHORT:
+            return list(tokenize(texts, length))
+        return list(await run(self.workers, tokenize, texts, length))
+
+    def _units(self, held: Held, inputs: Sequence[torch.Tensor]) -> int:
         """Tokens of texts with their two marks, or patches of images."""
         if self.tower == "image":
-            return len(inputs) * int(self.model.config.image.grid) ** 2
+            return len(inputs) * int(held.model.config.image.grid) ** 2
         return sum(int(one.argmax()) + 1 for one in inputs)  # the end mark is the largest
 
-    @serve.batch(batch_size_fn=lambda waiting: sum(len(one.inputs) for one in waiting))
-    async def _infer(self, waiting: list[_Ready]) -> list[_Done]:
-        waited = [time.monotonic() - one.since for one in waiting]
-        inputs = torch.cat([one.inputs for one in waiting])
-        started = time.monotonic()
-        run = partial(self._forward, inputs)
-        vectors = await asyncio.get_running_loop().run_in_executor(self.runner, run)
-        took = time.monotonic() - started
-        parts = np.split(vectors, np.cumsum([len(one.inputs) for one in waiting])[:-1])
-        return [_Done(part, wait, took) for part, wait in zip(parts, waited, strict=True)]
-
     @torch.inference_mode()
-    def _forward(self, inputs: torch.Tensor) -> Vectors:
+    def _forward(self, held: Held, inputs: torch.Tensor) -> Vectors:
         inputs = inputs.to(self.device)
-        encode = self.model.encode_image if self.tower == "image" else self.model.encode_text
+        encode = held.model.encode_image if self.tower == "image" else held.model.encode_text
         vectors: Vectors = encode(inputs).float().cpu().numpy()
-        check_vectors(vectors, self.card.dimensions, self.tower)
+        check_vectors(vectors, held.card.dimensions, self.tower)
         return vectors
+
+    def _observe(self, held: Held, items: int, seconds: float) -> None:
+        self.metrics.batch(held.card.version, items, seconds)
+
+    async def _follow(self) -> None:
+        """Report to the director, and do as it says, for as long as this replica lives."""
+        loading: asyncio.Task[None] | None = None
+        away = False
+        while True:
+            report = Report(
+                self.tower,
+                self.replica,
+                self.serving,
+                tuple(self.held),
+                tuple(self.refused.items()),
+            )
+            try:
+                orders: Orders = await self.director.orders.remote(report)
+                away = False
+            except (RayServeException, RayError) as error:
+                if not away:
+                    logger.warning("the director is away: %s", type(error).__name__)
+                away = True
+            else:
+                if orders.current in self.held:
+                    self.serving = orders.current
+                missing = self._forget_but(orders)
+                if missing and (loading is None or loading.done()):
+                    loading = asyncio.create_task(self._take(missing[0]))
+            await asyncio.sleep(REPORT_SECONDS)
+
+    def _forget_but(self, orders: Orders) -> list[ModelPlace]:
+        """Let go of models that are not wanted; those that are wanted and not held."""
+        kept = {*orders.hold, self.serving}
+        self.held = {place: held for place, held in self.held.items() if place in kept}
+        self.refused = {place: why for place, why in self.refused.items() if place in kept}
+        return [place for place in orders.hold if place not in {*self.held, *self.refused}]
+
+    async def _take(self, place: ModelPlace) -> None:
+        try:
+            self.held[place] = await self._load(place)
+        except ModelError as error:
+            self.refused[place] = str(error)
+        except Exception as error:  # memory that does not suffice, and whatever else may befall
+            logger.exception("version %s cannot be taken", place.version)
+            self.refused[place] = f"cannot be loaded ({type(error).__name__}); see the log"
+
+    async def _load(self, place: ModelPlace) -> Held:
+        """Load and warm a model beside those that serve; raises ModelError."""
+        return await asyncio.get_running_loop().run_in_executor(self.loader, self._loaded, place)
+
+    def _loaded(self, place: ModelPlace) -> Held:
+        model, digest = load_model(place, self.config.s3())
+        served = self.held.get(self.serving)
+        if served and served.card.dimensions != model.config.embed_dim:
+            raise ModelError(
+                f"its embeddings have {model.config.embed_dim} numbers, and clients keep those of "
+                f"{served.card.dimensions}; start another server for it"
+            )
+        model = model.to(self.device)
+        check_model(model)
+        card = ModelCard(
+            place.name,
+            place.version,
+            digest,
+            model.config.embed_dim,
+            float(model.logit_scale.exp()),
+        )
+        # Phones keep photographs as the sensor lies, with a tag that says how to turn them.
+        transform = image_transform(
+            model.config, exif_orientation=True, max_pixels=self.config.serve.limits.image_pixels
+        )
+        return Held(place, card, model, transform)
+
+
+def _pixels(held: Held, image: bytes) -> torch.Tensor | ImageDecodeError:
+    try:
+        return held.transform(image)
+    except ImageDecodeError as error:
+        return error

@@ -13,7 +13,7 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: whoever passes an exception on writes its traceback
 class ApiError(Exception):
     """A request, or one item of it, that cannot be answered.
 

@@ -1,14 +1,19 @@
-"""The deployment that searches: the vectors of `rwkv-clip embed` and a product of matrices."""
+"""The deployment that searches the vectors of `rwkv-clip embed`.
+
+Up to a million or so, a product with all of them is exact and quick enough. Beyond, FAISS puts them
+into cells when the server starts, and a search looks into those that are nearest to the query.
+"""
 
 import asyncio
 import base64
 import io
 import json
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +23,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rwkv_clip.transforms import ImageDecodeError, small_picture
-from serve.config import SearchConfig, ServeFile, StorageSection
+from serve.config import FaissConfig, SearchConfig, ServeFile, StorageSection
 from serve.files import open_filesystem
 
 logger = logging.getLogger(__name__)
+
+_SAMPLE = 64  # vectors for each cell, to find its centre by
 
 
 class SearchError(ValueError):
@@ -91,8 +98,64 @@ def find_index(config: ServeFile) -> IndexFiles | None:
         ) from error
 
 
+Matrix = npt.NDArray[np.float32]
+
+
+class Method(Protocol):
+    """How the nearest of many vectors are found."""
+
+    def nearest(self, query: Matrix, results: int) -> tuple[npt.NDArray[np.int64], Matrix]:
+        """Places and scores of the nearest vectors to one [D], the nearest first."""
+
+
+class Exact:
+    """The product with all vectors [N, D]."""
+
+    def __init__(self, vectors: Matrix) -> None:
+        self.vectors = vectors
+
+    def nearest(self, query: Matrix, results: int) -> tuple[npt.NDArray[np.int64], Matrix]:
+        """See Method."""
+        scores = self.vectors @ query
+        results = min(results, len(scores))
+        best = np.argpartition(-scores, results - 1)[:results]
+        best = best[np.argsort(-scores[best], kind="stable")]
+        return best, scores[best]
+
+
+class Cells:
+    """Vectors [N, D] in cells around centres, by FAISS; keeps what they are rounded to."""
+
+    def __init__(self, vectors: Matrix, config: FaissConfig) -> None:
+        import faiss  # takes a second, which a server without it need not
+
+        count, width = vectors.shape
+        cells = min(config.cells or 4 * math.isqrt(count), count)
+        kind = {"float32": "Flat", "float16": "SQfp16", "int8": "SQ8"}[config.codes]
+        self.index = faiss.index_factory(width, f"IVF{cells},{kind}", faiss.METRIC_INNER_PRODUCT)
+        # The centres need a few dozen vectors each, not all.
+        sample = np.random.default_rng(0).permutation(count)[: _SAMPLE * cells]
+        self.index.train(vectors[np.sort(sample)])
+        self.index.add(vectors)
+        faiss.extract_index_ivf(self.index).nprobe = min(config.probes, cells)
+
+    def nearest(self, query: Matrix, results: int) -> tuple[npt.NDArray[np.int64], Matrix]:
+        """See Method; fewer if the cells that are looked into hold fewer."""
+        scores, places = self.index.search(query[None], results)
+        there = places[0] >= 0
+        return places[0][there], scores[0][there]
+
+
+def method_of(vectors: Matrix, config: SearchConfig) -> Method:
+    """The way in which vectors are to be searched."""
+    if config.method == "exact" or (config.method == "auto" and len(vectors) <= config.exact_rows):
+        return Exact(vectors)
+    logger.info("%d vectors are put into cells", len(vectors))
+    return Cells(vectors, config.faiss)
+
+
 class Index:
-    """All vectors of a data set in memory, searched exactly.
+    """All vectors of a data set in memory.
 
     Args:
         files: that are searched.
@@ -103,33 +166,28 @@ class Index:
         self.filesystem, self.root = open_filesystem(files.storage.uri, files.storage.s3)
         self.parts = files.parts
         loaded = [self._load(part) for part in files.parts]
-        self.vectors = np.concatenate([vectors for vectors, _ in loaded])
+        self.method = method_of(np.concatenate([one for one, _ in loaded]), self.settings)
         self.about = pa.concat_tables([about for _, about in loaded])
         self.part_of = np.repeat(np.arange(len(loaded)), [len(about) for _, about in loaded])
         self.threads = ThreadPoolExecutor(2, "search")
 
-    async def search(self, query: npt.NDArray[np.float32], results: int) -> list[Hit]:
+    async def search(self, query: Matrix, results: int) -> list[Hit]:
         """The pairs whose images are nearest to a vector [D], the nearest first."""
         run = asyncio.get_running_loop().run_in_executor
         return await run(self.threads, self._search, query, results)
 
-    async def search_with_pictures(self, query: npt.NDArray[np.float32], results: int) -> list[Hit]:
+    async def search_with_pictures(self, query: Matrix, results: int) -> list[Hit]:
         """The same, each with a small picture."""
         run = asyncio.get_running_loop().run_in_executor
         return await run(self.threads, self._search, query, results, True)
 
-    def _search(
-        self, query: npt.NDArray[np.float32], results: int, pictures: bool = False
-    ) -> list[Hit]:
-        scores = self.vectors @ query
-        results = min(results, len(scores))
-        best = np.argpartition(-scores, results - 1)[:results]
-        best = best[np.argsort(-scores[best], kind="stable")]
+    def _search(self, query: Matrix, results: int, pictures: bool = False) -> list[Hit]:
+        best, scores = self.method.nearest(query, results)
         about = self.about.take(pa.array(best))
-        shown = self._pictures(best, about["row"].to_numpy()) if pictures else [None] * results
+        shown = self._pictures(best, about["row"].to_numpy()) if pictures else [None] * len(best)
         texts = [text or "" for text in about["text"].to_pylist()]
         ids = about["id"].to_pylist()
-        values = scores[best].tolist()
+        values = scores.tolist()
         return [Hit(*hit) for hit in zip(ids, texts, values, shown, strict=True)]
 
     def _pictures(
@@ -165,7 +223,7 @@ class Index:
                     images[int(row)] = column[int(row) - begin].as_py()
             return [images[int(row)] for row in rows]
 
-    def _load(self, part: str) -> tuple[npt.NDArray[np.float32], pa.Table]:
+    def _load(self, part: str) -> tuple[Matrix, pa.Table]:
         """Vectors [n, D] of a part, and of each its pair's id, text and row."""
         vectors = self._read("vectors", part, ["id", "image_embedding"])
         pairs = self._read("pairs", part, ["id", self.settings.text])

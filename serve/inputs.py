@@ -20,10 +20,12 @@ from pydantic import (
 
 from serve.config import LimitsConfig
 from serve.errors import ApiError
+from serve.remote import Fetcher
 
 Request = TypeVar("Request", bound="Shape")
 
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),", re.IGNORECASE)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SPACE = re.compile(r"\s+")
 
 
@@ -36,7 +38,10 @@ class Shape(BaseModel):
 class ImageUrl(Shape):
     """Where an image is."""
 
-    url: str = Field(description="data:image/…;base64,…, or the base64 alone")
+    url: str = Field(
+        description="data:image/…;base64,…, the base64 alone, or an https address if this server "
+        "fetches any"
+    )
 
 
 class TextPart(Shape):
@@ -123,67 +128,85 @@ def request_items(request: EmbeddingsRequest, limits: LimitsConfig) -> list[obje
     return items
 
 
-def read_item(item: object, limits: LimitsConfig) -> Text | Picture:
-    """The text or image of an item; raises ApiError if it cannot be embedded."""
-    if isinstance(item, str):
-        return (
-            read_picture(item, limits) if item[:5].lower() == "data:" else read_text(item, limits)
-        )
-    if isinstance(item, list | int):
-        raise ApiError(
-            400, "invalid_item", "is token ids; the model has a tokenizer of its own, send text"
-        )
-    try:
-        part = _PART.validate_python(item)
-    except ValidationError as error:
-        told = invalid(error)
-        raise ApiError(400, "invalid_item", f"is no content part: {told.message}") from None
-    if isinstance(part, TextPart):
-        return read_text(part.text, limits)
-    return read_picture(part.image_url.url, limits)
+class Reader:
+    """Reads the texts and images of requests.
+
+    Args:
+        limits: of what is read.
+        fetcher: of images that are named by address; None if there are to be none.
+    """
+
+    def __init__(self, limits: LimitsConfig, fetcher: Fetcher | None = None) -> None:
+        self.limits, self.fetcher = limits, fetcher
+
+    async def item(self, item: object) -> Text | Picture:
+        """The text or image of an item; raises ApiError if it cannot be embedded."""
+        if isinstance(item, str):
+            return await self.picture(item) if item[:5].lower() == "data:" else self.text(item)
+        if isinstance(item, list | int):
+            raise ApiError(
+                400,
+                "invalid_item",
+                "is token ids; the model has a tokenizer of its own, send text",
+            )
+        try:
+            part = _PART.validate_python(item)
+        except ValidationError as error:
+            told = invalid(error)
+            raise ApiError(400, "invalid_item", f"is no content part: {told.message}") from None
+        if isinstance(part, TextPart):
+            return self.text(part.text)
+        return await self.picture(part.image_url.url)
+
+    def text(self, text: str) -> Text:
+        """A text; raises ApiError if it is empty or too long."""
+        if not text.strip():
+            raise ApiError(400, "empty_text", "is an empty text")
+        most = self.limits.text_characters
+        if len(text) > most:
+            raise ApiError(
+                413, "text_too_long", f"has {len(text):,} characters, more than {most:,}"
+            )
+        return Text(text)
+
+    async def picture(self, url: str) -> Picture:
+        """An image from base64, a data URI or an address; raises ApiError if there is none."""
+        if _ADDRESS.match(url[:32]):
+            if self.fetcher is None:
+                raise ApiError(
+                    400,
+                    "remote_image",
+                    "is an address; this server fetches none, so send the image as "
+                    "data:image/…;base64,…",
+                )
+            data = await self.fetcher.fetch(url)
+        else:
+            data = self._bytes(url)
+        check_picture(data, self.limits)
+        return Picture(data)
+
+    def _bytes(self, url: str) -> bytes:
+        """What base64 or a data URI holds."""
+        if url[:5].lower() == "data:":
+            found = _DATA_URI.match(url[:256])
+            if found is None or not found["parameters"].lower().endswith(";base64"):
+                raise ApiError(400, "invalid_data_uri", "is no data:image/…;base64,… URI")
+            if not found["type"].lower().startswith("image/"):
+                raise ApiError(415, "not_an_image", "is a data URI of something else than an image")
+            url = url[found.end() :]
+        if len(url) * 3 // 4 > self.limits.image_bytes + 3:
+            raise ApiError(
+                413,
+                "image_too_large",
+                f"is an image of more than {self.limits.image_bytes:,} bytes",
+            )
+        try:
+            return base64.b64decode(_SPACE.sub("", url), validate=True)
+        except (binascii.Error, ValueError):
+            raise ApiError(400, "invalid_base64", "is an image whose base64 is broken") from None
 
 
-def read_text(text: str, limits: LimitsConfig) -> Text:
-    """A text; raises ApiError if it is empty or too long."""
-    if not text.strip():
-        raise ApiError(400, "empty_text", "is an empty text")
-    if len(text) > limits.text_characters:
-        raise ApiError(
-            413,
-            "text_too_long",
-            f"has {len(text):,} characters, more than {limits.text_characters:,}",
-        )
-    return Text(text)
-
-
-def read_picture(url: str, limits: LimitsConfig) -> Picture:
-    """An image from a data URI or base64; raises ApiError if it must not be decoded."""
-    if re.match(r"[a-z][a-z0-9+.-]*://", url[:32], re.IGNORECASE):
-        raise ApiError(
-            400,
-            "remote_image",
-            "is an address; this server fetches none, so send the image as data:image/…;base64,…",
-        )
-    if url[:5].lower() == "data:":
-        found = _DATA_URI.match(url[:256])
-        if found is None or not found["parameters"].lower().endswith(";base64"):
-            raise ApiError(400, "invalid_data_uri", "is no data:image/…;base64,… URI")
-        if not found["type"].lower().startswith("image/"):
-            raise ApiError(415, "not_an_image", "is a data URI of something else than an image")
-        url = url[found.end() :]
-    if len(url) * 3 // 4 > limits.image_bytes + 3:
-        raise ApiError(
-            413, "image_too_large", f"is an image of more than {limits.image_bytes:,} bytes"
-        )
-    try:
-        data = base64.b64decode(_SPACE.sub("", url), validate=True)
-    except (binascii.Error, ValueError):
-        raise ApiError(400, "invalid_base64", "is an image whose base64 is broken") from None
-    checkread_picture(data, limits)
-    return Picture(data)
-
-
-def checkread_picture(data: bytes, limits: LimitsConfig) -> None:
+def check_picture(data: bytes, limits: LimitsConfig) -> None:
     """Raise ApiError for a file whose header tells that it must not be decoded."""
     if not data:
         raise ApiError(400, "empty_image", "is an image of no bytes")
@@ -215,4 +238,5 @@ def encoded_vector(vector: Any, encoding_format: str) -> list[float] | str:
     """A float32 vector as OpenAI's clients take it."""
     if encoding_format == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
-    return [float(value) for value in vector.tolist()]
+    numbers: list[float] = vector.tolist()
+    return numbers

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import mlflow
@@ -140,16 +141,25 @@ def _beside(config: ServeFile) -> str:
 def _in_folder(uri: str, s3: S3Section) -> ModelPlace:
     try:
         filesystem, folder = open_filesystem(uri, s3)
-        with filesystem.open_input_stream(f"{folder}/{WEIGHTS_FILE}") as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 24):
-                digest.update(block)
+        info = filesystem.get_file_info(f"{folder}/{WEIGHTS_FILE}")
+        digest = _file_digest(uri, s3.model_dump_json(), info.size, info.mtime_ns)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{uri} is no checkpoint: {WEIGHTS_FILE} cannot be read ({error})"
         ) from error
     name = folder.rstrip("/").rpartition("/")[2]
-    return ModelPlace(name, digest.hexdigest()[:12], uri)
+    return ModelPlace(name, digest[:12], uri)
+
+
+@lru_cache(maxsize=8)  # whoever watches a folder reads its weights again only if they have changed
+def _file_digest(uri: str, s3: str, size: int | None, changed: int | None) -> str:  # noqa: ARG001
+    """SHA-256 of the weights' file, of a size, that was changed at a time."""
+    filesystem, folder = open_filesystem(uri, S3Section.model_validate_json(s3))
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(f"{folder}/{WEIGHTS_FILE}") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

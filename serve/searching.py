@@ -5,12 +5,11 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, PositiveInt, SkipValidation
 
-from serve.config import LimitsConfig
-from serve.encoders import Tower
 from serve.errors import ApiError
 from serve.index import Hit, IndexFiles, told
-from serve.inputs import Item, Shape, Text, read_item
-from serve.towers import Handle, Towers, answered_by, call, check_model, timings
+from serve.inputs import Item, Reader, Shape, Text
+from serve.succession import Tower
+from serve.towers import Handle, Served, answer_headers, answered_by, call, check_model
 
 
 class SearchRequest(Shape):
@@ -33,7 +32,7 @@ class Searcher:
     def __init__(self, files: IndexFiles | None, index: Handle | None) -> None:
         self.files, self.index = files, index
 
-    async def search(self, asked: SearchRequest, towers: Towers, limits: LimitsConfig) -> Response:
+    async def search(self, asked: SearchRequest, served: Served, reader: Reader) -> Response:
         """The nearest pairs, the nearest first; raises ApiError."""
         if self.files is None or self.index is None:
             raise ApiError(
@@ -48,10 +47,10 @@ class Searcher:
                 400, "too_many_results", f"limit: is {asked.limit}, more than {most}", "limit"
             )
         try:
-            item = read_item(asked.input, limits)
+            item = await reader.item(asked.input)
         except ApiError as error:
             raise ApiError(error.status, error.code, f"input: {error.message}", "input") from None
-        card = await towers.card()
+        card = served.card
         check_model(asked.model, card)
         if card.digest != self.files.model:
             raise ApiError(
@@ -62,7 +61,7 @@ class Searcher:
             )
         tower: Tower = "text" if isinstance(item, Text) else "image"
         payload = item.text if isinstance(item, Text) else item.data
-        query = await towers.encode(tower, [payload])
+        query = await served.encode(tower, [payload])
         if query.failures:
             raise ApiError(400, "broken_image", f"input: {query.failures[0]}", "input")
         method = "search_with_pictures" if asked.with_images else "search"
@@ -70,5 +69,5 @@ class Searcher:
         data: list[dict[str, Any]] = [told(hit, at) for at, hit in enumerate(hits)]
         return JSONResponse(
             {"object": "list", "data": data, **answered_by(card, query.tokens)},
-            headers=timings([query]),
+            headers=answer_headers(card, [query]),
         )

@@ -1,56 +1,137 @@
 """The two towers as the ingress sees them."""
 
+import asyncio
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve.encoders import Encoded, ModelCard, Tower
+from serve.encoders import Elsewhere, Encoded, ModelCard
 from serve.errors import ApiError
+from serve.models import ModelPlace
+from serve.succession import TOWERS, Director, Standing, Tower
 
 logger = logging.getLogger(__name__)
 
 Handle = DeploymentHandle[Any]
+Answer = TypeVar("Answer")
+
+_STANDING_SECONDS = 1.0  # between looks at what is served
+_MODELS = 4  # that a request goes through until one is held by both towers
+_REPLICAS = 3  # that a call goes to until one lives to answer
 
 
-class Towers:
-    """Calls to the encoders, whose failures are answers.
+class _MovedError(Exception):
+    """A tower does not hold the model any more; `place` is the one that it serves."""
 
-    Args:
-        image, text: the deployments.
-    """
+    def __init__(self, place: ModelPlace) -> None:
+        super().__init__(place.version)
+        self.place = place
 
-    def __init__(self, image: Handle, text: Handle) -> None:
-        self.handles: dict[Tower, Handle] = {"image": image, "text": text}
-        self._card: ModelCard | None = None
 
-    async def card(self) -> ModelCard:
-        """What is served; raises ApiError as long as nothing is."""
-        if self._card is None:
-            self._card = await call(self.handles["text"], "text", "describe")
-        return self._card
+@dataclass(frozen=True)
+class Served:
+    """The model that a request goes through, whatever is served afterwards."""
+
+    handles: dict[Tower, Handle]
+    place: ModelPlace
+    card: ModelCard
 
     async def encode(self, tower: Tower, items: Sequence[bytes | str]) -> Encoded:
         """Embed encoded images, or texts; raises ApiError if the tower cannot be reached."""
-        answer: Encoded = await call(self.handles[tower], tower, "encode", items)
+        answer: Encoded = _here(await call(self.handles[tower], tower, "encode", items, self.place))
         return answer
 
 
+class Towers:
+    """Chooses the model for each request.
+
+    Args:
+        director: says what is served.
+        image, text: the towers' deployments.
+    """
+
+    def __init__(self, director: DeploymentHandle[Director], image: Handle, text: Handle) -> None:
+        self.handles: dict[Tower, Handle] = dict(zip(TOWERS, (image, text), strict=True))
+        self._director = director
+        self._standing: Standing | None = None
+        self._follower: asyncio.Task[None] | None = None
+        self._cards: dict[ModelPlace, ModelCard] = {}
+
+    async def standing(self) -> Standing:
+        """How things stand; raises ApiError as long as nobody can tell."""
+        if self._follower is None or self._follower.done():
+            self._follower = asyncio.create_task(self._follow())
+        if self._standing is None:
+            self._standing = await self._ask()
+        return self._standing
+
+    async def served(self) -> Served:
+        """The model that is served now; raises ApiError as long as there is none."""
+        place = (await self.standing()).current
+        return Served(self.handles, place, await self._card(place))
+
+    async def through_one_model(self, work: Callable[[Served], Awaitable[Answer]]) -> Answer:
+        """Work that may call both towers, by a model that both hold; raises ApiError."""
+        place = (await self.standing()).current
+        for _ in range(_MODELS):
+            try:
+                return await work(Served(self.handles, place, await self._card(place)))
+            except _MovedError as moved:
+                place = moved.place
+        raise ApiError(503, "unavailable", "the model is being exchanged; send it again later")
+
+    async def _card(self, place: ModelPlace) -> ModelCard:
+        if place not in self._cards:
+            card: ModelCard = _here(await call(self.handles["text"], "text", "describe", place))
+            while len(self._cards) >= _MODELS:
+                del self._cards[next(iter(self._cards))]
+            self._cards[place] = card
+        return self._cards[place]
+
+    async def _ask(self) -> Standing:
+        standing: Standing = await call(self._director, "director", "standing")
+        return standing
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(_STANDING_SECONDS)
+            try:
+                self._standing = await self._ask()
+            except ApiError:
+                continue  # what was served last still is; `call` has told the log
+
+
 async def call(handle: Handle, told: str, method: str, *arguments: Any) -> Any:
-    """A deployment's answer; raises ApiError where it has none."""
-    try:
-        return await getattr(handle, method).remote(*arguments)
-    except BackPressureError:
-        raise ApiError(
-            429, "overloaded", "too many requests wait; send this one again later"
-        ) from None
-    except (DeploymentUnavailableError, RayServeException) as error:
-        logger.warning("%s is away: %s", told, type(error).__name__)
-        raise ApiError(
-            503, "unavailable", f"the {told} deployment is not there now; send it again later"
-        ) from None
+    """A deployment's answer; raises ApiError where it has none.
+
+    What is called may be called twice: a replica that dies with a request is not the last one.
+    """
+    for _ in range(_REPLICAS):
+        try:
+            return await getattr(handle, method).remote(*arguments)
+        except BackPressureError:
+            raise ApiError(
+                429, "overloaded", "too many requests wait; send this one again later"
+            ) from None
+        except RayActorError as error:
+            logger.warning("a replica of %s died: %s", told, type(error).__name__)
+        except (DeploymentUnavailableError, RayServeException) as error:
+            logger.warning("%s is away: %s", told, type(error).__name__)
+            break
+    raise ApiError(
+        503, "unavailable", f"the {told} deployment is not there now; send it again later"
+    )
+
+
+def _here(answer: Any) -> Any:
+    if isinstance(answer, Elsewhere):
+        raise _MovedError(answer.serving)
+    return answer
 
 
 def check_model(asked: str | None, card: ModelCard) -> None:
@@ -73,8 +154,9 @@ def answered_by(card: ModelCard, tokens: int) -> dict[str, Any]:
     }
 
 
-def timings(answers: Sequence[Encoded]) -> dict[str, str]:
-    """The header Server-Timing, in milliseconds; of towers that worked side by side, the slower."""
+def answer_headers(card: ModelCard, answers: Sequence[Encoded]) -> dict[str, str]:
+    """The model's version, and milliseconds; of towers that worked side by side, the slower's."""
     names = ("preprocess", "queue", "inference")
     slowest = {name: max((one.seconds[name] for one in answers), default=0.0) for name in names}
-    return {"Server-Timing": ", ".join(f"{k};dur={1000 * v:.1f}" for k, v in slowest.items())}
+    told = ", ".join(f"{name};dur={1000 * slowest[name]:.1f}" for name in names)
+    return {"Server-Timing": told, "X-Model-Version": card.version}

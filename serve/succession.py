@@ -1,0 +1,217 @@
+"""Which model is served, and how the next one takes its place.
+
+Every replica of both towers holds the models that it is told to, and says which it has. The next
+model is served when all of them have it, and the one before stays in memory for as long as a
+request may take: so a request goes through one model however its parts travel, and none waits for a
+model to be loaded. A model that one replica cannot load, or whose vectors are wrong, is refused by
+all.
+
+`Succession` is the rule, without Ray; `Director` is the deployment that follows it.
+"""
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from serve.config import ServeFile
+from serve.models import ModelError, ModelPlace, find_model
+
+logger = logging.getLogger(__name__)
+
+Tower = Literal["image", "text"]
+TOWERS: tuple[Tower, ...] = ("image", "text")
+
+REPORT_SECONDS = 1.0
+_GONE_SECONDS = 15.0  # without a report
+_AGAIN_SECONDS = 60.0  # until a refused model is tried again: what it came from may be back
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a replica of a tower says of itself.
+
+    Attributes:
+        tower, replica: which it is.
+        serving: the model that it took for the current one until now.
+        holds: models in its memory, that are good.
+        refused: models that it could not take, with the reason.
+    """
+
+    tower: Tower
+    replica: str
+    serving: ModelPlace | None = None
+    holds: tuple[ModelPlace, ...] = ()
+    refused: tuple[tuple[ModelPlace, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a replica is to do.
+
+    Attributes:
+        current: the model that is served.
+        hold: models to have in memory, the current one among them.
+    """
+
+    current: ModelPlace
+    hold: tuple[ModelPlace, ...]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How things stand.
+
+    Attributes:
+        current: the model that is served.
+        coming: the one that is being loaded.
+        refused: reasons by version.
+        trouble: why no other model can be looked for.
+    """
+
+    current: ModelPlace
+    coming: ModelPlace | None = None
+    refused: tuple[tuple[str, str], ...] = ()
+    trouble: str | None = None
+
+
+@dataclass
+class Succession:
+    """The rule.
+
+    Attributes:
+        current: the model that is served.
+        keep_seconds: that a model stays in memory after its time.
+    """
+
+    current: ModelPlace
+    keep_seconds: float
+    _coming: ModelPlace | None = None
+    _adopted: bool = False
+    _past: dict[ModelPlace, float] = field(default_factory=dict)  # until when it is kept
+    _refused: dict[ModelPlace, tuple[str, float]] = field(default_factory=dict)
+    _heard: dict[tuple[Tower, str], tuple[Report, float]] = field(default_factory=dict)
+
+    def want(self, place: ModelPlace, now: float) -> None:
+        """Begin to serve a model, unless it was refused just now."""
+        if place == self.current:
+            self._coming = None
+            self._refused.clear()
+        elif now >= self._refused.get(place, ("", 0.0))[1] and place != self._coming:
+            logger.info("version %s of %s is being loaded", place.version, place.name)
+            self._coming = place
+
+    def report(self, report: Report, now: float) -> Orders:
+        """Hear a replica, and tell it what to do."""
+        if report.serving is not None and not self._adopted:
+            # This is a new director of a server that runs: it begins with what is served.
+            self.current = report.serving
+        self._adopted = True
+        self._heard[report.tower, report.replica] = (report, now)
+        for key in [key for key, (_, at) in self._heard.items() if now - at > _GONE_SECONDS]:
+            del self._heard[key]
+        for place, reason in report.refused:
+            if place == self._coming:
+                logger.error("version %s is refused: %s", place.version, reason)
+                self._refused = {place: (reason, now + _AGAIN_SECONDS)}
+                self._coming = None
+        self._advance(now)
+        self._past = {place: until for place, until in self._past.items() if until > now}
+        coming = (self._coming,) if self._coming else ()
+        hold = dict.fromkeys((self.current, *coming, *self._past))
+        return Orders(self.current, tuple(hold))
+
+    def standing(self, trouble: str | None = None) -> Standing:
+        """How things stand."""
+        refused = tuple((place.version, why) for place, (why, _) in self._refused.items())
+        return Standing(self.current, self._coming, refused, trouble)
+
+    def _advance(self, now: float) -> None:
+        """Serve the next model if every replica has it."""
+        if self._coming is None:
+            return
+        heard = [report for report, _ in self._heard.values()]
+        if {report.tower for report in heard} != set(TOWERS):
+            return
+        if all(self._coming in report.holds for report in heard):
+            logger.info("version %s is served from now on", self._coming.version)
+            self._past[self.current] = now + self.keep_seconds
+            self.current, self._coming = self._coming, None
+            self._refused.clear()
+
+
+class Director:
+    """Watches the registry, and tells the towers what to serve. One replica.
+
+    Its user configuration `{"model": ...}` stands in for the file's `serve.model`.
+
+    Args:
+        config: of the endpoint.
+        place: of the model as it was when the application was built.
+    """
+
+    async def __init__(self, config: ServeFile, place: ModelPlace) -> None:  # type: ignore[misc]
+        self.config = self.asked = config
+        self.trouble: str | None = None
+        self.threads = ThreadPoolExecutor(1, "registry")
+        self.changed = asyncio.Event()
+        self.succession = Succession(place, config.serve.request_seconds + 2 * REPORT_SECONDS)
+        # A replica that begins anew begins with what is meant now.
+        if (found := await self._find()) is not None:
+            self.succession.current = found
+        self.watcher = asyncio.create_task(self._watch())
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Take another model, or with none the file's own; raises nothing: what serves goes on."""
+        told = dict(user_config or {})
+        model = told.pop("model", None)
+        if told or not isinstance(model, str | None):
+            self.trouble = f"user_config: takes {{model: NAME}} alone, not {sorted(told)}"
+            logger.error(self.trouble)
+            return
+        changes = {"model": model or self.config.serve.model}
+        self.asked = self.config.model_copy(
+            update={"serve": self.config.serve.model_copy(update=changes)}
+        )
+        self.changed.set()
+
+    async def orders(self, report: Report) -> Orders:
+        """What a replica of a tower is to do."""
+        return self.succession.report(report, time.monotonic())
+
+    async def standing(self) -> Standing:
+        """How things stand."""
+        return self.succession.standing(self.trouble)
+
+    async def check_health(self) -> None:
+        """Fail where the registry is no longer watched; Serve then replaces the replica."""
+        if self.watcher.done():
+            raise RuntimeError("the registry is no longer watched")
+
+    async def _watch(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), self.config.serve.watch_seconds)
+            self.changed.clear()
+            if (found := await self._find()) is not None:
+                self.succession.want(found, time.monotonic())
+
+    async def _find(self) -> ModelPlace | None:
+        """The model that is meant now; None, and the reason is kept, if that cannot be told."""
+        try:
+            run = asyncio.get_running_loop().run_in_executor
+            found = await run(self.threads, find_model, self.asked)
+        except ModelError as error:
+            if self.trouble != str(error):
+                logger.error("the model stays as it is: %s", error)
+            self.trouble = str(error)
+            return None
+        except Exception as error:  # a registry's client raises whatever its server leads it to
+            logger.exception("the model stays as it is")
+            self.trouble = f"the registry cannot be asked ({type(error).__name__})"
+            return None
+        self.trouble = None
+        return found
