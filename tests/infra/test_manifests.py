@@ -1,0 +1,108 @@
+"""The manifests are right: their fields, the rules beyond schemas, and the programs they start."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+import serve.metrics
+from serve.metrics import RequestMetrics, TowerMetrics
+from tests.infra.manifests import K8S, ROOT, kustomizations, of_kind, render
+from tests.infra.programs import check_programs
+from tests.infra.rules import GUIDE, check_rules
+from tests.infra.schemas import check_schema
+
+MONITORING = K8S / "components" / "monitoring"
+NAME = re.compile(r"\b(?:ray|autoscaler)_[a-z_]+[a-z]\b")
+LABELS = {"ray_io_cluster"}
+
+
+@pytest.mark.parametrize(
+    "folder", kustomizations(), ids=lambda folder: "-".join(folder.relative_to(K8S).parts[1:])
+)
+def test_every_overlay_builds_and_its_objects_have_the_fields_of_their_kinds(folder, crds):
+    documents = render(folder)
+    assert documents
+    assert [text for one in documents for text in check_schema(one)] == []
+
+
+def test_the_rules_that_schemas_do_not_hold(documents):
+    assert check_rules(documents) == []
+
+
+def test_the_programs_in_manifests_would_start(documents):
+    assert check_programs(documents) == []
+
+
+def test_every_manifest_and_component_is_used_and_says_what_it_is():
+    files = [path for path in K8S.rglob("*.yaml") if path.name != "kustomization.yaml"]
+    built = {path.parent for path in K8S.rglob("kustomization.yaml")}
+    for path in files:
+        assert path.name in (path.parent / "kustomization.yaml").read_text(), path
+        assert path.parent in built
+        assert path.read_text().startswith("# "), f"{path} does not say what it is"
+    named = "\n".join(path.read_text() for path in K8S.rglob("kustomization.yaml"))
+    for component in (K8S / "components").iterdir():
+        assert f"components/{component.name}" in named, f"nothing uses {component}"
+
+
+def expressions() -> list[str]:
+    board = json.loads((MONITORING / "rwkv-clip.json").read_text())
+    found = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    alerts = yaml.safe_load((MONITORING / "alerts.yaml").read_text())
+    return found + [rule["expr"] for group in alerts["spec"]["groups"] for rule in group["rules"]]
+
+
+def test_the_dashboard_and_the_alerts_ask_for_metrics_that_there_are(monkeypatch):
+    told = "\n".join(
+        file.read_text()
+        for file in Path(ray.__file__).parent.glob("dashboard/modules/metrics/dashboards/*.py")
+    )
+    ours = set()
+    for kind, suffixes in (("Counter", ["_total"]), ("Histogram", ["_bucket", "_sum", "_count"])):
+
+        def record(name, suffixes=suffixes, **_):
+            ours.update(f"ray_{name}{suffix}" for suffix in suffixes)
+
+        monkeypatch.setattr(serve.metrics, kind, record)
+    RequestMetrics()
+    TowerMetrics("image")
+    asked = {name for text in expressions() for name in NAME.findall(text)} - LABELS
+    assert {name for name in asked if name.startswith("ray_rwkv_clip_")} <= ours
+    assert [name for name in asked - ours if name not in told] == []
+
+
+def test_the_dashboard_has_no_two_panels_in_one_place():
+    board = json.loads((MONITORING / "rwkv-clip.json").read_text())
+    taken = set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        taken |= cells
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_the_guide_applies_every_kustomization_and_no_other():
+    applied = set(re.findall(r"infra/k8s/overlays/[a-z-]+/[a-z-]+", GUIDE.read_text()))
+    assert applied == {str(folder.relative_to(ROOT)) for folder in kustomizations()}
+
+
+def test_the_emoji_run_on_a_cluster_is_the_default_run():
+    default = yaml.safe_load((ROOT / "configs/emoji.yaml").read_text())
+    there = next(
+        one for one in of_kind(render(K8S / "overlays/minimal/pipeline"), "ConfigMap")
+        if "run.yaml" in one["data"]
+    )  # fmt: skip
+    run = yaml.safe_load(there["data"]["run.yaml"])
+    changed = {"storage", "ray", "serve"}
+    assert {key: value for key, value in run.items() if key not in changed} == {
+        key: value for key, value in default.items() if key not in changed
+    }
