@@ -17,6 +17,7 @@ import ray
 import ray.data
 from pydantic import Field, PositiveFloat, PositiveInt
 from ray._private import ray_logging
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rwkv_clip.config import BaseConfig
 
@@ -61,6 +62,12 @@ def connected(config: RayConfig) -> Iterator[Path]:
             yield _logs()
     finally:
         ray.shutdown()
+
+
+def beside_driver() -> Any:  # Ray's declarations leave this strategy out
+    """Where an actor runs that must outlive every node but the driver's own."""
+    node = ray.get_runtime_context().get_node_id()
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _logs() -> Path:

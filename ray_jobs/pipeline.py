@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from mlflow.exceptions import MlflowException
 from pydantic import Field, model_validator
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
@@ -38,6 +37,7 @@ from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.tracking import StageRun, Tracker, TrackingConfig, TrackingError
+from ray_jobs.tracking.config import STORE_ERRORS
 from ray_jobs.tracking.registry import Registered, register
 from ray_jobs.tracking.source import ModelSourceError, model_source, stored_model
 from ray_jobs.train import (
@@ -445,7 +445,7 @@ class _Pipeline:
             digest = evaluated.data_digest if evaluated else None
             try:
                 result = register(self.tracker, self.storage, trained.best, metrics, digest)
-            except MlflowException as error:
+            except STORE_ERRORS as error:
                 logger.warning("the model was not registered: %s; start again", error)
                 told.append("MLflow did not answer; start again to register")
                 return None

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from rwkv_clip.config import BaseConfig
 
@@ -31,6 +31,12 @@ class S3Config(BaseConfig):
 
     endpoint: str | None = Field(None, description="URL of a MinIO or Ceph server; AWS if absent")
     region: str | None = Field(None, description="region name; the AWS chain's if absent")
+    # Left out of what tells runs apart: it decides nothing of what comes out.
+    attempts: PositiveInt = Field(
+        10,
+        description="at a request, with growing pauses; ten take a minute and a half",
+        exclude=True,
+    )
 
 
 class StorageConfig(BaseConfig):
@@ -45,6 +51,22 @@ class StorageConfig(BaseConfig):
         if not uri.strip():
             raise ValueError("takes a folder or a URI such as s3://bucket/prefix")
         return uri.rstrip("/") or "/"
+
+
+class _S3(pafs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
+    """An S3 server that may be busy; stays as patient in other processes, which Arrow's forgets."""
+
+    def __init__(self, config: S3Config) -> None:
+        self.config = config
+        options = {"endpoint_override": config.endpoint, "region": config.region}
+        super().__init__(
+            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=config.attempts),
+            allow_delayed_open=True,  # what is small is sent by one request
+            **{name: value for name, value in options.items() if value},
+        )
+
+    def __reduce__(self) -> tuple[type["_S3"], tuple[S3Config]]:
+        return _S3, (self.config,)
 
 
 class Storage:
@@ -74,12 +96,7 @@ class Storage:
         if not uri.startswith("s3://"):
             filesystem, root = pafs.FileSystem.from_uri(uri)
             return filesystem, root
-        options: dict[str, Any] = {}
-        if self.config.s3.endpoint:
-            options["endpoint_override"] = self.config.s3.endpoint
-        if self.config.s3.region:
-            options["region"] = self.config.s3.region
-        return pafs.S3FileSystem(**options), uri.removeprefix("s3://")
+        return _S3(self.config.s3), uri.removeprefix("s3://")
 
     @property
     def filesystem(self) -> pafs.FileSystem:

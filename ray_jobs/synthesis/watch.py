@@ -9,6 +9,8 @@ from typing import Any
 
 import ray
 
+from ray_jobs.cluster import beside_driver
+
 # An engine that comes up this often without finishing a chunk will not do better the next time.
 MAX_STARTS = 5
 # A chunk that was begun this often is done row by row, to find the row that kills engines.
@@ -99,7 +101,10 @@ class Watch:
     """A handle that can be sent to workers; the driver makes and closes it."""
 
     def __init__(self) -> None:
-        self._actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Watch).remote()
+        place = beside_driver()
+        self._actor: Any = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=place)(
+            _Watch
+        ).remote()
 
     def start(self) -> int:
         """See `_Watch.start`; waits for the answer."""

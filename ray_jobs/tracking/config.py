@@ -4,11 +4,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from boto3.exceptions import Boto3Error  # type: ignore[import-untyped]
+from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+from mlflow.exceptions import MlflowException
 from pydantic import Field, PositiveFloat
 
 from ray_jobs.models import cache_folder
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig
+
+# What a call of MLflow's client raises when the server, or the store of its artifacts, is away.
+STORE_ERRORS = (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError)
 
 
 class TrackingConfig(BaseConfig):
@@ -42,7 +48,16 @@ class Place:
 
 
 def tracking_place(config: TrackingConfig, storage: Storage) -> Place:
-    """The store that the configuration and the environment ask for."""
+    """The store that the configuration and the environment ask for.
+
+    MLflow finds a storage's own S3 server by the environment alone, so it is put there.
+    """
+    for name, value in (
+        ("MLFLOW_S3_ENDPOINT_URL", storage.config.s3.endpoint),
+        ("AWS_DEFAULT_REGION", storage.config.s3.region),
+    ):
+        if value:
+            os.environ.setdefault(name, value)
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
         return Place(uri, None)

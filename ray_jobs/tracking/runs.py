@@ -37,7 +37,7 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from ray_jobs.storage import Storage
-from ray_jobs.tracking.config import TrackingConfig, tracking_place
+from ray_jobs.tracking.config import STORE_ERRORS, TrackingConfig, tracking_place
 from ray_jobs.tracking.metrics import StepMetrics
 from rwkv_clip import __version__
 
@@ -145,9 +145,9 @@ class StageRun:
     def _guarded(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         try:
             call(*args, **kwargs)
-        except MlflowException as error:
+        except STORE_ERRORS as error:
             if self.complete:
-                logger.warning(_AWAY, str(error).splitlines()[0])
+                logger.warning(_AWAY, str(error).partition("\n")[0])
             self.complete = False
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow.artifacts
-from mlflow.exceptions import MlflowException
 
 from ray_jobs.storage import Storage, StorageConfig
-from ray_jobs.tracking.config import TrackingConfig, tracking_place
+from ray_jobs.tracking.config import STORE_ERRORS, TrackingConfig, tracking_place
 from ray_jobs.tracking.runs import current_store
 from rwkv_clip.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
@@ -73,7 +72,7 @@ def model_source(
         try:
             with current_store(place.uri):  # the way to name the registry that is looked in
                 fetched = mlflow.artifacts.download_artifacts(name, dst_path=folder)
-        except (MlflowException, OSError) as error:
+        except STORE_ERRORS as error:
             raise ModelSourceError(f"{name} cannot be had from {place.uri}: {error}") from error
         found = sorted(Path(fetched).rglob(WEIGHTS_FILE))
         if not found:

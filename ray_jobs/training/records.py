@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 
+from ray_jobs.cluster import beside_driver
+
 _POLL_SECONDS = 0.5
 
 Record = Mapping[str, float]
@@ -39,7 +41,8 @@ class Listener:
     def __init__(self, on_record: Callable[[Record], None]) -> None:
         self._on_record = on_record
         self._stop = threading.Event()
-        self._mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).remote()
+        place = beside_driver()
+        self._mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=place)(_Mailbox).remote()
         self._thread = threading.Thread(target=self._listen, name="records", daemon=True)
         self.send = Sender(self._mailbox)
 

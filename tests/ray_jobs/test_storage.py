@@ -1,0 +1,70 @@
+"""An S3 storage on a real server: whole files or none, and patience that travels."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.ingest import IngestConfig
+from ray_jobs.storage import S3Config, Storage, StorageConfig
+from tests.ray_jobs.s3_server import BUCKET, CREDENTIALS, Server, s3_server
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    with s3_server() as made:
+        yield made
+
+
+def storage(server: Server, attempts: int = 10) -> Storage:
+    s3 = S3Config(endpoint=server.endpoint, attempts=attempts)
+    return Storage(StorageConfig(uri=f"s3://{BUCKET}/run", s3=s3))
+
+
+def refuse(server: Server, requests: int) -> None:
+    """Let the server answer so many requests with 503."""
+    until = server.refused + requests
+    server.refuses = lambda method, path: server.refused < until
+
+
+def test_a_busy_server_is_asked_again_in_other_processes_too(server: Server) -> None:
+    filesystem = pickle.loads(pickle.dumps(storage(server).filesystem))
+    refuse(server, 3)  # one more than Arrow's own patience takes
+    with filesystem.open_output_stream(f"{BUCKET}/run/b") as stream:
+        stream.write(b"b")
+    assert server.refused == 3
+    assert storage(server).read_bytes("b") == b"b"
+
+
+def stop_halfway(storage: Storage) -> None:
+    with storage.writing("b") as stream:
+        stream.write(b"b" * 20_000_000)
+        raise ZeroDivisionError
+
+
+def test_patience_ends_and_nothing_half_written_is_left(server: Server) -> None:
+    impatient = storage(server, attempts=2)
+    server.refuses = lambda method, path: True
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        impatient.write_bytes("a", b"a")
+    server.refuses = lambda method, path: False
+    assert not impatient.exists("a")
+    with pytest.raises(ZeroDivisionError):
+        stop_halfway(impatient)
+    assert server.keys() == []
+
+
+def test_a_large_file_goes_in_parts_and_is_whole(server: Server) -> None:
+    data = bytes(range(256)) * 100_000
+    storage(server).write_bytes("large", data)
+    assert storage(server).read_bytes("large") == data
+    assert storage(server).names() == ["large"]
+
+
+def test_patience_does_not_tell_runs_apart(tmp_path: Path) -> None:
+    sources = ({"kind": "folder", "path": str(tmp_path), "s3": {"attempts": n}} for n in (1, 2))
+    digests = {IngestConfig.model_validate({"source": source}).digest() for source in sources}
+    assert len(digests) == 1
