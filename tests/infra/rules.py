@@ -243,6 +243,10 @@ def queues(documents: Sequence[Document]) -> Iterator[str]:
         groups = [group["groupName"] for group in cluster.get("workerGroupSpecs", [])]
         if len(groups) > 7 or "head" in groups:
             yield f"{where}: a queued job has at most seven groups, none named head"
+        quota, wanted = _quota(documents), _wanted(one)
+        for name in sorted(wanted):
+            if wanted[name] > quota.get(name, 0):
+                yield f"{where}: asks for more {name} than the quota"
     for queue in of_kind(documents, "LocalQueue"):
         name = queue["spec"]["clusterQueue"]
         found = named(documents, "ClusterQueue", name)
@@ -256,6 +260,26 @@ def queues(documents: Sequence[Document]) -> Iterator[str]:
                     yield f"{identity(found)}: {flavor['name']} does not name the covered resources"
                 if named(documents, "ResourceFlavor", flavor["name"]) is None:
                     yield f"{identity(found)}: there is no ResourceFlavor {flavor['name']}"
+
+
+def _quota(documents: Sequence[Document]) -> dict[str, float]:
+    """Of all queues together, by resource."""
+    found: dict[str, float] = {}
+    for queue in of_kind(documents, "ClusterQueue"):
+        for group in queue["spec"]["resourceGroups"]:
+            for one in (one for flavor in group["flavors"] for one in flavor["resources"]):
+                found[one["name"]] = found.get(one["name"], 0) + quantity(one["nominalQuota"])
+    return found
+
+
+def _wanted(document: Document) -> dict[str, float]:
+    """What an object's pods ask for together, by resource."""
+    found: dict[str, float] = {}
+    for pod in pods([document]):
+        told = pod.main["resources"]
+        for name, value in {**told.get("limits", {}), **told["requests"]}.items():
+            found[name] = found.get(name, 0) + pod.most * quantity(value)
+    return found
 
 
 # Images and versions

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,14 @@ def test_the_dashboard_has_no_two_panels_in_one_place():
 def test_the_guide_applies_every_kustomization_and_no_other():
     applied = set(re.findall(r"infra/k8s/overlays/[a-z-]+/[a-z-]+", GUIDE.read_text()))
     assert applied == {str(folder.relative_to(ROOT)) for folder in kustomizations()}
+
+
+def test_the_guide_shows_the_sizes_that_the_benchmark_computes():
+    benchmark = ROOT / "benchmarks" / "sizing.py"
+    answer = subprocess.run([sys.executable, benchmark], capture_output=True, text=True, check=True)
+    table = answer.stdout.partition("\n\n")[2].strip()
+    assert table.startswith("| pairs |")
+    assert table in GUIDE.read_text()
 
 
 def test_the_emoji_run_on_a_cluster_is_the_default_run():

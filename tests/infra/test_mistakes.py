@@ -168,8 +168,8 @@ RULES: dict[str, tuple[Change, str]] = {
         "restartPolicy Never",
     ),
     "bounds the wrong way round": (
-        lambda d: group(d).update(minReplicas=9),
-        "is not within 9 and 8",
+        lambda d: group(d).update(minReplicas=99),
+        "is not within 99 and 24",
     ),
     "no bound": (lambda d: group(d).pop("maxReplicas"), "both needed"),
     "bounds without an autoscaler": (
@@ -356,9 +356,11 @@ def test_every_rule_is_broken_by_some_mistake(gpu):
     assert {rule.__name__ for rule in rules.RULES} - {rule.__name__ for rule in broken} == set()
 
 
-def test_a_queued_job_with_an_autoscaler_is_told(gpu):
+def test_what_kueue_does_not_admit_is_told(gpu):
     documents = queued(gpu)
     assert check_rules(documents) == []
+    group(documents).update(maxReplicas=40)
+    assert "asks for more cpu than the quota" in "\n".join(rules.queues(documents))
     cluster(documents).update(enableInTreeAutoscaling=True, autoscalerOptions={"version": "v2"})
     assert "a queued job has no autoscaler" in "\n".join(rules.queues(documents))
 
