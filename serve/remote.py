@@ -61,6 +61,11 @@ class Fetcher:
                 400, "remote_failed", f"cannot be fetched ({type(error).__name__})"
             ) from None
 
+    async def close(self) -> None:
+        """Close connections."""
+        if self._session is not None:
+            await self._session.close()
+
     async def _fetch(self, address: str) -> bytes:
         url = self._checked(address)
         for _ in range(self.config.redirects + 1):

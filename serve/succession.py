@@ -156,6 +156,7 @@ class Director:
     async def __init__(self, config: ServeFile, place: ModelPlace) -> None:  # type: ignore[misc]
         self.config = self.asked = config
         self.trouble: str | None = None
+        self.misread: str | None = None  # of a user configuration
         self.threads = ThreadPoolExecutor(1, "registry")
         self.changed = asyncio.Event()
         self.succession = Succession(place, config.serve.request_seconds + 2 * REPORT_SECONDS)
@@ -166,12 +167,14 @@ class Director:
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Take another model, or with none the file's own; raises nothing: what serves goes on."""
-        told = dict(user_config or {})
+        user_config = user_config or {}
+        told = dict(user_config)
         model = told.pop("model", None)
         if told or not isinstance(model, str | None):
-            self.trouble = f"user_config: takes {{model: NAME}} alone, not {sorted(told)}"
-            logger.error(self.trouble)
+            self.misread = f"user_config: takes {{model: NAME}} alone, not {sorted(user_config)}"
+            logger.error(self.misread)
             return
+        self.misread = None
         changes = {"model": model or self.config.serve.model}
         self.asked = self.config.model_copy(
             update={"serve": self.config.serve.model_copy(update=changes)}
@@ -184,7 +187,7 @@ class Director:
 
     async def standing(self) -> Standing:
         """How things stand."""
-        return self.succession.standing(self.trouble)
+        return self.succession.standing(self.misread or self.trouble)
 
     async def check_health(self) -> None:
         """Fail where the registry is no longer watched; Serve then replaces the replica."""

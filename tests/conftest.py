@@ -34,6 +34,7 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=300_000_000,
+        _system_config={"metrics_report_interval_ms": 1000},  # what is counted is soon told
     )
     yield
     ray.shutdown()

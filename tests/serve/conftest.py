@@ -17,7 +17,7 @@ from rwkv_clip.model import RWKVCLIP, create_model, load_checkpoint, save_checkp
 from serve.app import build
 from serve.command import start
 from serve.config import ServeFile
-from tests.serve.small import small_config
+from tests.serve.small import Registry, small_config
 
 
 def free_port() -> int:
@@ -32,6 +32,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_checkpoint(create_model(small_config()), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def registry(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """An MLflow store whose model `small` has the checkpoint as version 1, the champion."""
+    made = Registry(f"sqlite:///{tmp_path_factory.mktemp('registry') / 'mlflow.db'}")
+    made.champion(made.add(checkpoint))
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -54,21 +62,29 @@ def searched(
 
 
 @pytest.fixture(scope="session")
-def endpoint(ray_cluster: None, checkpoint: Path, searched: Storage) -> Iterator[str]:
-    """Its address."""
-    tower = {"cpus": 0.2, "batch": 8}
-    settings = {
-        "model": str(checkpoint),
+def settings(searched: Storage, registry: Registry) -> ServeFile:
+    """The endpoint's."""
+    tower = {"cpus": 0.2, "batch": 8, "max_ongoing": 8, "max_queued": 16}
+    serve = {
         "port": free_port(),
-        "limits": {"body_bytes": 2_000_000, "items": 20, "image_bytes": 500_000},
+        "watch_seconds": 0.5,
+        "request_seconds": 45,
+        "limits": {"body_bytes": 2_000_000, "items": 200, "image_bytes": 500_000},
         "image": tower,
         "text": tower,
         "search": {"cpus": 0.1, "results": 30},
     }
-    config = ServeFile.model_validate({"storage": {"uri": searched.uri}, "serve": settings})
-    start(config.serve)
-    serve.run(build(config), name="rwkv-clip")
-    yield f"http://127.0.0.1:{config.serve.port}"
+    tracking = {"uri": registry.uri, "model_name": "small"}
+    whole = {"storage": {"uri": searched.uri}, "tracking": tracking, "serve": serve}
+    return ServeFile.model_validate(whole)
+
+
+@pytest.fixture(scope="session")
+def endpoint(ray_cluster: None, settings: ServeFile) -> Iterator[str]:
+    """Its address."""
+    start(settings.serve)
+    serve.run(build(settings), name="rwkv-clip")
+    yield f"http://127.0.0.1:{settings.serve.port}"
     serve.shutdown()
 
 

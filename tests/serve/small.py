@@ -1,9 +1,11 @@
-"""A small model, and pictures for it."""
+"""A small model, a registry of such, and pictures for them."""
 
 import base64
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
+from mlflow import MlflowClient
 from PIL import Image
 
 from ray_jobs.training.config import ModelConfig
@@ -13,6 +15,27 @@ from tests.ray_jobs.small import TRAIN
 
 def small_config() -> CLIPConfig:
     return ModelConfig.model_validate(TRAIN["model"]).clip_config()
+
+
+class Registry:
+    """MLflow's, with versions of the model `small`.
+
+    Args:
+        uri: of its store.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self.client.create_registered_model("small")
+
+    def add(self, folder: Path) -> str:
+        """A folder as a new version."""
+        return str(self.client.create_model_version("small", str(folder)).version)
+
+    def champion(self, version: str) -> None:
+        """Point the alias at a version."""
+        self.client.set_registered_model_alias("small", "champion", version)
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30), kind: str = "PNG") -> bytes:

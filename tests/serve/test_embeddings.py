@@ -114,7 +114,7 @@ def test_a_bad_item_is_named_and_costs_no_other(client, model, name):
         ({"input": "x", "dimensions": 0}, 400, "dimensions"),
         ({"input": "x", "dimensions": 33}, 400, "dimensions"),
         ({"input": "x", "model": "other"}, 404, "model"),
-        ({"input": ["x"] * 21}, 413, "input"),
+        ({"input": ["x"] * 201}, 413, "input"),
         ({"input": [{"type": "audio"}]}, 400, "input.0"),
     ],
 )

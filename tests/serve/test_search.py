@@ -11,8 +11,8 @@ from PIL import Image
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip import image_transform, tokenize
-from serve.config import ServeFile
-from serve.index import find_index
+from serve.config import FaissConfig, SearchConfig, ServeFile
+from serve.index import Cells, Exact, find_index, method_of
 from tests.serve.small import data_uri
 
 
@@ -73,3 +73,30 @@ def test_without_vectors_there_is_no_index(tmp_path, searched):
     assert find_index(ServeFile.model_validate({"storage": {"uri": str(tmp_path)}})) is None
     off = {"storage": {"uri": searched.uri}, "serve": {"search": None}}
     assert find_index(ServeFile.model_validate(off)) is None
+
+
+def test_cells_find_nearly_what_a_product_with_all_finds():
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((40, 32))
+    vectors = centres.repeat(100, 0) + 0.5 * generator.standard_normal((4000, 32))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    config = SearchConfig(exact_rows=1000, faiss=FaissConfig(cells=64, probes=8))
+    exact, cells = Exact(vectors), method_of(vectors, config)
+    assert isinstance(cells, Cells)
+    found = 0
+    for query in vectors[::100]:
+        places, scores = exact.nearest(query, 10)
+        near, rounded = cells.nearest(query, 10)
+        found += len({*places} & {*near})
+        np.testing.assert_allclose(rounded[0], scores[0], atol=1e-3)
+    assert found >= 0.95 * 400
+
+
+def test_the_method_is_chosen_by_the_number_of_vectors():
+    vectors = np.eye(20, dtype=np.float32)
+    for method, kind in (("auto", Exact), ("exact", Exact), ("faiss", Cells)):
+        chosen = method_of(vectors, SearchConfig(method=method))
+        assert isinstance(chosen, kind)
+        places, scores = chosen.nearest(vectors[3], 50)
+        assert (places[0], len(places)) == (3, 20)
+        assert scores[0] == pytest.approx(1, abs=1e-3)

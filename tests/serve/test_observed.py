@@ -1,0 +1,64 @@
+"""What the endpoint tells of itself: numbers, traces, and what may be closed."""
+
+import pytest
+from fastapi.testclient import TestClient
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from ray import serve
+
+from serve import app, traces
+from serve.config import ServeFile
+from serve.metrics import merged
+from tests.serve.small import data_uri, picture
+
+
+def test_numbers_of_requests_and_towers_are_told(client):
+    body = {"input": ["a", data_uri(picture(0))]}
+    assert client.post("/v1/embeddings", json=body).status_code == 200
+    assert client.post("/v1/classify", json={}).status_code == 400
+    wanted = [
+        'ray_rwkv_clip_requests_total{', 'route="/v1/embeddings"', 'status="400"',
+        'model_version="1"', 'tower="image"', 'tower="text"', "ray_rwkv_clip_batch_size_bucket",
+        "ray_rwkv_clip_queue_wait_ms_sum", "ray_rwkv_clip_preprocess_ms_count",
+        "ray_rwkv_clip_inference_ms_sum", "ray_rwkv_clip_request_ms_bucket", "ray_serve_",
+    ]  # fmt: skip
+    for _ in range(300):
+        answer = client.get("/metrics")
+        if all(one in answer.text for one in wanted):
+            break
+    assert [one for one in wanted if one not in answer.text] == []
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+def test_expositions_of_several_nodes_are_one():
+    head = "# HELP ray_serve_a what it is\n# TYPE ray_serve_a counter\n"
+    one = head + 'ray_serve_a{node="1"} 1.0\n# TYPE ray_other gauge\nray_other 3\n'
+    two = head + 'ray_serve_a{node="2"} 2.0\n'
+    both = head + 'ray_serve_a{node="1"} 1.0\nray_serve_a{node="2"} 2.0\n'
+    assert merged([one, "", two]) == both
+
+
+@pytest.mark.parametrize("closed", ["docs", "metrics"])
+def test_what_is_closed_is_not_there(closed, checkpoint):
+    config = ServeFile.model_validate({"serve": {"model": str(checkpoint), closed: False}})
+    plain = app.Ingress.__bases__[0]  # the class without Serve around it
+    ingress = plain.__new__(plain)
+    ingress.config = config.serve
+    ingress.searcher = app.Searcher(None, None)
+    with TestClient(ingress.__serve_build_asgi_app__()) as client:
+        paths = {"docs": ["/docs", "/openapi.json"], "metrics": ["/metrics"]}[closed]
+        assert [client.get(path).status_code for path in paths] == [404] * len(paths)
+
+
+def test_traces_go_where_opentelemetrys_variables_say(monkeypatch):
+    assert traces.tracing(0) is None
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="names no server"):
+        traces.tracing(0.5)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    config = traces.tracing(0.5)
+    assert config is not None
+    assert (config.enabled, config.sampling_ratio) == (True, 0.5)
+    (processor,) = serve._private.utils.import_attr(config.exporter_import_path)("spans")
+    assert isinstance(processor, BatchSpanProcessor)
+    processor.shutdown()

@@ -1,0 +1,170 @@
+"""Images by address: from hosts that were named, on the internet, within bounds."""
+
+import asyncio
+import datetime
+import ipaddress
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from aiohttp.abc import AbstractResolver
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from rwkv_clip.addresses import is_public
+from serve.config import LimitsConfig, RemoteConfig
+from serve.errors import ApiError
+from serve.inputs import Picture, Reader
+from serve.remote import Fetcher
+from tests.serve.small import image_part, picture
+
+HOST, INSIDE = "images.example", "inside.example"
+IMAGE = picture(0)
+
+
+class Site(BaseHTTPRequestHandler):
+    """A site with an image, and with what a bad one may have."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.end_headers()
+            return
+        content = {"/image.png": IMAGE, "/large": b"x" * 300_000, "/text": b"hello"}.get(self.path)
+        self.send_response(404 if content is None else 200)
+        self.end_headers()
+        if self.path == "/never":
+            self.server.silent.wait(30)  # type: ignore[attr-defined]
+        self.wfile.write(content or b"")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Names(AbstractResolver):
+    """Every name is this machine's, but for one that is a private network's."""
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_INET):
+        address = "10.0.0.1" if host == INSIDE else "127.0.0.1"
+        return [
+            {"hostname": host, "host": address, "port": port, "family": socket.AF_INET,
+             "proto": 0, "flags": 0}
+        ]  # fmt: skip
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, HOST)])
+    now = datetime.datetime.now(datetime.UTC)
+    names = [x509.DNSName(HOST), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    file = tmp_path_factory.mktemp("certificate") / "site.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    file.write_bytes(private + made.public_bytes(serialization.Encoding.PEM))
+    return file
+
+
+@pytest.fixture(scope="module")
+def port(certificate: Path) -> Iterator[int]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.silent = threading.Event()  # type: ignore[attr-defined]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.silent.set()  # type: ignore[attr-defined]
+    server.shutdown()
+
+
+@pytest.fixture
+def read(port: int, certificate: Path) -> Callable[[str], bytes]:
+    """Read an item whose image is at an address; PORT in it is the site's."""
+
+    async def work(address: str) -> bytes:
+        config = RemoteConfig(hosts=(HOST, INSIDE, "*.cdn.example"), seconds=3, redirects=2)
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        fetcher = Fetcher(
+            config,
+            image_bytes=200_000,
+            resolver=Names(),
+            allowed=lambda address: address == "127.0.0.1" or is_public(address),
+            context=trusting,
+        )
+        try:
+            item = image_part(address.replace("PORT", str(port)))
+            found = await Reader(LimitsConfig(), fetcher).item(item)
+        finally:
+            await fetcher.close()
+        assert isinstance(found, Picture)
+        return found.data
+
+    return lambda address: asyncio.run(work(address))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"https://{HOST}:PORT/image.png",
+        f"https://{HOST.upper()}.:PORT/image.png",
+        f"https://{HOST}:PORT/to/https://{HOST}:PORT/image.png",
+        f"https://{HOST}:PORT/to//image.png",
+    ],
+)
+def test_an_image_of_a_named_host_is_fetched(read, address):
+    assert read(address) == IMAGE
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "code"),
+    [
+        (f"http://{HOST}:PORT/image.png", 400, "remote_refused"),
+        (f"ftp://{HOST}/image.png", 400, "remote_refused"),
+        ("file:///etc/passwd", 400, "remote_refused"),
+        (f"https://me:secret@{HOST}:PORT/image.png", 400, "remote_refused"),
+        ("https://other.example/image.png", 400, "remote_refused"),
+        (f"https://{HOST}.other.example/image.png", 400, "remote_refused"),
+        ("https://cdn.example/image.png", 400, "remote_refused"),
+        ("https://127.0.0.1:PORT/image.png", 400, "remote_refused"),
+        ("https://[::1]/image.png", 400, "remote_refused"),
+        ("https://[", 400, "remote_refused"),
+        (f"https://{INSIDE}/image.png", 400, "remote_refused"),
+        (f"https://{HOST}:PORT/to/https://169.254.169.254/latest", 400, "remote_refused"),
+        (f"https://{HOST}:PORT/to/https://{INSIDE}/", 400, "remote_refused"),
+        (f"https://{HOST}:PORT/to/http://{HOST}:PORT/image.png", 400, "remote_refused"),
+        (f"https://{HOST}:PORT" + f"/to/https://{HOST}:PORT" * 3, 400, "remote_refused"),
+        (f"https://{HOST}:PORT/large", 413, "image_too_large"),
+        (f"https://{HOST}:PORT/text", 415, "unsupported_image"),
+        (f"https://{HOST}:PORT/nothing", 400, "remote_failed"),
+        ("https://images.cdn.example:PORT/image.png", 400, "remote_failed"),  # its certificate
+        (f"https://{HOST}:PORT/never", 400, "remote_failed"),
+    ],
+)
+def test_any_other_address_is_refused(read, address, status, code):
+    with pytest.raises(ApiError) as refused:
+        read(address)
+    assert (refused.value.status, refused.value.code) == (status, code)

@@ -1,0 +1,154 @@
+"""Another version takes a model's place while it is asked; one that is no good does not."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rwkv_clip import image_transform, tokenize
+from rwkv_clip.model import RWKVCLIP, create_model, save_checkpoint
+from serve.models import find_model
+from serve.succession import Director
+from tests.serve.small import Registry, data_uri, picture, small_config
+
+TEXT, IMAGE = "a red heart", picture(0)
+
+
+def vectors(model: RWKVCLIP) -> np.ndarray:
+    with torch.inference_mode():
+        text = model.encode_text(tokenize([TEXT], model.config.context_length))
+        image = model.encode_image(image_transform(model.config)(IMAGE)[None])
+    return torch.cat([text, image]).numpy()
+
+
+def new_model(folder: Path, seed: int = 1) -> RWKVCLIP:
+    torch.manual_seed(seed)
+    model = create_model(small_config()).eval()
+    save_checkpoint(model, folder)
+    return model
+
+
+@pytest.fixture
+def ready(client: httpx.Client) -> Callable[[Callable[[dict], bool]], dict]:
+    """Wait until /readyz says what is waited for."""
+
+    def wait(condition: Callable[[dict], bool]) -> dict:
+        pause = threading.Event()
+        for _ in range(600):
+            answer = client.get("/readyz")
+            if answer.status_code == 200 and condition(answer.json()):
+                return answer.json()
+            pause.wait(0.1)
+        pytest.fail(f"in vain: {answer.text}")
+
+    return wait
+
+
+@pytest.fixture
+def first_again(endpoint: str, registry: Registry, ready) -> Iterator[None]:
+    """Afterwards the first version is served, as other tests expect."""
+    yield
+    registry.champion("1")
+    ready(lambda told: told["model_version"] == "1" and "refused" not in told)
+
+
+def test_a_swap_under_load_fails_no_request(
+    endpoint, registry, model, ready, first_again, tmp_path
+):
+    version = registry.add(tmp_path)
+    expected = {"1": vectors(model), version: vectors(new_model(tmp_path))}
+    stop = threading.Event()
+    seen: dict[str, int] = {"1": 0, version: 0}
+    body = {"input": [TEXT, data_uri(IMAGE)]}
+
+    def ask() -> None:
+        with httpx.Client(base_url=endpoint, timeout=60) as client:
+            while not stop.is_set():
+                answer = client.post("/v1/embeddings", json=body)
+                assert answer.status_code == 200, answer.text
+                told = answer.json()
+                found = np.array([one["embedding"] for one in told["data"]])
+                np.testing.assert_allclose(found, expected[told["model_version"]], atol=1e-5)
+                seen[told["model_version"]] += 1
+
+    with ThreadPoolExecutor(4) as threads:
+        running = [threads.submit(ask) for _ in range(4)]
+        try:
+            registry.champion(version)
+            ready(lambda told: told["model_version"] == version)
+            before = seen[version]
+            while seen[version] < before + 20 and not any(one.done() for one in running):
+                stop.wait(0.05)
+        finally:
+            stop.set()
+        for one in running:
+            one.result()
+    assert min(seen.values()) > 0, seen
+
+
+def not_finite(folder: Path) -> None:
+    new_model(folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["text_model.ln_out.weight"][0] = float("nan")
+    save_file(weights, file)
+
+
+def another_width(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = small_config()
+    wider = {
+        tower: replace(getattr(config, tower), embed_dim=2 * config.embed_dim)
+        for tower in ("image", "text")
+    }
+    save_checkpoint(create_model(replace(config, **wider)), folder)
+
+
+def no_weights(folder: Path) -> None:
+    new_model(folder)
+    (folder / "model.safetensors").write_bytes(b"no tensors at all")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(not_finite, "not finite"), (another_width, "numbers"), (no_weights, "cannot be loaded")],
+)
+def test_a_model_that_is_no_good_is_refused(
+    client, registry, ready, model, first_again, tmp_path, spoil, reason
+):
+    spoil(tmp_path)
+    version = registry.add(tmp_path)
+    registry.champion(version)
+    (refused,) = ready(lambda told: "refused" in told)["refused"]
+    assert refused["model_version"] == version
+    assert reason in refused["reason"]
+    answer = client.post("/v1/embeddings", json={"input": TEXT}).json()
+    assert answer["model_version"] == "1"
+    np.testing.assert_allclose(answer["data"][0]["embedding"], vectors(model)[0], atol=1e-5)
+
+
+def test_user_config_names_another_model_in_place_of_the_files(settings, registry, tmp_path):
+    new_model(tmp_path, seed=2)
+    version = registry.add(tmp_path)
+
+    async def work() -> None:
+        director = Director.__new__(Director)
+        await director.__init__(settings, find_model(settings))
+        await director.reconfigure({"modle": "models:/small/1"})
+        assert "takes {model: NAME} alone" in (await director.standing()).trouble
+        await director.reconfigure({"model": f"models:/small/{version}"})
+        while (await director.standing()).coming is None:
+            await asyncio.sleep(0.01)
+        standing = await director.standing()
+        assert (standing.coming.version, standing.trouble) == (version, None)
+        director.watcher.cancel()
+
+    asyncio.run(work())
