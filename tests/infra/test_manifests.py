@@ -12,9 +12,9 @@ import yaml
 
 import serve.metrics
 from serve.metrics import RequestMetrics, TowerMetrics
-from tests.infra.manifests import K8S, ROOT, kustomizations, of_kind, render
+from tests.infra.manifests import K8S, ROOT, kustomizations, of_kind, pods, render
 from tests.infra.programs import check_programs
-from tests.infra.rules import GUIDE, check_rules
+from tests.infra.rules import GUIDE, check_rules, quantity
 from tests.infra.schemas import check_schema
 
 MONITORING = K8S / "components" / "monitoring"
@@ -37,6 +37,17 @@ def test_the_rules_that_schemas_do_not_hold(documents):
 
 def test_the_programs_in_manifests_would_start(documents):
     assert check_programs(documents) == []
+
+
+@pytest.mark.parametrize("part", ["pipeline", "endpoint", "workbench"])
+def test_a_laptop_of_four_cpus_and_14_gb_holds_one_part_at_a_time(part):
+    folder = K8S / "overlays/minimal"
+    found = list(pods([*render(folder / "platform"), *render(folder / part)]))
+    asked = [
+        container["resources"]["requests"] for pod in found for container in pod.spec["containers"]
+    ]
+    assert sum(quantity(one["cpu"]) for one in asked) <= 4 - 1.2  # Kubernetes' and KubeRay's own
+    assert sum(quantity(one["memory"]) for one in asked) <= 13e9
 
 
 def test_every_manifest_and_component_is_used_and_says_what_it_is():
