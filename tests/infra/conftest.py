@@ -4,13 +4,14 @@ import shutil
 
 import pytest
 
-from tests.infra.manifests import Document, overlay
+from tests.infra.manifests import K8S, Document, overlay
 from tests.infra.schemas import CRDS, has_crds
 
-OVERLAYS = ("minimal", "gpu")
+# An overlay that is copied and changed is checked as ours are.
+OVERLAYS = sorted(folder.name for folder in (K8S / "overlays").iterdir())
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def kustomize() -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl, which has kustomize in it, is not installed")
@@ -26,11 +27,6 @@ def crds() -> None:
 def documents(request: pytest.FixtureRequest) -> list[Document]:
     """All objects of an overlay, to be changed at will."""
     return overlay(request.param)
-
-
-@pytest.fixture
-def minimal() -> list[Document]:
-    return overlay("minimal")
 
 
 @pytest.fixture

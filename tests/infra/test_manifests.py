@@ -17,6 +17,8 @@ from tests.infra.programs import check_programs
 from tests.infra.rules import GUIDE, check_rules, quantity
 from tests.infra.schemas import check_schema
 
+pytestmark = pytest.mark.usefixtures("kustomize")
+
 MONITORING = K8S / "components" / "monitoring"
 NAME = re.compile(r"\b(?:ray|autoscaler)_[a-z_]+[a-z]\b")
 LABELS = {"ray_io_cluster"}
@@ -103,9 +105,14 @@ def test_the_dashboard_has_no_two_panels_in_one_place():
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
-def test_the_guide_applies_every_kustomization_and_no_other():
-    applied = set(re.findall(r"infra/k8s/overlays/[a-z-]+/[a-z-]+", GUIDE.read_text()))
-    assert applied == {str(folder.relative_to(ROOT)) for folder in kustomizations()}
+@pytest.mark.parametrize("name", ["minimal", "gpu"])
+def test_the_guide_applies_every_kustomization_and_no_other(name):
+    applied = set(re.findall(rf"apply -k (infra/k8s/overlays/{name}/[a-z-]+)", GUIDE.read_text()))
+    named = set(re.findall(rf"infra/k8s/overlays/{name}/[a-z-]+", GUIDE.read_text()))
+    there = {str(folder.relative_to(ROOT)) for folder in kustomizations(K8S / "overlays" / name)}
+    assert named == there
+    # Those of a queue are told in a sentence.
+    assert applied == {one for one in there if "queue" not in one}
 
 
 def test_the_guide_shows_the_sizes_that_the_benchmark_computes():

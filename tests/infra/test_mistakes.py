@@ -11,6 +11,8 @@ from tests.infra.programs import check_programs
 from tests.infra.rules import check_rules
 from tests.infra.schemas import check_schema
 
+pytestmark = pytest.mark.usefixtures("kustomize")
+
 Documents = list[Document]
 Change = Callable[[Documents], Any]
 
