@@ -81,6 +81,7 @@ class Ingress:
         self.keys = Keys()
         self.metrics = RequestMetrics()
         self.ongoing = 0
+        self.proved = False  # that both towers gave an embedding
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The routes."""
@@ -137,7 +138,7 @@ class Ingress:
         return JSONResponse({"status": "ok"})
 
     async def readyz(self, _: Request) -> Response:
-        """Whether both towers give embeddings, and how the model stands."""
+        """Whether both towers give embeddings, or did and are busy, and how the model stands."""
 
         async def try_out(served: Served) -> Served:
             text, image = await asyncio.gather(
@@ -149,7 +150,14 @@ class Ingress:
                 )
             return served
 
-        card = (await self.towers.through_one_model(try_out)).card
+        try:
+            card = (await self.towers.through_one_model(try_out)).card
+            self.proved = True
+        except ApiError as error:
+            # Who turns away a server that is busy makes the others busier.
+            if error.status != 429 or not self.proved:
+                raise
+            return JSONResponse({"status": "busy"})
         standing = await self.towers.standing()
         told: dict[str, Any] = {
             "status": "ready",

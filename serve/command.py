@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,6 +19,8 @@ from serve.traces import tracing
 
 SUMMARY = "serve image and text embeddings over HTTP"
 APPLICATION = "rwkv-clip"
+_EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 (compared with, and listened on only where it is asked for)
+_FAILURE = re.compile(r"^[\w.]*(?:Error|Exception): .*$", re.MULTILINE)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = config_from_args(ServeFile, args)
         application = build(config)
+        _check_host(config.serve)
         _check_port(config.serve)
+        tracing(config.serve.traces)
     except (ValueError, OSError) as error:
         _tell(f"rwkv-clip serve: {error}")
         return 2
@@ -46,7 +51,11 @@ def run(args: argparse.Namespace) -> int:
     )
     try:
         start(config.serve)
-        serve.run(application, name=APPLICATION, blocking=False)
+        try:
+            serve.run(application, name=APPLICATION, blocking=False)
+        except RuntimeError as error:
+            _tell(f"rwkv-clip serve: {_reason(error)}")
+            return 1
         _tell(f"serving at http://{config.serve.host}:{config.serve.port}; stop with Ctrl-C")
         stop.wait()
         _tell("no more requests are taken; those that came are answered")
@@ -68,6 +77,23 @@ def start(config: ServeConfig) -> None:
 def _tell(line: str) -> None:
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
+
+
+def _reason(error: RuntimeError) -> str:
+    """Why a deployment did not start, in the words of what failed in it."""
+    status = serve.status().applications.get(APPLICATION)
+    messages = [one.message for one in status.deployments.values()] if status else []
+    failed = [found[-1] for one in messages if (found := _FAILURE.findall(one))]
+    return failed[0] if failed else str(error)
+
+
+def _check_host(config: ServeConfig) -> None:
+    """Raise ValueError if the proxy would listen on more addresses than were asked for."""
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and config.host != _EVERY_ADDRESS:
+        raise ValueError(
+            f"serve.host is {config.host}, but HAProxy listens on every address; set serve.host "
+            f"to {_EVERY_ADDRESS}, with keys and a firewall, or unset RAY_SERVE_ENABLE_HA_PROXY"
+        )
 
 
 def _check_port(config: ServeConfig) -> None:

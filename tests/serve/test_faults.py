@@ -211,11 +211,13 @@ def test_too_much_at_once_is_told_so_and_memory_stays_bounded(endpoint):
     assert storm() < first + 150e6
 
 
-def test_no_request_that_the_schema_allows_makes_the_server_fail(endpoint):
+def test_no_request_that_the_schema_allows_makes_the_server_fail(endpoint, tmp_path):
     command = [
         str(Path(sys.executable).parent / "schemathesis"), "run", f"{endpoint}/openapi.json",
         "--checks", "not_a_server_error", "--max-examples", "25", "--seed", "1",
         "--exclude-path", "/metrics", "--generation-database", "none",
     ]  # fmt: skip
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
