@@ -27,6 +27,7 @@ LIBRARY_PACKAGES = (
     "pydantic",
     "PyYAML",
     "pillow",
+    "simplejpeg",
     "ftfy",
     "instant-clip-tokenizer",
 )

@@ -14,6 +14,9 @@ Choices:
 - Large JPEGs are decoded at 1/2, 1/4 or 1/8 scale, which the format allows at a fraction of the
   cost, as long as twice the wanted resolution remains. A training crop then begins and ends at the
   nearest pixel that was decoded. `draft=False` decodes in full.
+- JPEGs in colour are decoded through simplejpeg, by the same library and so to the same pixels as
+  through Pillow, in two thirds of the time. Pillow reads every header, and decodes what simplejpeg
+  does not take (CMYK, greys) or complains of: limits, errors and what is tolerated are Pillow's.
 - EXIF orientation is ignored, as the published code does; `exif_orientation=True` applies it.
 - Modes L, LA, RGB, RGBA and CMYK are resized as they are and then converted, as published. Pillow
   has no bicubic filter for palettes and bitmaps (it takes the nearest pixel without a word), so P
@@ -31,6 +34,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -43,7 +47,9 @@ MAX_FULL_ASPECT = 4
 CROP_AREA = (0.7, 1.0)
 CROP_ASPECT = (0.8, 1.25)
 
-ImageInput = bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]
+Encoded = bytes | bytearray | memoryview
+Pixels = npt.NDArray[np.uint8]
+ImageInput = Encoded | Image.Image | Pixels
 Box = tuple[float, float, float, float]
 
 # Modes that Pillow resizes with every filter and whose conversion to RGB keeps eight bits.
@@ -156,7 +162,7 @@ class ImageTransform:
         """
         if self.train and rng is None:
             raise ValueError("a training transform needs rng: a numpy Generator or a seed")
-        return torch.from_numpy(self._normalise(self.uint8(image, rng, name=name)))
+        return torch.from_numpy(self._normalise(self.planes(image, rng, name=name)))
 
     def batch(
         self,
@@ -193,15 +199,25 @@ class ImageTransform:
         rng: np.random.Generator | int | None = None,
         *,
         name: object = None,
-    ) -> npt.NDArray[np.uint8]:
-        """The same before normalisation: uint8 [S, S, 3] in RGB."""
+    ) -> Pixels:
+        """The same before normalisation, as pictures are usually held: uint8 [S, S, 3] in RGB."""
+        return self.planes(image, rng, name=name).transpose(1, 2, 0)
+
+    def planes(
+        self,
+        image: ImageInput,
+        rng: np.random.Generator | int | None = None,
+        *,
+        name: object = None,
+    ) -> Pixels:
+        """The same before normalisation, as models take it: uint8 [3, S, S], red, green, blue."""
         opened = self._open(image, name)
         crop = self._choose(opened.size, rng)
         try:
-            pixels = self._resize(opened, crop, draft=opened is not image)
+            pixels = self._resize(opened, image if isinstance(image, Encoded) else None, crop)
         except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
             raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
-        return pixels[:, ::-1] if crop.flip else pixels
+        return pixels[:, :, ::-1] if crop.flip else pixels
 
     def _open(self, image: ImageInput, name: object) -> Image.Image:
         """The image with its header read and its size checked, its pixels not yet decoded."""
@@ -227,29 +243,38 @@ class ImageTransform:
         box = random_box(size, generator)
         return _Crop(box, (self.image_size,) * 2, (0, 0), flip=bool(generator.random() < 0.5))
 
-    def _resize(self, image: Image.Image, crop: _Crop, *, draft: bool) -> npt.NDArray[np.uint8]:
-        """The crop in RGB, [S, S, 3]; decodes no more of a JPEG than that needs."""
-        box = crop.box
-        if draft and self.draft and image.format == "JPEG":
-            width = image.width
-            shrink = 2 * max(crop.size[0] / (box[2] - box[0]), crop.size[1] / (box[3] - box[1]))
-            # The decoder keeps both sides at or above the size it is asked for.
-            image.draft(None, (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
-            scale = round(width / image.width)
-            box = (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale)
-        decoded = _eight_bits(image)
-        if self.train:
-            return _cut(decoded, box, self.image_size)
-        resized = decoded.resize(crop.size, Image.Resampling.BICUBIC, box)
-        if crop.size != (self.image_size, self.image_size):
-            left, top = crop.offset
-            resized = resized.crop((left, top, left + self.image_size, top + self.image_size))
-        return np.asarray(resized.convert("RGB"))
+    def _resize(self, image: Image.Image, encoded: Encoded | None, crop: _Crop) -> Pixels:
+        """The crop in RGB, [3, S, S]; decodes no more of a JPEG than that needs.
 
-    def _normalise(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        out = np.empty((3, *pixels.shape[:2]), np.float32)
+        Args:
+            image: opened, not yet decoded.
+            encoded: the file that it was opened from, if it was one.
+            crop: what is wanted of it.
+        """
+        box, side, pixels = crop.box, self.image_size, None
+        if encoded is not None and image.format == "JPEG":
+            scale = _draft(image, crop) if self.draft else 1
+            box = (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale)
+            pixels = _decode_jpeg(image, encoded, scale)
+        if self.train:
+            left, top, right, bottom = _whole(box)
+            if pixels is not None:
+                return _shrink(pixels[top:bottom, left:right], side)
+            cut = _eight_bits(image).crop((left, top, right, bottom))
+            if cut.mode == "RGB":
+                return _shrink(np.array(cut), side)
+            return _planes(cut.resize((side, side), Image.Resampling.BILINEAR))
+        decoded = _eight_bits(image) if pixels is None else Image.fromarray(pixels)
+        resized = decoded.resize(crop.size, Image.Resampling.BICUBIC, box)
+        if crop.size != (side, side):
+            left, top = crop.offset
+            resized = resized.crop((left, top, left + side, top + side))
+        return _planes(resized)
+
+    def _normalise(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        out = np.empty(pixels.shape, np.float32)
         for channel in range(3):
-            np.take(self._levels[channel], pixels[:, :, channel], out=out[channel], mode="clip")
+            np.take(self._levels[channel], pixels[channel], out=out[channel], mode="clip")
         return out
 
 
@@ -325,18 +350,49 @@ def random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
     return (left, top, left + across, top + down)
 
 
-def _cut(image: Image.Image, box: Box, side: int) -> npt.NDArray[np.uint8]:
-    """A box of an image, to the nearest whole pixel, resized and in RGB: [side, side, 3]."""
-    left, top = round(box[0]), round(box[1])
-    right, bottom = max(round(box[2]), left + 1), max(round(box[3]), top + 1)
+def _draft(image: Image.Image, crop: _Crop) -> int:
+    """Lets the decoder of a JPEG skip resolution; gives by how much: 1, 2, 4 or 8."""
+    box, width = crop.box, image.width
+    shrink = 2 * max(crop.size[0] / (box[2] - box[0]), crop.size[1] / (box[3] - box[1]))
+    # The decoder keeps both sides at or above the size it is asked for.
+    image.draft(None, (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
+    return round(width / image.width)
+
+
+def _decode_jpeg(image: Image.Image, encoded: Encoded, scale: int) -> Pixels | None:
+    """The file's pixels [H, W, 3] at 1/scale; None if Pillow has to decode it.
+
+    Args:
+        image: what Pillow found in the header, drafted to that scale.
+    """
     if image.mode != "RGB":
-        cut = image.crop((left, top, right, bottom))
-        return np.asarray(cut.resize((side, side), Image.Resampling.BILINEAR).convert("RGB"))
-    pixels = torch.from_numpy(np.asarray(image)[top:bottom, left:right].copy())
-    resized = interpolate(
-        pixels.permute(2, 0, 1)[None], (side, side), mode="bilinear", antialias=True
-    )
-    return np.asarray(resized[0].permute(1, 2, 0))
+        return None
+    width, height = image.size
+    least = {"min_width": width, "min_height": height} if scale > 1 else {}
+    try:
+        # Into memory of the size that was checked, whatever the decoder makes of the header.
+        buffer = np.empty(3 * width * height, np.uint8)
+        pixels: Pixels = simplejpeg.decode_jpeg(encoded, buffer=buffer, **least)
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (height, width, 3) else None
+
+
+def _whole(box: Box) -> tuple[int, int, int, int]:
+    """A box to the nearest whole pixel, and never empty."""
+    left, top = round(box[0]), round(box[1])
+    return left, top, max(round(box[2]), left + 1), max(round(box[3]), top + 1)
+
+
+def _shrink(pixels: Pixels, side: int) -> Pixels:
+    """[H, W, 3], which may be a part of a larger image, to [3, side, side]."""
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return interpolate(planes, (side, side), mode="bilinear", antialias=True)[0].numpy()
+
+
+def _planes(image: Image.Image) -> Pixels:
+    """A view of [3, H, W]."""
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def _open(image: ImageInput, name: object) -> Image.Image:
@@ -344,7 +400,7 @@ def _open(image: ImageInput, name: object) -> Image.Image:
         return image
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
-    if not isinstance(image, bytes | bytearray | memoryview):
+    if not isinstance(image, Encoded):
         raise TypeError(
             f"an image is encoded bytes, a Pillow image or a uint8 array, not "
             f"{type(image).__name__}"
@@ -360,7 +416,7 @@ def _open(image: ImageInput, name: object) -> Image.Image:
         raise ImageDecodeError(f"cannot be opened ({error})", name) from error
 
 
-def _from_array(array: npt.NDArray[np.uint8], name: object) -> Image.Image:
+def _from_array(array: Pixels, name: object) -> Image.Image:
     grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
     if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] == 3)):
         raise ImageDecodeError(

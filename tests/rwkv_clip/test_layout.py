@@ -17,12 +17,13 @@ LIBRARY = {
     "pydantic",
     "rwkv_clip",
     "safetensors",
+    "simplejpeg",
     "torch",
     "yaml",
 }
 BUILD = {"ninja"}  # what only the build script may use
 OPERATOR_AND_MODEL = {"numpy", "rwkv_clip", "safetensors", "torch"}
-REST = ("pydantic", "yaml", "PIL", "ftfy", "instant_clip_tokenizer")
+REST = ("pydantic", "yaml", "PIL", "simplejpeg", "ftfy", "instant_clip_tokenizer")
 FOREIGN = ("ray", "mlflow", "vllm", "transformers", "torchvision", "timm", "ray_jobs", "serve")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,6 +126,42 @@ def test_draft_decoding_stays_close_to_full_decoding(options: dict[str, int]) ->
     apart = levels_apart(ImageTransform(64).uint8(data), full)
     assert apart.mean() < 0.6
     assert apart.max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "fast"),
+    [
+        ("RGB", {}, True),
+        ("RGB", {"progressive": True}, True),
+        ("RGB", {"subsampling": "4:2:2"}, True),
+        ("RGB", {"subsampling": "4:4:4"}, True),
+        ("RGB", {"keep_rgb": True}, True),
+        ("CMYK", {}, False),
+        ("L", {}, False),
+    ],
+)
+def test_a_jpeg_gives_pillows_pixels_whoever_decodes_it(
+    mode: str, options: dict[str, object], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(picture(333, 257, mode), "JPEG", **options)
+    kinds = [(side, train) for side in (20, 40, 90, 200) for train in (False, True)]
+    transforms = [ImageTransform(side, train=train) for side, train in kinds]
+
+    def all_pixels() -> list[np.ndarray]:
+        return [one.uint8(given, 5) for one in transforms for given in (data, memoryview(data))]
+
+    pixels = all_pixels()
+    refused = 0
+
+    def refuse(*_: object, **__: object) -> None:
+        nonlocal refused
+        refused += 1
+        raise ValueError("not today")
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", refuse)
+    for ours, pillows in zip(pixels, all_pixels(), strict=True):
+        assert np.array_equal(ours, pillows)
+    assert refused == (len(pixels) if fast else 0)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P"])
@@ -248,6 +285,13 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
     data = encoded(Image.new("1", (3000, 3000)))
     with pytest.raises(ImageDecodeError, match="3000x3000 pixels, more than max_pixels=1,000,000"):
         ImageTransform(32, max_pixels=1_000_000)(data[:200])
+
+
+def test_planes_are_the_same_pixels_channel_by_channel() -> None:
+    for transform in (EVALUATE, TRAIN):
+        planes = transform.planes(GOOD, 3)
+        assert planes.shape == (3, 32, 32)
+        assert np.array_equal(planes, transform.uint8(GOOD, 3).transpose(2, 0, 1))
 
 
 def test_a_batch_sets_broken_inputs_aside() -> None:
