@@ -182,7 +182,8 @@ def _embed(config: EmbedConfig, storage: Storage, manifest: Manifest, checkpoint
     todo = [at for at, part in enumerate(manifest.parts) if part.name not in there]
     if not todo:
         return
-    dataset = ray.data.from_arrow([pa.table({"part": [at]}) for at in todo]).map_batches(
+    items = [{"part": at} for at in todo]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         PartEncoder,
         fn_constructor_args=(storage, checkpoint, config),
         batch_size=1,

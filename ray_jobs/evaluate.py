@@ -190,10 +190,10 @@ def _embed(
     """Embeddings of all pairs, in order."""
     files = PairFiles.of(storage, manifest.name)
     work = [
-        pa.table({"first": [first], "rows": [min(config.batch, manifest.rows - first)]})
+        {"first": first, "rows": min(config.batch, manifest.rows - first)}
         for first in range(0, manifest.rows, config.batch)
     ]
-    dataset = ray.data.from_arrow(work).map_batches(
+    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
         Encoder,
         fn_constructor_args=(storage, checkpoint, files, config.text, config.threads),
         batch_size=1,

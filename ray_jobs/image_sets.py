@@ -200,8 +200,8 @@ def embed_set(
     texts: bool = False,
 ) -> pa.Table:
     """What `SetEncoder` gives for all images that can be decoded, in order."""
-    work = [pa.table({"unit": [at]}) for at in range(len(images.units))]
-    dataset = ray.data.from_arrow(work).map_batches(
+    work = [{"unit": at} for at in range(len(images.units))]
+    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
         SetEncoder,
         fn_constructor_args=(storage, checkpoint, images, config),
         fn_constructor_kwargs={"texts": texts},
