@@ -73,7 +73,7 @@ def total_steps(config: TrainConfig, files: PairFiles) -> int:
         plan = DataPlan(
             files.flat_row_groups, config.batch, data.lanes, data.shuffle_steps, config.seed
         )
-        plan.lanes_of(0, config.workers)
+        plan.check_shares(config.workers)
     except PlanError as error:
         raise TrainError(f"train.batch, train.data.lanes, train.workers: {error}") from error
     return max(1, round(config.epochs * plan.steps_per_epoch))
@@ -143,15 +143,19 @@ def _trainer(
     resources = {"CPU": config.cpus_per_worker}
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
-    trainer: Any = TorchTrainer  # its declaration is that of Ray Train V1
+    workers = (config.min_workers, config.workers) if config.min_workers else config.workers
+    trainer: Any = TorchTrainer  # their declarations are those of Ray Train V1
+    scaling: Any = ScalingConfig
+    scaling = scaling(
+        num_workers=workers,
+        use_gpu=config.gpus_per_worker > 0,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=config.resize_seconds,
+    )
     made: TorchTrainer = trainer(
         train_worker,
         train_loop_config={"task": task},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=config.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
+        scaling_config=scaling,
         run_config=RunConfig(
             name=task.folder,
             storage_path=storage.path(),

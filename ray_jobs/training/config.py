@@ -2,7 +2,14 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from ray_jobs.training.recipe import RecipeConfig
 from rwkv_clip.config import BaseConfig
@@ -106,6 +113,15 @@ class TrainConfig(BaseConfig):
         1, description="pieces that a worker's batch is computed in; the gradient stays that of all"
     )
     workers: PositiveInt = Field(1, description="training processes")
+    # These two are left out of what tells runs apart: a run that was elastic has the same batches.
+    min_workers: PositiveInt | None = Field(
+        None,
+        description="where nodes come and go, train with as few; the global batch stays",
+        exclude=True,
+    )
+    resize_seconds: PositiveFloat = Field(
+        60.0, description="between two looks for nodes that came", exclude=True
+    )
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that a worker holds")
     gpus_per_worker: NonNegativeFloat = Field(0.0, description="GPUs that a worker holds")
     threads: PositiveInt | None = Field(None, description="of a CPU worker; PyTorch's default")
@@ -124,3 +140,9 @@ class TrainConfig(BaseConfig):
         None, description="how checkpoints are validated, on the data set `validation`"
     )
     max_failures: int = Field(3, ge=-1, description="workers' deaths that are made good; -1: any")
+
+    @model_validator(mode="after")
+    def _fewer_at_least(self) -> "TrainConfig":
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers is {self.min_workers}, more than workers")
+        return self

@@ -297,7 +297,13 @@ class Worker:
             gradient /= self.world_size
 
     def _record(self, metrics: Mapping[str, float], meter: "_Meter") -> None:
-        record = {"step": float(self.state.step), **metrics, **meter.read()}
+        workers = float(self.world_size)
+        record = {
+            "step": float(self.state.step),
+            **metrics,
+            **meter.read(),
+            "workers": workers,
+        }
         self.state.history.append(record)
         if self.rank == 0 and self.task.on_record is not None:
             self.task.on_record(record)

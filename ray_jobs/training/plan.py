@@ -83,14 +83,22 @@ class DataPlan:
         return self.batch // self.lanes
 
     def lanes_of(self, rank: int, workers: int) -> range:
-        """The lanes that a worker owns; raises PlanError where they cannot be shared equally."""
+        """The lanes that a worker owns, one more or less than another's where they do not go up.
+
+        Raises:
+            PlanError: there are more workers than lanes.
+        """
+        if workers > self.lanes:
+            raise PlanError(f"{self.lanes} lanes are not enough for {workers} workers")
+        return range(rank * self.lanes // workers, (rank + 1) * self.lanes // workers)
+
+    def check_shares(self, workers: int) -> None:
+        """Raises PlanError where the lanes cannot be shared equally."""
         if self.lanes % workers:
             raise PlanError(
                 f"{self.lanes} lanes cannot be shared by {workers} workers; "
                 "take a number of lanes that is a multiple of the workers"
             )
-        share = self.lanes // workers
-        return range(rank * share, (rank + 1) * share)
 
     def windows(self, first_step: int, last_step: int) -> Iterator[Window]:
         """The work from a global step to before another one, in order; windows may be cut."""

@@ -69,8 +69,18 @@ def test_a_window_that_begins_in_the_middle_has_the_rows_of_the_whole_one():
 def test_workers_share_the_lanes():
     plan = plan_of()
     assert [list(plan.lanes_of(rank, 2)) for rank in range(2)] == [[0, 1], [2, 3]]
+    plan.check_shares(2)
     with pytest.raises(PlanError, match="4 lanes cannot be shared by 3 workers"):
-        plan.lanes_of(0, 3)
+        plan.check_shares(3)
+
+
+@pytest.mark.parametrize("workers", range(1, 5))
+def test_however_many_workers_are_there_the_batch_is_the_same(workers):
+    shares = [list(plan_of().lanes_of(rank, workers)) for rank in range(workers)]
+    assert [lane for share in shares for lane in share] == [0, 1, 2, 3]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    with pytest.raises(PlanError, match="4 lanes are not enough for 5 workers"):
+        plan_of().lanes_of(0, 5)
 
 
 def test_what_cannot_be_is_refused():
