@@ -16,7 +16,7 @@ PYTHON := $(shell for python in python3.11 python3.12 python3; do \
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo comparison test test-cuda lint bench wheel lock clean python
+.PHONY: help setup demo comparison test chaos test-cuda lint bench wheel lock clean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ comparison: setup ## the same, and a second training on web texts alone to compa
 
 test: setup ## run every test
 	$(BIN)/python -m pytest
+
+chaos: setup ## kill nodes, workers, jobs and servers, and print what each fault cost
+	$(BIN)/python -m pytest -m 'chaos or not chaos' tests/ray_jobs/chaos tests/ray_jobs/training/test_killed.py
 
 test-cuda: ## build and test the operator and the model on a GPU, with PYTHON's own packages
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \

@@ -53,8 +53,17 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 
 def processes_named(part: str) -> list[psutil.Process]:
     """Processes below this one, Ray's workers among them, with this in their name or command."""
+    return _named(psutil.Process(), part)
+
+
+def below(process: "subprocess.Popen[bytes]", part: str) -> list[psutil.Process]:
+    """The same below another process, such as a node."""
+    return _named(psutil.Process(process.pid), part)
+
+
+def _named(parent: psutil.Process, part: str) -> list[psutil.Process]:
     found = []
-    for child in psutil.Process().children(recursive=True):
+    for child in parent.children(recursive=True):
         try:
             if part in " ".join([child.name(), *child.cmdline()]):
                 found.append(child)
