@@ -39,10 +39,11 @@ import rwkv_clip
 from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
-from ray_jobs.training.batches import BatchMaker, PairFiles, stream
+from ray_jobs.training.batches import BatchMaker, PairFiles, normalise, stream
 from ray_jobs.training.plan import DataPlan
+from rwkv_clip.memory import keep_freed_memory
 from rwkv_clip.model.config import named_config
-from rwkv_clip.transforms import image_transform
+from rwkv_clip.transforms import CLIP_MEAN, CLIP_STD, image_transform
 
 GOAL = 1.5
 BATCH, SIZE, CONTEXT = 128, 224, 77
@@ -50,8 +51,8 @@ WARM_BATCHES = 4
 Files = list[tuple[str, bytes, str]]
 """Of each photograph its name, its bytes and its text."""
 
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+_MEAN = torch.tensor(CLIP_MEAN).view(3, 1, 1)
+_STD = torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
 def write_photographs(folder: Path, count: int) -> None:
@@ -141,10 +142,12 @@ def ray_rate(storage: Storage, workers: int, batches: int) -> float:
     (share,) = dataset.streaming_split(1, equal=False)
     arrived = share.iter_batches(batch_size=BATCH, batch_format="numpy", prefetch_batches=4)
 
+    mean, scale = (255 * _MEAN)[None], (1 / (255 * _STD))[None]
+
     def normalised() -> Iterator[Mapping[str, Any]]:
         for batch in arrived:
-            pixels = torch.from_numpy(batch["pixels"]).permute(0, 3, 1, 2)
-            yield {"id": batch["id"], "pixels": (pixels - 255 * _MEAN) / (255 * _STD)}
+            pixels = torch.from_numpy(batch["pixels"])
+            yield {"id": batch["id"], "pixels": normalise(pixels, mean, scale)}
 
     return rate(normalised(), batches)
 
@@ -172,6 +175,7 @@ def main() -> int:
     workers, batches = arguments.workers, arguments.batches
     rates: dict[str, list[float]] = {"DataLoader": [], "DataLoader, our transform": [], "ours": []}
     print(machine())
+    keep_freed_memory()  # as a training worker does; DataLoader's workers inherit it
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root, "photographs")
         folder.mkdir()

@@ -3,8 +3,9 @@
 Choices:
 - A worker has a stream of its own: a Ray Data execution whose work items are the plan's windows,
   in order, across epochs, so that the pipeline never drains at an epoch's end.
-- Images are encoded files until the last stage. What travels to the worker are uint8 pixels and
-  int32 tokens; the worker normalises, which on a GPU is free.
+- Images are encoded files until the last stage. What travels to the worker are uint8 pixels, plane
+  by plane as the resize gives them and the model takes them, and int32 tokens; the worker
+  normalises, which on a GPU is free.
 - A sample's text, crop and flip are drawn from (seed, epoch, id): whoever prepares it, whenever.
 - A row whose image cannot be decoded (or whose texts are all empty) is marked and left out by the
   worker, which counts it. Ingestion has decoded each image once, so this is rare.
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+from torch import Tensor
 
 from ray_jobs.beside import Beside, lay_over, written
 from ray_jobs.execution import arrange
@@ -148,7 +150,7 @@ class BatchMaker:
 
     def _batch(self, pairs: Sequence[Mapping[str, Any]], epoch: int, step: int) -> Batch:
         size = self.transform.image_size
-        pixels = np.zeros((len(pairs), size, size, 3), np.uint8)
+        pixels = np.zeros((len(pairs), 3, size, size), np.uint8)
         usable = np.ones(len(pairs), np.bool_)
         texts = []
         for at, pair in enumerate(pairs):
@@ -156,7 +158,7 @@ class BatchMaker:
             text = choose_text(pair, self.weights, rng)
             texts.append(text)
             try:
-                pixels[at] = self.transform.uint8(pair["image"], rng, name=pair["id"])
+                pixels[at] = self.transform.planes(pair["image"], rng, name=pair["id"])
             except ImageDecodeError as error:
                 logger.warning("left out: %s", error)
                 usable[at] = False
@@ -168,6 +170,17 @@ class BatchMaker:
             "id": np.array([pair["id"] for pair in pairs], dtype=object),
             "step": np.full(len(pairs), step, np.int64),
         }
+
+
+def normalise(pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """(pixels - mean) * scale in float32, [B, 3, S, S].
+
+    Args:
+        pixels: uint8 [B, 3, S, S].
+        mean, scale: of pixels in 0..255, [1, 3, 1, 1] each, where the pixels are.
+    """
+    # In place: a batch of floats is large, and a second one costs more than the arithmetic.
+    return pixels.float().sub_(mean).mul_(scale)
 
 
 def sample_generator(seed: int, epoch: int, identity: str) -> np.random.Generator:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ray_jobs.training.batches import Batch, BatchMaker, PairFiles, stream
+from ray_jobs.training.batches import Batch, BatchMaker, PairFiles, normalise, stream
 from ray_jobs.training.checkpoint import RunState, checkpoint_name, load_state, save_state
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.plan import DataPlan
@@ -225,8 +225,8 @@ class Worker:
         pixels = torch.from_numpy(np.ascontiguousarray(_kept(batch["pixels"], usable, whole)))
         tokens = torch.from_numpy(np.ascontiguousarray(_kept(batch["tokens"], usable, whole)))
         mean, scale = self._normalisation
-        image = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        return (image - mean) * scale, tokens.to(self.device, torch.int64, non_blocking=True)
+        image = normalise(pixels.to(self.device, non_blocking=True), mean, scale)
+        return image, tokens.to(self.device, torch.int64, non_blocking=True)
 
     @cached_property
     def _normalisation(self) -> tuple[Tensor, Tensor]:
