@@ -4,10 +4,12 @@ Ray's and vLLM's own talk stays in Ray's log files; their place is told, so that
 the stages' progress and nothing else.
 """
 
+import errno
 import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rwkv_clip.config import BaseConfig
 
 logger = logging.getLogger(__name__)
+
+_NO_SPACE = os.strerror(errno.ENOSPC)
+_SPILL_FULL = "Local disk is full"  # Ray's OutOfDiskError, however it is wrapped
 
 
 class RayConfig(BaseConfig):
@@ -62,6 +67,23 @@ def connected(config: RayConfig) -> Iterator[Path]:
             yield _logs()
     finally:
         ray.shutdown()
+
+
+def full_disk(error: BaseException, storage: str) -> str | None:
+    """What to do about an error that a full disk is behind, whoever met it; None for others."""
+    told, kept = str(error), "Free some and start again; what is done is kept"
+    if _SPILL_FULL in told:
+        return (
+            f"{_SPILL_FULL}: Ray's object store overflowed, and the disk that it spills to is full "
+            f"on one of the nodes. {kept}, or give nodes more memory (ray.object_store_gb of a "
+            "local cluster, --object-store-memory of others)"
+        )
+    if _NO_SPACE in told:
+        return (
+            f"{_NO_SPACE}: the disk of {storage} is full, or that of Ray's files in "
+            f"{tempfile.gettempdir()}. {kept}"
+        )
+    return None
 
 
 def beside_driver() -> Any:  # Ray's declarations leave this strategy out

@@ -8,11 +8,8 @@ was killed at any moment is started again with the same command.
 """
 
 import argparse
-import errno
 import logging
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,10 +24,11 @@ from ray.train import TrainingFailedError
 import rwkv_clip
 from ray_jobs import job
 from ray_jobs.caption import CaptionConfig, CaptionResult, caption
-from ray_jobs.cluster import RayConfig, connected
+from ray_jobs.cluster import RayConfig, connected, full_disk
 from ray_jobs.embed import EmbedConfig, EmbedError, EmbedResult, embed
 from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
 from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
+from ray_jobs.memory import PeakMemory
 from ray_jobs.progress import Progress, duration
 from ray_jobs.report import Report, StageTime, collect, examples, loss_figure, render
 from ray_jobs.sources import SourceError
@@ -60,8 +58,8 @@ logger = logging.getLogger(__name__)
 SUMMARY = "run every stage: ingest, caption, describe, train, evaluate, register, report"
 REPORT = "report.html"
 _TIMES = "times.json"
+_MEMORY = "memory.json"
 _BASELINE = "baseline"
-_NO_SPACE = os.strerror(errno.ENOSPC)
 _FAILURES = (
     SourceError,
     IngestError,
@@ -139,6 +137,7 @@ class PipelineResult:
 
     Attributes:
         report: the report's place.
+        peak_memory: the most that all processes held together, in bytes, in any run so far.
         tracking: how to look at the runs.
     """
 
@@ -150,6 +149,7 @@ class PipelineResult:
     baseline: EvaluationResult | None
     registered: Registered | None
     report: str
+    peak_memory: int
     tracking: str
 
 
@@ -173,11 +173,8 @@ def run_job(args: argparse.Namespace, stage: str | None = None) -> int:
             else:
                 told = _stages(run_stage(config, storage, stage))
     except (*_FAILURES, OSError, RayError, TrainingFailedError) as error:
-        if _NO_SPACE in str(error):  # whoever met it, and however Ray wrapped it
-            raise CommandError(
-                f"{_NO_SPACE}: the disk of {storage.uri} is full, or that of Ray's files in "
-                f"{tempfile.gettempdir()}. Free some and start again; what is done is kept"
-            ) from error
+        if (full := full_disk(error, storage.uri)) is not None:
+            raise CommandError(full) from error
         if not isinstance(error, _FAILURES):
             raise
         raise CommandError(str(error)) from error
@@ -192,8 +189,8 @@ def pipeline(config: PipelineConfig, storage: Storage) -> PipelineResult:
         SourceError, IngestError, SynthesisError, TrainError, NonFiniteLossError: as the stages do.
         TrackingError: MLflow cannot be reached.
     """
-    with _opened(config, storage) as opened:
-        return opened.run()
+    with _opened(config, storage) as opened, PeakMemory() as memory:
+        return opened.run(memory)
 
 
 def run_stage(config: PipelineConfig, storage: Storage, stage: str) -> list[Stage]:
@@ -227,7 +224,7 @@ class _Pipeline:
         self.config, self.storage, self.tracker = config, storage, tracker
         self.stages: list[Stage] = []
 
-    def run(self) -> PipelineResult:
+    def run(self, memory: PeakMemory) -> PipelineResult:
         config = self.config
         data, test = self._ingest()
         captioned = self._caption(data)
@@ -241,6 +238,7 @@ class _Pipeline:
         registered = self._register(main, evaluated)
         if config.embed is not None:
             self._embed()
+        peak = self._peak(memory)
         report = Report(
             title=config.name,
             configuration=config.model_dump(mode="json", exclude={"ray", "serve", "tracking"}),
@@ -255,6 +253,7 @@ class _Pipeline:
             baseline_train=baseline_train,
             baseline_texts=_texts(config.baseline) if config.baseline else "",
             registered=f"{registered.uri}: {registered.told}" if registered else "",
+            peak_memory=peak,
             examples=examples(self.storage, test, evaluated) if test and evaluated else (),
             **collect(self.storage, data, described is not None),
         )
@@ -268,6 +267,7 @@ class _Pipeline:
             baseline=baseline,
             registered=registered,
             report=self.storage.child_uri(REPORT),
+            peak_memory=peak,
             tracking=self.tracker.place if self.tracker else "",
         )
 
@@ -484,6 +484,15 @@ class _Pipeline:
         source = self.storage.child_uri(f"pairs/{data.name}")
         run.dataset(data.name, source, data.data_digest, context)
 
+    def _peak(self, memory: PeakMemory) -> int:
+        """The most memory of this run and earlier ones, which may have done most of the work."""
+        held = self.storage.read_json(_MEMORY) if self.storage.exists(_MEMORY) else {}
+        peak = max(memory.peak, int(held.get("peak_bytes", 0)))
+        self.storage.write_json(_MEMORY, {"peak_bytes": peak})
+        if self.tracker is not None:
+            self.tracker.parent.metrics({"peak_memory_gb": peak / 1e9})
+        return peak
+
     def _times(
         self,
         data: Manifest,
@@ -536,6 +545,7 @@ def _table(storage: Storage, result: PipelineResult) -> str:
             lines += _recalls(" (baseline)", result.baseline)
         lines.append(f"{'by chance':<27} R@10 {100 * result.evaluation.chance:5.1f} %")
         lines.append("")
+    lines.append(f"memory: {result.peak_memory / 1e9:.1f} GB at its peak, of all processes")
     lines.append(f"model:  {storage.child_uri(result.train.best)}")
     if result.registered is not None:
         lines.append(f"        {result.registered.uri}")

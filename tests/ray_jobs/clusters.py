@@ -141,16 +141,16 @@ def cluster(cpus: float = 0, *, token: str | None = None, jobs: bool = False) ->
 
 def _is_up(made: Cluster, jobs: bool) -> bool:
     if jobs:
-        return _responds(made.dashboard)
+        return responds(f"{made.dashboard}/api/version")
     with socket.socket() as one:
         host, _, port = made.address.partition(":")
         return one.connect_ex((host, int(port))) == 0 and made.alive() > 0
 
 
-def _responds(url: str) -> bool:
+def responds(url: str) -> bool:
     """Whether anything answers there, if only that it wants a token."""
     try:
-        with urllib.request.urlopen(f"{url}/api/version", timeout=5):
+        with urllib.request.urlopen(url, timeout=5):
             return True
     except urllib.error.HTTPError:
         return True
