@@ -45,7 +45,7 @@ class Server:
         with patch.dict(os.environ, CREDENTIALS):
             return boto3.client("s3", endpoint_url=self.endpoint)
 
-    def keys(self) -> list[str]:
+    def objects(self) -> list[str]:
         """Everything that the bucket holds."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
         return [one["Key"] for page in pages for one in page.get("Contents", ())]

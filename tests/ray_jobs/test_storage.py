@@ -54,7 +54,7 @@ def test_patience_ends_and_nothing_half_written_is_left(server: Server) -> None:
     assert not impatient.exists("a")
     with pytest.raises(ZeroDivisionError):
         stop_halfway(impatient)
-    assert server.keys() == []
+    assert server.objects() == []
 
 
 def test_a_large_file_goes_in_parts_and_is_whole(server: Server) -> None:
