@@ -76,7 +76,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page."""
+    """Everything on the page.
+
+    Attributes:
+        peak_memory: of all processes together, in bytes; 0 where nobody looked.
+    """
 
     title: str
     configuration: Mapping[str, Any]
@@ -91,6 +95,7 @@ class Report:
     baseline_train: TrainResult | None = None
     baseline_texts: str = ""
     registered: str = ""
+    peak_memory: int = 0
     statistics: Sequence[TextStatistics] = ()
     samples: Sequence[Sample] = ()
     examples: Sequence[Example] = field(default_factory=tuple)

@@ -58,6 +58,7 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster
     assert first.registered.champion
     second = pipeline(config, storage)
     assert second.train.resumed
+    assert second.peak_memory >= first.peak_memory > 500e6  # of Ray, its workers and this process
     assert second.evaluation == first.evaluation
     assert second.registered == replace(first.registered, told=second.registered.told)
     assert "train: done" in capsys.readouterr().err
@@ -68,6 +69,7 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster
     assert {run.info.status for run in runs} == {"FINISHED"}
     page = storage.read_bytes("report.html").decode()
     assert "with web text alone" in page
+    assert f"at most {second.peak_memory / 1e9:.1f} GB of memory" in page
     assert page.count('class="query"') == len(first.evaluation.examples)
     assert not re.findall(r"""(?:src|href|url)\s*[=(]["']?+(?!data:|#)""", page)  # nothing to load
 
