@@ -129,7 +129,7 @@ class TrainConfig(BaseConfig):
     sharding: Literal["none", "fsdp2"] = Field("none", description="of parameters over workers")
     compile: bool = Field(False, description="compile the model")
     activation_checkpointing: bool = Field(False, description="less memory for a third more time")
-    loss: Literal["contrastive", "sigmoid"] = "contrastive"
+    loss: Literal["contrastive"] = "contrastive"
     seed: int = Field(0, description="of weights, order, augmentation and regularisation")
     log_steps: PositiveInt = Field(10, description="steps between two records of metrics")
     checkpoint_steps: PositiveInt = Field(1000, description="steps between two checkpoints")
@@ -140,6 +140,16 @@ class TrainConfig(BaseConfig):
         None, description="how checkpoints are validated, on the data set `validation`"
     )
     max_failures: int = Field(3, ge=-1, description="workers' deaths that are made good; -1: any")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _has_its_parameters(cls, loss: object) -> object:
+        if loss == "sigmoid":
+            raise ValueError(
+                "the sigmoid loss learns a bias, which the published model does not have; takes "
+                "contrastive. To train with it, write a loop around rwkv_clip.loss.SigmoidLoss"
+            )
+        return loss
 
     @model_validator(mode="after")
     def _fewer_at_least(self) -> "TrainConfig":

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
@@ -62,8 +63,16 @@ def test_a_run_goes_on_from_its_last_checkpoint_with_the_same_curve(undisturbed,
         assert loss == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"workers": 2}, {"micro_batches": 2}], ids=str)
-def test_two_workers_and_two_pieces_have_the_curve_of_one(undisturbed, own_storage, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"workers": 2},
+        {"workers": 2, "micro_batches": 2},
+        {"workers": 2, "sharding": "fsdp2"},
+    ],
+    ids=str,
+)
+def test_two_workers_pieces_and_shards_have_the_curve_of_one(undisturbed, own_storage, changes):
     _, expected = undisturbed
     result = train(config_of(**changes), own_storage)
     for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
@@ -71,11 +80,17 @@ def test_two_workers_and_two_pieces_have_the_curve_of_one(undisturbed, own_stora
 
 
 def test_a_loss_that_is_no_number_names_the_pairs_and_the_checkpoint(own_storage):
+    # The first step is taken, and with it the weights are so large that the second has no loss.
     recipe = {"learning_rate": 1e30, "clip_norm": 1e30}
-    with pytest.raises(
-        NonFiniteLossError, match=r"ids on worker 0 are noto-.*last good checkpoint"
-    ):
-        train(config_of(recipe=recipe), own_storage)
+    told = r"at step 1 .*ids on worker 0 are noto-.*last good checkpoint is \S+/step-000000001\."
+    with pytest.raises(NonFiniteLossError, match=told):
+        train(config_of(recipe=recipe, checkpoint_steps=1), own_storage)
+    assert own_storage.exists("train/step-000000001/model.safetensors")
+
+
+def test_a_loss_that_needs_what_the_model_lacks_is_refused():
+    with pytest.raises(ValidationError, match=r"sigmoid loss .* bias"):
+        config_of(loss="sigmoid")
 
 
 def test_another_configuration_is_refused_with_what_differs(undisturbed):
