@@ -123,12 +123,14 @@ def caption(config: CaptionConfig, storage: Storage, name: str = "train") -> Cap
         check_engine(engine, "captioning")
         stream = engine_stream(engine)
     task.claim()
-    incidents, seconds = task.run(stream)
+    effort = task.run(stream)
     sources: Counter[str] = Counter()
     for table in tables(storage, manifest, Beside(Captioning.kind, name), ["caption_source"]):
         sources.update(table["caption_source"].to_pylist())
     rows = sources.total()
-    result = CaptionResult(rows, dict(sources.most_common()), incidents, seconds, engine.model)
+    result = CaptionResult(
+        rows, dict(sources.most_common()), effort.incidents, effort.seconds, engine.model
+    )
     counts = asdict(result)
     del counts["resumed"]
     task.conclude(counts)

@@ -3,11 +3,11 @@
 Ray Data's scheduling loop waits for tasks to have output. Where a task has output that nobody may
 read yet, because the consumer is slower, it does not wait at all: the loop turns as fast as it can
 and takes most of a CPU core from the work. Fifty turns a second are plenty for batches that take
-longer than that to make.
+longer than that to make, and two for chunks that keep an engine busy for many seconds.
 """
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
@@ -15,30 +15,42 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-_TURN_SECONDS = 0.02
-
 
 class Pace(ExecutionCallback):
     """Lets the scheduling loop turn fifty times a second at most."""
+
+    turn_seconds: ClassVar[float] = 0.02
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def on_execution_step(self, executor: "StreamingExecutor") -> None:  # noqa: ARG002
         """Wait for what is left of the turn."""
-        time.sleep(max(0.0, self._last + _TURN_SECONDS - time.monotonic()))
+        time.sleep(max(0.0, self._last + self.turn_seconds - time.monotonic()))
         self._last = time.monotonic()
 
 
-def arrange(dataset: ray.data.Dataset, *, ordered: bool = False) -> ray.data.Dataset:
-    """The dataset, to be executed quietly and at our pace; `ordered` keeps its rows' order."""
+class SlowPace(Pace):
+    """Lets the scheduling loop turn twice a second at most."""
+
+    turn_seconds = 0.5
+
+
+def arrange(
+    dataset: ray.data.Dataset, *, ordered: bool = False, slow: bool = False
+) -> ray.data.Dataset:
+    """The dataset, to be executed quietly and at our pace.
+
+    Args:
+        dataset: what is to be executed.
+        ordered: keep its rows' order.
+        slow: its tasks take seconds and have work waiting, so nothing needs to be seen at once.
+    """
     context = dataset.context
     context.execution_options.preserve_order = ordered
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []  # they repeat advice on the terminal
-    if Pace not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes = [
-            *context.custom_execution_callback_classes,
-            Pace,
-        ]
+    others = context.custom_execution_callback_classes
+    kept = [one for one in others if not issubclass(one, Pace)]
+    context.custom_execution_callback_classes = [*kept, SlowPace if slow else Pace]
     return dataset

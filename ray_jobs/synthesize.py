@@ -19,7 +19,7 @@ from ray_jobs.storage import Storage
 from ray_jobs.synthesis.chunks import tables
 from ray_jobs.synthesis.config import HttpConfig, VllmConfig
 from ray_jobs.synthesis.describer import LLM, Describing
-from ray_jobs.synthesis.run import SynthesisError, TaskRun, check_engine, engine_stream
+from ray_jobs.synthesis.run import Effort, SynthesisError, TaskRun, check_engine, engine_stream
 from ray_jobs.synthesis.task import SamplingConfig
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.descriptions import PROMPT_VERSION
@@ -74,6 +74,7 @@ class SynthesisResult:
         alternatives: descriptions beyond the first of a pair.
         incidents: engines that died or hung; `Incident`'s fields.
         seconds: of work, in all runs together.
+        engine_seconds: of these, without the engines' start.
         model: the model as the configuration named it.
         prompt: the prompt's version.
         resumed: whether an earlier run had done all of it.
@@ -89,6 +90,7 @@ class SynthesisResult:
     model: str
     prompt: str
     resumed: bool = False
+    engine_seconds: float = 0.0
 
     @property
     def kept_share(self) -> float:
@@ -125,8 +127,8 @@ def synthesize(config: SynthesisConfig, storage: Storage, name: str = "train") -
         return SynthesisResult(**held, resumed=True)
     check_engine(config.engine, "synthesis")
     task.claim()
-    incidents, seconds = task.run(engine_stream(config.engine))
-    result = _count(config, storage, manifest, incidents, seconds)
+    effort = task.run(engine_stream(config.engine))
+    result = _count(config, storage, manifest, effort)
     counts = asdict(result)
     del counts["resumed"]
     task.conclude(counts)
@@ -137,8 +139,7 @@ def _count(
     config: SynthesisConfig,
     storage: Storage,
     manifest: Manifest,
-    incidents: list[dict[str, Any]],
-    seconds: float,
+    effort: Effort,
 ) -> SynthesisResult:
     sources: Counter[str] = Counter()
     refusals: Counter[str] = Counter()
@@ -157,8 +158,9 @@ def _count(
         refusals=dict(refusals.most_common()),
         retried=retried,
         alternatives=alternatives,
-        incidents=incidents,
-        seconds=seconds,
+        incidents=effort.incidents,
+        seconds=effort.seconds,
+        engine_seconds=effort.engine_seconds,
         model=config.engine.model,
         prompt=PROMPT_VERSION,
     )

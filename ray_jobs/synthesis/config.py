@@ -31,15 +31,16 @@ class VllmConfig(BaseConfig):
 
     def arguments(self) -> dict[str, Any]:
         """What vLLM is started with."""
-        chosen: dict[str, Any] = {"max_model_len": self.max_model_len}
+        chosen: dict[str, Any] = {
+            "max_model_len": self.max_model_len,
+            "disable_log_stats": True,  # nobody reads them, and they are gathered at every step
+        }
         if self.gpus:
             chosen |= {"tensor_parallel_size": self.gpus, "dtype": "bfloat16"}
         else:
             chosen |= {
                 "dtype": "float32",  # faster than bfloat16 where there are no matrix units
                 "enforce_eager": True,
-                # A second process would wait for the first one with a core of its own.
-                "distributed_executor_backend": "uni",
                 # So that little of the part that all prompts share is computed again.
                 "block_size": 32,
                 "max_num_seqs": 256,

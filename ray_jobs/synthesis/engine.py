@@ -181,4 +181,4 @@ def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray
 
 
 def _counts(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("part", "index", "rows", "seconds")}
+    return {name: row[name] for name in ("part", "index", "rows", "began", "seconds")}

@@ -9,6 +9,7 @@ as many `rwkv_clip.descriptions.Caption(caption, tags)`.
 
 import importlib
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ class PythonCaptioner:
         self.captioner: Captioner = find(config)(**config.arguments)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Do a chunk; gives its counts."""
+        """Do a chunk; gives its counts, as `ChunkWorker.run`."""
+        began = time.time()
         chunk = Chunk.of(batch)
         rows = self.work.read(chunk)
         done = {row["id"]: captioned(row, None, "given") for row in rows if is_given(row)}
@@ -72,7 +74,8 @@ class PythonCaptioner:
             for one in self._caption(shown[at : at + self.config.batch]):
                 done[one["id"]] = one
         self.work.write(chunk, [done[row["id"]] for row in rows])
-        return {"part": [chunk.part], "index": [chunk.index], "rows": [chunk.rows]}
+        counts = {"part": chunk.part, "index": chunk.index, "rows": chunk.rows, "began": began}
+        return {name: [value] for name, value in counts.items()}
 
     def _caption(self, shown: Sequence[tuple[Row, Any]]) -> list[Row]:
         """A batch; one by one if it fails, so that one image costs no other."""

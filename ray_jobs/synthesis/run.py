@@ -4,6 +4,7 @@ Rows are done in chunks that are published whole. A run that was killed does the
 there; an engine that dies or hangs costs the chunks it had in work.
 """
 
+import math
 import os
 import re
 import time
@@ -32,6 +33,22 @@ _ERROR_LINE = re.compile(r"(?!ray\.exceptions\.)[\w.]*(?:Error|Exception|Exit)\b
 
 # Counts of chunks as they are done, for the chunks that are given as rows.
 Stream = Callable[[ray.data.Dataset, Work], ray.data.Dataset]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a task took, in all runs so far.
+
+    Attributes:
+        incidents: engines that died or hung; `Incident`'s fields.
+        seconds: of work.
+        engine_seconds: of these, from where the first chunk was begun to where the last one was
+            done: without the engines' start.
+    """
+
+    incidents: list[dict[str, Any]]
+    seconds: float
+    engine_seconds: float
 
 
 class SynthesisError(RuntimeError):
@@ -88,11 +105,8 @@ class TaskRun:
             raise self._other(held)
         self.storage.write_json(record, self.identity)
 
-    def run(self, stream: Stream) -> tuple[list[dict[str, Any]], float]:
+    def run(self, stream: Stream) -> Effort:
         """Do the chunks that are not there.
-
-        Returns:
-            The incidents and the seconds of work, of all runs so far.
 
         Raises:
             SynthesisError: the engines cannot go on.
@@ -104,19 +118,24 @@ class TaskRun:
                 seal(self.storage, self.beside, chunks)
         record = f"{self.beside.folder}/record.json"
         earlier = self.storage.read_json(record) if self.storage.exists(record) else {}
-        incidents, seconds = earlier.get("incidents", []), earlier.get("seconds", 0.0)
+        effort = Effort(**{"incidents": [], "seconds": 0.0, "engine_seconds": 0.0, **earlier})
         if not todo:
-            return incidents, seconds
+            return effort
         started = time.monotonic()
+        first = last = math.inf
         watch = Watch()
         try:
-            self._do(stream, watch, todo, unsealed, left)
+            for began in self._do(stream, watch, todo, unsealed, left):
+                first, last = min(first, began), time.time()
         finally:
-            incidents = [*incidents, *watch.incidents()]
-            seconds += time.monotonic() - started
-            self.storage.write_json(record, {"incidents": incidents, "seconds": seconds})
+            effort = Effort(
+                [*effort.incidents, *watch.incidents()],
+                effort.seconds + time.monotonic() - started,
+                effort.engine_seconds + (last - first if last < math.inf else 0.0),
+            )
+            self.storage.write_json(record, asdict(effort))
             watch.close()
-        return incidents, seconds
+        return effort
 
     def conclude(self, result: Mapping[str, Any]) -> None:
         """Note that all is done, and what came out."""
@@ -130,7 +149,8 @@ class TaskRun:
         todo: list[Any],
         unsealed: Mapping[str, list[Any]],
         left: Counter[str],
-    ) -> None:
+    ) -> Iterator[float]:
+        """Do the chunks; gives when each was begun, as they are done."""
         rows, name = self.manifest.rows, self.manifest.name
         done = rows - sum(chunk.rows for chunk in todo)
         others = tuple(one for one in written(self.storage, name) if one != self.beside)
@@ -141,13 +161,14 @@ class TaskRun:
             ThreadPoolExecutor(4) as pool,
         ):
             sealing = []
-            for counts in self._counts(arrange(stream(chunks, work)), watch):
+            for counts in self._counts(arrange(stream(chunks, work), slow=True), watch):
                 part = counts["part"]
                 left[part] -= 1
                 if not left[part]:
                     sealing.append(pool.submit(seal, self.storage, self.beside, unsealed[part]))
                 befallen = len(watch.incidents())
                 progress.update(counts["rows"], f"{befallen} incidents" if befallen else "")
+                yield counts["began"]
             for future in sealing:
                 future.result()
 

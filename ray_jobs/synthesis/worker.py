@@ -79,8 +79,8 @@ class ChunkWorker:
             )
 
     async def run(self, chunk: Chunk, complete: Complete) -> dict[str, Any]:
-        """Do a chunk; gives its counts."""
-        started = time.monotonic()
+        """Do a chunk; gives its counts, and when it began, in seconds since 1970."""
+        began, started = time.time(), time.monotonic()
         file = chunk.file(self.work.beside)
         begun = await self.watch.begin(file, self.identity)
         rows = await asyncio.to_thread(self.work.read, chunk)
@@ -95,6 +95,7 @@ class ChunkWorker:
             "part": chunk.part,
             "index": chunk.index,
             "rows": len(done),
+            "began": began,
             "seconds": time.monotonic() - started,
         }
 

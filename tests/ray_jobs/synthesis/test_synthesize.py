@@ -105,6 +105,7 @@ def test_every_pair_is_described_once_through_kills(
     assert sum(described.sources.values()) == ROWS
     assert described.kept_share > 0.5
     assert not described.resumed
+    assert 0 < described.engine_seconds < described.seconds
 
 
 @pytest.mark.slow
