@@ -18,6 +18,7 @@ SOURCES = (
     "csrc",
     "ray_jobs",
     "rwkv_clip",
+    "serve",
     "LICENSE",
     "MANIFEST.in",
     "README.md",
@@ -29,7 +30,10 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 pytestmark = pytest.mark.slow
 
 CHECK = """
-import logging, sys, torch, rwkv_clip
+import sys
+# Only what was installed here counts: not the checkout that the environment has installed.
+sys.meta_path = [one for one in sys.meta_path if "__editable__" not in getattr(one, "__module__", "")]
+import logging, torch, rwkv_clip
 from rwkv_clip.ops import build_info, reference, wkv6
 inputs = [torch.randn(2, 9, 32) for _ in range(4)] + [torch.randn(2, 16)]
 assert torch.allclose(wkv6(*inputs), reference.wkv6(*inputs), atol=1e-4)
@@ -110,6 +114,13 @@ def test_the_wheel_holds_the_operator_and_serves_every_python(wheel):
     assert "rwkv_clip/_C.so" in names
     assert "rwkv_clip/py.typed" in names
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
+
+
+@pytest.mark.parametrize("pattern", ["serve/page/*", "ray_jobs/report/*.j2", "rwkv_clip/**/*.json"])
+def test_the_wheel_holds_the_files_that_are_no_code(wheel, pattern):
+    wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern) if path.is_file()}
+    assert wanted
+    assert wanted <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_the_installed_wheel_works_elsewhere_with_its_operator(wheel, tmp_path):
