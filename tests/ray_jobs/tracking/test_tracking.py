@@ -215,6 +215,11 @@ def test_the_registered_model_embeds_as_the_checkpoint_does(storage, checkpoint)
     assert not {".pkl", ".pt", ".pickle"} & set(files)
     with pytest.raises(Exception, match="takes either text or image"):
         loaded.predict([{"text": "a dog", "image": "aGk="}])
+    signature = loaded.metadata.signature
+    assert "image: string (optional), text: string (optional)" in str(signature.inputs)
+    assert "Array(double)" in str(signature.outputs)
+    assert [list(item) for item in loaded.input_example] == [["text"], ["text"]]
+    assert len(loaded.predict(loaded.input_example)) == 2
 
 
 def picture() -> bytes:
