@@ -32,7 +32,8 @@ pytestmark = pytest.mark.slow
 CHECK = """
 import sys
 # Only what was installed here counts: not the checkout that the environment has installed.
-sys.meta_path = [one for one in sys.meta_path if "__editable__" not in getattr(one, "__module__", "")]
+kept = [one for one in sys.meta_path if "__editable__" not in getattr(one, "__module__", "")]
+sys.meta_path = kept
 import logging, torch, rwkv_clip
 from rwkv_clip.ops import build_info, reference, wkv6
 inputs = [torch.randn(2, 9, 32) for _ in range(4)] + [torch.randn(2, 16)]
