@@ -23,7 +23,7 @@ from pydantic import Field
 import rwkv_clip
 from ray_jobs import job
 from ray_jobs.encoding import ImageEncoder, fetch_checkpoint, vectors
-from ray_jobs.execution import arrange
+from ray_jobs.execution import arrange, work_items
 from ray_jobs.image_sets import EncoderConfig
 from ray_jobs.ingest import Manifest
 from ray_jobs.progress import Progress
@@ -182,8 +182,7 @@ def _embed(config: EmbedConfig, storage: Storage, manifest: Manifest, checkpoint
     todo = [at for at, part in enumerate(manifest.parts) if part.name not in there]
     if not todo:
         return
-    items = [{"part": at} for at in todo]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    dataset = work_items([{"part": at} for at in todo]).map_batches(
         PartEncoder,
         fn_constructor_args=(storage, checkpoint, config),
         batch_size=1,

@@ -27,7 +27,7 @@ from ray_jobs.classification import (
     score_set,
 )
 from ray_jobs.encoding import PairEncoder, fetch_checkpoint, matrix, named_metrics, vectors
-from ray_jobs.execution import arrange
+from ray_jobs.execution import arrange, work_items
 from ray_jobs.image_sets import EncoderConfig
 from ray_jobs.ingest import Manifest
 from ray_jobs.progress import Progress
@@ -193,7 +193,7 @@ def _embed(
         {"first": first, "rows": min(config.batch, manifest.rows - first)}
         for first in range(0, manifest.rows, config.batch)
     ]
-    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
+    dataset = work_items(work).map_batches(
         Encoder,
         fn_constructor_args=(storage, checkpoint, files, config.text, config.threads),
         batch_size=1,

@@ -7,7 +7,8 @@ longer than that to make, and two for chunks that keep an engine busy for many s
 """
 
 import time
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
@@ -34,6 +35,14 @@ class SlowPace(Pace):
     """Lets the scheduling loop turn twice a second at most."""
 
     turn_seconds = 0.5
+
+
+def work_items(items: Sequence[Mapping[str, Any]]) -> ray.data.Dataset:
+    """Items of work as a dataset, each a block of its own and so a task's.
+
+    Not as tables: Ray would look at these in a task that waits for a whole free CPU.
+    """
+    return ray.data.from_items(list(items), override_num_blocks=len(items))
 
 
 def arrange(

@@ -18,7 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 import rwkv_clip
 from ray_jobs.encoding import ImageEncoder, fetch_checkpoint, vectors
-from ray_jobs.execution import arrange
+from ray_jobs.execution import arrange, work_items
 from ray_jobs.progress import Progress
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Unit
@@ -201,7 +201,7 @@ def embed_set(
 ) -> pa.Table:
     """What `SetEncoder` gives for all images that can be decoded, in order."""
     work = [{"unit": at} for at in range(len(images.units))]
-    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
+    dataset = work_items(work).map_batches(
         SetEncoder,
         fn_constructor_args=(storage, checkpoint, images, config),
         fn_constructor_kwargs={"texts": texts},

@@ -42,7 +42,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from ray.data.exceptions import ExecutionTimeoutError
 
 from ray_jobs import job
-from ray_jobs.execution import arrange
+from ray_jobs.execution import arrange, work_items
 from ray_jobs.pairs import (
     PAIR_SCHEMA,
     RejectedRowError,
@@ -388,7 +388,7 @@ class _Ingestion:
         """Work on the cluster, an item a task; records in the order in which they are done."""
         if not items:
             return
-        dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map_batches(
+        dataset = work_items(items).map_batches(
             task, batch_size=1, num_cpus=self.config.cpus_per_task
         )
         arrange(dataset).context.execution_no_progress_timeout_s = self.config.hang_seconds

@@ -122,16 +122,20 @@ class Ingress:
 
     async def models(self, _: Request) -> Response:
         """The served model."""
-        card = (await self.towers.served()).card
-        told = {
-            "id": card.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "rwkv-clip",
-            "version": card.version,
-            "dimensions": card.dimensions,
-        }
-        return JSONResponse({"object": "list", "data": [told]})
+
+        async def tell(served: Served) -> Response:
+            card = served.card
+            told = {
+                "id": card.name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "rwkv-clip",
+                "version": card.version,
+                "dimensions": card.dimensions,
+            }
+            return JSONResponse({"object": "list", "data": [told]})
+
+        return await self.towers.through_one_model(tell)
 
     async def healthz(self, _: Request) -> Response:
         """Whether this process answers."""

@@ -70,11 +70,6 @@ class Towers:
             self._standing = await self._ask()
         return self._standing
 
-    async def served(self) -> Served:
-        """The model that is served now; raises ApiError as long as there is none."""
-        place = (await self.standing()).current
-        return Served(self.handles, place, await self._card(place))
-
     async def through_one_model(self, work: Callable[[Served], Awaitable[Answer]]) -> Answer:
         """Work that may call both towers, by a model that both hold; raises ApiError."""
         place = (await self.standing()).current

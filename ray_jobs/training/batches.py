@@ -26,7 +26,7 @@ import ray.data
 from torch import Tensor
 
 from ray_jobs.beside import Beside, lay_over, written
-from ray_jobs.execution import arrange
+from ray_jobs.execution import arrange, work_items
 from ray_jobs.ingest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.training.plan import DataPlan, RowAddress, Rows, Window
@@ -221,9 +221,7 @@ def stream(
     Rows come out in the batches' order, `plan.slice_rows * len(lanes)` rows a step.
     """
     windows = list(maker.plan.windows(first_step, last_step))
-    # Not as tables: Ray would look at these in a task that waits for a whole free CPU.
-    items = [asdict(window) for window in windows]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    dataset = work_items([asdict(window) for window in windows]).map_batches(
         maker,
         batch_size=1,
         num_cpus=cpus_per_task,

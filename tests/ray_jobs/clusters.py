@@ -21,17 +21,12 @@ from pathlib import Path
 from ray._private.state import GlobalState
 from ray._raylet import GcsClientOptions
 
+from tests.machine import free_port
 from tests.ray_jobs.killing import kill_all, wait_until
 
 ROOT = Path(__file__).parents[2]
 _BIN = Path(sys.executable).parent
 _STORE_BYTES = 80_000_000
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @dataclass
@@ -43,6 +38,8 @@ class Cluster:
         dashboard: URL of the job server, if there is one.
         environment: of its processes, and of those that connect to it.
         folder: of its sockets and logs.
+        nodes: their processes.
+        agents: ports of all nodes' agents, which start jobs.
     """
 
     address: str
@@ -50,6 +47,7 @@ class Cluster:
     environment: dict[str, str]
     folder: Path
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    agents: list[int] = field(default_factory=list)
 
     def node(self, cpus: float = 1, **resources: float) -> subprocess.Popen[bytes]:
         """Add a node, and wait until the cluster counts it."""
@@ -63,11 +61,14 @@ class Cluster:
         self, options: Sequence[str], cpus: float, resources: dict[str, float]
     ) -> subprocess.Popen[bytes]:
         """A node's processes, all below the one that is returned."""
+        # Ray's default is one port for all nodes of a machine, and the second has no agent then.
+        self.agents.append(free_port())
         command = [
             str(_BIN / "ray"), "start", "--block", "--disable-usage-stats", *options,
             f"--num-cpus={cpus}", "--num-gpus=0", f"--resources={json.dumps(resources)}",
             f"--object-store-memory={_STORE_BYTES}", f"--temp-dir={self.folder}",
             "--min-worker-port=0", "--max-worker-port=0",
+            f"--dashboard-agent-listen-port={self.agents[-1]}",
         ]  # fmt: skip
         log = (self.folder / f"node-{len(self.nodes)}.log").open("wb")
         process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
@@ -141,7 +142,8 @@ def cluster(cpus: float = 0, *, token: str | None = None, jobs: bool = False) ->
 
 def _is_up(made: Cluster, jobs: bool) -> bool:
     if jobs:
-        return responds(f"{made.dashboard}/api/version")
+        agent = f"http://127.0.0.1:{made.agents[0]}/api/healthz"
+        return responds(f"{made.dashboard}/api/version") and responds(agent)
     with socket.socket() as one:
         host, _, port = made.address.partition(":")
         return one.connect_ex((host, int(port))) == 0 and made.alive() > 0

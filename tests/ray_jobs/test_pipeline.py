@@ -1,8 +1,6 @@
 """The main job by its command line: from a source to an evaluated model, and again in no time."""
 
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from ray_jobs.pipeline import PipelineConfig, pipeline
 from ray_jobs.storage import Storage
 from rwkv_clip.cli import main
 from rwkv_clip.config import load_config
+from tests.machine import small_file_system
 from tests.ray_jobs.small import TRAIN
 
 BASELINE = {"web_text": 1, "caption": 0, "description": 0}
@@ -86,13 +85,8 @@ def test_a_mistake_in_the_configuration_is_told_before_any_work(tmp_path, capsys
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 300 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, check=False).returncode:
-        pytest.skip("may not mount a file system here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_file_system(tmp_path / "disk", "300k") as folder:
+        yield folder
 
 
 def test_a_full_disk_ends_the_job_with_what_to_do(ray_cluster, small_disk, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """An endpoint with a small model, and clients of it."""
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +16,8 @@ from rwkv_clip.model import RWKVCLIP, create_model, load_checkpoint, save_checkp
 from serve.app import build
 from serve.command import start
 from serve.config import ServeFile
+from tests.machine import free_port
 from tests.serve.small import Registry, small_config
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

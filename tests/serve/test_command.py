@@ -17,7 +17,7 @@ from rwkv_clip.cli import main
 from rwkv_clip.config import load_config
 from serve import app
 from serve.config import ServeFile
-from tests.serve.conftest import free_port
+from tests.machine import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -74,6 +74,7 @@ def test_a_swap_under_load_fails_no_request(
             while not stop.is_set():
                 answer = client.post("/v1/embeddings", json=body)
                 assert answer.status_code == 200, answer.text
+                assert client.get("/v1/models").status_code == 200
                 told = answer.json()
                 found = np.array([one["embedding"] for one in told["data"]])
                 np.testing.assert_allclose(found, expected[told["model_version"]], atol=1e-5)

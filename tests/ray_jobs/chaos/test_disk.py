@@ -1,12 +1,11 @@
 """A full disk behind the object store is told with what to do."""
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.machine import small_file_system
 from tests.ray_jobs.chaos.conftest import Figures
 from tests.ray_jobs.clusters import cluster
 from tests.ray_jobs.killing import wait_until
@@ -32,13 +31,8 @@ with connected(RayConfig()):
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 40 MB."""
-    folder = tmp_path / "spill"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, check=False).returncode:
-        pytest.skip("may not mount a file system here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_file_system(tmp_path / "spill", "40m") as folder:
+        yield folder
 
 
 @pytest.mark.chaos

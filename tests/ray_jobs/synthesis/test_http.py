@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from ray_jobs.synthesis.http import ChatClient, ServerError
 from ray_jobs.synthesis.task import GenerationError, SamplingConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, synthesize
 from rwkv_clip.descriptions import DESCRIPTION_SCHEMA
+from tests.machine import free_port
 
 ROWS, CHUNK_ROWS = 24, 8
 PATIENCE = 300  # seconds, on a busy machine
@@ -124,12 +124,6 @@ def test_a_server_that_stays_away_ends_the_job_and_says_so(pairs):
     config = SynthesisConfig.model_validate({"engine": engine, "chunk_rows": CHUNK_ROWS})
     with pytest.raises(SynthesisError, match=r"127\.0\.0\.1:9/v1 does not answer"):
         synthesize(config, pairs)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
