@@ -23,11 +23,11 @@ from rwkv_clip._version import __version__
 from rwkv_clip.config import load_config
 from serve.bodies import Bodies
 from serve.classification import ClassifyRequest, classify
-from serve.config import EncoderConfig, ServeConfig, ServeFile
+from serve.config import EncoderConfig, SearchConfig, ServeConfig, ServeFile
 from serve.embeddings import embeddings
 from serve.encoders import Encoder
 from serve.errors import ApiError
-from serve.index import Index, IndexFiles, find_index
+from serve.index import Index, find_index
 from serve.inputs import EmbeddingsRequest, Reader, Shape, parse_request
 from serve.keys import Keys
 from serve.metrics import RequestMetrics, gathered
@@ -59,8 +59,7 @@ class Ingress:
         config: of the endpoint.
         director: says which model is served.
         image, text: the towers.
-        files: that are searched, if there are any.
-        index: that searches them.
+        index: that searches, if there is anything to be searched.
     """
 
     def __init__(
@@ -69,13 +68,12 @@ class Ingress:
         director: Handle,
         image: Handle,
         text: Handle,
-        files: IndexFiles | None,
         index: Handle | None,
     ) -> None:
         self.config = config.serve
         limits, remote = self.config.limits, self.config.remote
         self.towers = Towers(director, image, text)
-        self.searcher = Searcher(files, index)
+        self.searcher = Searcher(self.config.search, index)
         self.reader = Reader(limits, Fetcher(remote, limits.image_bytes) if remote else None)
         self.bodies = Bodies(limits.body_bytes, limits.bodies_bytes)
         self.keys = Keys()
@@ -261,13 +259,14 @@ def build(config: ServeFile) -> serve.Application:
     """
     Keys()
     place = find_model(config)
-    files = find_index(config)
+    find_index(config)
     director = serve.deployment(
         name="director", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
     )(Director).bind(config, place)
     image, text = (_encoder(tower, config.serve).bind(tower, config, director) for tower in TOWERS)
-    index = _index(files).bind(files) if files is not None else None
-    return _ingress(config.serve).bind(config, director, image, text, files, index)
+    searched = config.serve.search if config.storage else None
+    index = _index(searched).bind(config) if searched else None
+    return _ingress(config.serve).bind(config, director, image, text, index)
 
 
 def _ingress(config: ServeConfig) -> serve.Deployment:
@@ -297,8 +296,7 @@ def _encoder(tower: str, config: ServeConfig) -> serve.Deployment:
     )(Encoder)
 
 
-def _index(files: IndexFiles) -> serve.Deployment:
-    settings = files.settings
+def _index(settings: SearchConfig) -> serve.Deployment:
     return serve.deployment(
         name="index",
         num_replicas=settings.replicas,

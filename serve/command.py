@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from concurrent.futures import Future
 
 import ray
 from ray import serve
@@ -20,6 +21,7 @@ from serve.traces import tracing
 SUMMARY = "serve image and text embeddings over HTTP"
 APPLICATION = "rwkv-clip"
 _EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 (compared with, and listened on only where it is asked for)
+_POLL_SECONDS = 0.2
 _FAILURE = re.compile(r"^[\w.]*(?:Error|Exception): .*$", re.MULTILINE)
 
 
@@ -40,25 +42,32 @@ def run(args: argparse.Namespace) -> int:
         _tell(f"rwkv-clip serve: {error}")
         return 2
     stop = threading.Event()
+    address = os.environ.get("RAY_ADDRESS")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
     ray.init(
-        address=os.environ.get("RAY_ADDRESS"),
+        address=address,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
+        include_dashboard=None if address else False,
     )
     try:
-        start(config.serve)
         try:
-            serve.run(application, name=APPLICATION, blocking=False)
+            if address is None:  # a cluster may grow; this machine does not
+                _check_resources(config)
+            start(config.serve)
+            _come_up(application, stop)
+        except ValueError as error:
+            _tell(f"rwkv-clip serve: {error}")
+            return 2
         except RuntimeError as error:
             _tell(f"rwkv-clip serve: {_reason(error)}")
             return 1
-        _tell(f"serving at http://{config.serve.host}:{config.serve.port}; stop with Ctrl-C")
-        stop.wait()
-        _tell("no more requests are taken; those that came are answered")
+        if not stop.is_set():
+            _tell(f"serving at http://{config.serve.host}:{config.serve.port}; stop with Ctrl-C")
+            stop.wait()
+            _tell("no more requests are taken; those that came are answered")
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
@@ -72,6 +81,47 @@ def start(config: ServeConfig) -> None:
         http_options=http_options(config),
         tracing_config=tracing(config.traces),
     )
+
+
+def _come_up(application: serve.Application, stop: threading.Event) -> None:
+    """Deploy, and tell what it waits for, until it serves or is not wanted any more.
+
+    Raises:
+        RuntimeError: a deployment cannot start.
+    """
+    deployed: Future[object] = Future()
+
+    def deploy() -> None:
+        try:
+            deployed.set_result(serve.run(application, name=APPLICATION))
+        except Exception as error:
+            deployed.set_exception(error)
+
+    # In a thread that nobody waits for: it would hold an interrupt off until everything is up.
+    threading.Thread(target=deploy, daemon=True).start()
+    told: set[str] = set()
+    while not stop.wait(_POLL_SECONDS):
+        if deployed.done():
+            deployed.result()
+            return
+        status = serve.status().applications.get(APPLICATION)
+        for name, deployment in status.deployments.items() if status else ():
+            # One line says what it waits for; more are a failure's trace, which comes to us too.
+            if deployment.message and "\n" not in deployment.message and name not in told:
+                told.add(name)
+                _tell(deployment.message)
+
+
+def _check_resources(config: ServeFile) -> None:
+    """Raise ValueError if the replicas do not fit into what there is."""
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for kind, wanted in config.serve.least(config.storage is not None).items():
+        if wanted > there.get(kind, 0):
+            raise ValueError(
+                f"the replicas hold {wanted:g} {kind}s and this machine has "
+                f"{there.get(kind, 0):g}; lower serve.image.{kind.lower()}s and "
+                f"serve.text.{kind.lower()}s, or set RAY_ADDRESS to a larger cluster"
+            )
 
 
 def _tell(line: str) -> None:

@@ -51,7 +51,7 @@ class EncoderConfig(BaseConfig):
     max_replicas: PositiveInt | None = Field(
         None, description="that load may bring about; absent for a fixed number"
     )
-    cpus: float = Field(1.0, ge=0, description="that each holds")
+    cpus: float = Field(0.5, ge=0, description="that each holds")
     gpus: float = Field(0.0, ge=0, description="that each holds; a fraction shares a GPU")
     threads: PositiveInt = Field(1, description="of PyTorch, where there is no GPU")
     decode_threads: PositiveInt = Field(2, description="that decode images and tokenize")
@@ -111,7 +111,7 @@ class SearchConfig(BaseConfig):
     exact_rows: PositiveInt = Field(1_000_000, description="that auto searches exactly at most")
     faiss: FaissConfig = FaissConfig()
     replicas: PositiveInt = Field(1, description="that hold all vectors each")
-    cpus: float = Field(0.5, ge=0, description="that each holds")
+    cpus: float = Field(0.25, ge=0, description="that each holds")
     max_ongoing: PositiveInt = Field(64, description="searches at once")
     max_queued: PositiveInt = Field(512, description="searches that wait; 429 answers more")
 
@@ -128,7 +128,9 @@ class ServeConfig(BaseConfig):
     port: PositiveInt = Field(8000, le=65535, description="to listen on")
     request_seconds: PositiveFloat = Field(60.0, description="that an answer may take")
     watch_seconds: PositiveFloat = Field(
-        10.0, description="between looks at the registry for another version of the model"
+        10.0,
+        description="between looks at the registry for another version of the model, and at the "
+        "storage for other vectors to search",
     )
     limits: LimitsConfig = LimitsConfig()
     remote: RemoteConfig | None = Field(None, description="images by address; absent for none")
@@ -147,6 +149,17 @@ class ServeConfig(BaseConfig):
         description="share of requests that are traced, to the server that OTEL_* variables name",
     )
 
+    def least(self, searched: bool) -> dict[str, float]:
+        """CPUs and GPUs that all replicas hold when none is added for load."""
+        towers = (self.image, self.text)
+        cpus = [(one.replicas, one.cpus) for one in (*towers, self.ingress)]
+        if searched and self.search is not None:
+            cpus.append((self.search.replicas, self.search.cpus))
+        return {
+            "CPU": sum(replicas * each for replicas, each in cpus),
+            "GPU": sum(one.replicas * one.gpus for one in towers),
+        }
+
 
 class _Section(BaseConfig):
     """A section that belongs to the jobs, read here for the keys that are needed."""
@@ -159,6 +172,7 @@ class S3Section(_Section):
 
     endpoint: str | None = None
     region: str | None = None
+    attempts: PositiveInt = 10
 
 
 class StorageSection(_Section):

@@ -1,11 +1,16 @@
 """The deployment that searches the vectors of `rwkv-clip embed`.
 
 Up to a million or so, a product with all of them is exact and quick enough. Beyond, FAISS puts them
-into cells when the server starts, and a search looks into those that are nearest to the query.
+into cells when they are loaded, and a search looks into those that are nearest to the query.
+
+Vectors that are written anew, for another model or of more pairs, are loaded beside those that are
+searched. These stay until a request comes through the model of the new ones: so it does not matter
+which is exchanged first, the model or its vectors.
 """
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import logging
@@ -44,12 +49,27 @@ class IndexFiles:
         settings: how they are searched.
         parts: the names of the Parquet files, without their suffix.
         model: the digest of the weights that made them.
+        record: what tells them from those that were there before, under the same names.
     """
 
     storage: StorageSection
     settings: SearchConfig
     parts: tuple[str, ...]
     model: str
+    record: str
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """There are no vectors of the model that was asked for.
+
+    Attributes:
+        others: whether there are some of another model.
+        trouble: why there are none, if there should be.
+    """
+
+    others: bool
+    trouble: str | None
 
 
 @dataclass(frozen=True)
@@ -79,8 +99,11 @@ def find_index(config: ServeFile) -> IndexFiles | None:
         return None
     try:
         filesystem, root = open_filesystem(storage.uri, config.s3())
-        with filesystem.open_input_stream(f"{root}/vectors/{search.data}/manifest.json") as file:
-            told = json.loads(file.read())
+        manifest = f"{root}/vectors/{search.data}/manifest.json"
+        with filesystem.open_input_stream(manifest) as file:
+            content = file.read()
+        written = filesystem.get_file_info(manifest).mtime_ns
+        record = f"{hashlib.sha256(content).hexdigest()} {written}"
         folder = pafs.FileSelector(f"{root}/vectors/{search.data}")
         names = [info.base_name for info in filesystem.get_file_info(folder)]
         parts = sorted(
@@ -88,7 +111,8 @@ def find_index(config: ServeFile) -> IndexFiles | None:
             for name in names
             if name.startswith("part-") and name.endswith(".parquet")
         )
-        return IndexFiles(storage, search, tuple(parts), told["run"]["model"])
+        model = json.loads(content)["run"]["model"]
+        return IndexFiles(storage, search, tuple(parts), model, record)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -155,6 +179,83 @@ def method_of(vectors: Matrix, config: SearchConfig) -> Method:
 
 
 class Index:
+    """Searches the vectors of a data set, and follows them when they are written anew.
+
+    Args:
+        config: of the endpoint.
+    """
+
+    async def __init__(self, config: ServeFile) -> None:  # type: ignore[misc]
+        self.config = config
+        self.threads = ThreadPoolExecutor(2, "search")
+        self.loader = ThreadPoolExecutor(1, "load")
+        self.newest: Collection | None = None
+        self.before: Collection | None = None  # what is searched until the newest is asked for
+        self.moved = False  # whether the newest was asked for
+        self.trouble: str | None = None
+        await self._look()
+        self.watcher = asyncio.create_task(self._watch())
+
+    async def search(
+        self, query: Matrix, results: int, model: str, pictures: bool
+    ) -> list[Hit] | Lacking:
+        """The pairs whose images are nearest to a vector [D] of a model, the nearest first."""
+        collection = self._of(model)
+        if collection is None:
+            return Lacking(self.newest is not None, self.trouble)
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self.threads, collection.search, query, results, pictures)
+
+    async def check_health(self) -> None:
+        """Fail where the vectors are no longer followed; Serve then replaces the replica."""
+        if self.watcher.done():
+            raise RuntimeError("the vectors are no longer followed")
+
+    def _of(self, model: str) -> "Collection | None":
+        if self.newest is not None and self.newest.files.model == model:
+            self.moved = True
+            return self.newest
+        if self.before is not None and self.before.files.model == model:
+            return self.before
+        return None
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.serve.watch_seconds)
+            if self.moved:
+                self.before = None
+            await self._look()
+
+    async def _look(self) -> None:
+        """Take what is there now; what cannot be read leaves everything as it is."""
+        run = asyncio.get_running_loop().run_in_executor
+        there = self.newest.files if self.newest else None
+        try:
+            found = await run(self.loader, self._taken, there)
+        except Exception as error:  # whatever is in files that others wrote
+            told = f"{type(error).__name__}: {error}"
+            if self.trouble != told:
+                logger.error("the vectors to be searched cannot be loaded: %s", told)
+            self.trouble = told
+            return
+        self.trouble = None
+        if found is not None:
+            if self.newest is not None and (self.moved or self.before is None):
+                self.before = self.newest
+            self.newest, self.moved = found, False
+            logger.info("%d vectors can be searched", found.about.num_rows)
+
+    def _taken(self, there: IndexFiles | None) -> "Collection | None":
+        """What took the place of the files that were there; None if nothing did."""
+        files = find_index(self.config)
+        if files is None or files == there:
+            return None
+        collection = Collection(files)
+        # Parts that were replaced while they were read belong to another manifest.
+        return collection if find_index(self.config) == files else None
+
+
+class Collection:
     """All vectors of a data set in memory.
 
     Args:
@@ -162,26 +263,16 @@ class Index:
     """
 
     def __init__(self, files: IndexFiles) -> None:
-        self.settings = files.settings
+        self.files, self.settings = files, files.settings
         self.filesystem, self.root = open_filesystem(files.storage.uri, files.storage.s3)
         self.parts = files.parts
         loaded = [self._load(part) for part in files.parts]
         self.method = method_of(np.concatenate([one for one, _ in loaded]), self.settings)
         self.about = pa.concat_tables([about for _, about in loaded])
         self.part_of = np.repeat(np.arange(len(loaded)), [len(about) for _, about in loaded])
-        self.threads = ThreadPoolExecutor(2, "search")
 
-    async def search(self, query: Matrix, results: int) -> list[Hit]:
-        """The pairs whose images are nearest to a vector [D], the nearest first."""
-        run = asyncio.get_running_loop().run_in_executor
-        return await run(self.threads, self._search, query, results)
-
-    async def search_with_pictures(self, query: Matrix, results: int) -> list[Hit]:
-        """The same, each with a small picture."""
-        run = asyncio.get_running_loop().run_in_executor
-        return await run(self.threads, self._search, query, results, True)
-
-    def _search(self, query: Matrix, results: int, pictures: bool = False) -> list[Hit]:
+    def search(self, query: Matrix, results: int, pictures: bool) -> list[Hit]:
+        """The nearest pairs to a vector [D]; see `Index.search`."""
         best, scores = self.method.nearest(query, results)
         about = self.about.take(pa.array(best))
         shown = self._pictures(best, about["row"].to_numpy()) if pictures else [None] * len(best)

@@ -5,8 +5,9 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, PositiveInt, SkipValidation
 
+from serve.config import SearchConfig
 from serve.errors import ApiError
-from serve.index import Hit, IndexFiles, told
+from serve.index import Hit, Lacking, told
 from serve.inputs import Item, Reader, Shape, Text
 from serve.succession import Tower
 from serve.towers import Handle, Served, answer_headers, answered_by, call, check_model
@@ -25,23 +26,20 @@ class Searcher:
     """An index behind the towers.
 
     Args:
-        files: that are searched; None if there are none.
-        index: the deployment that does.
+        settings: of the search; None if there is to be none.
+        index: the deployment that searches.
     """
 
-    def __init__(self, files: IndexFiles | None, index: Handle | None) -> None:
-        self.files, self.index = files, index
+    def __init__(self, settings: SearchConfig | None, index: Handle | None) -> None:
+        self.settings, self.index = settings, index
 
     async def search(self, asked: SearchRequest, served: Served, reader: Reader) -> Response:
         """The nearest pairs, the nearest first; raises ApiError."""
-        if self.files is None or self.index is None:
+        if self.settings is None or self.index is None:
             raise ApiError(
-                404,
-                "no_index",
-                "there is nothing to search in; run `rwkv-clip embed` with this server's "
-                "configuration and start it again",
+                404, "no_index", "this server searches nothing; set serve.search and storage"
             )
-        most = self.files.settings.results
+        most = self.settings.results
         if asked.limit > most:
             raise ApiError(
                 400, "too_many_results", f"limit: is {asked.limit}, more than {most}", "limit"
@@ -52,22 +50,40 @@ class Searcher:
             raise ApiError(error.status, error.code, f"input: {error.message}", "input") from None
         card = served.card
         check_model(asked.model, card)
-        if card.digest != self.files.model:
-            raise ApiError(
-                503,
-                "index_of_another_model",
-                "the vectors were made by another model than the one that is served; run "
-                "`rwkv-clip embed` again and start the server again",
-            )
         tower: Tower = "text" if isinstance(item, Text) else "image"
         payload = item.text if isinstance(item, Text) else item.data
         query = await served.encode(tower, [payload])
         if query.failures:
             raise ApiError(400, "broken_image", f"input: {query.failures[0]}", "input")
-        method = "search_with_pictures" if asked.with_images else "search"
-        hits: list[Hit] = await call(self.index, "index", method, query.vectors[0], asked.limit)
+        hits: list[Hit] | Lacking = await call(
+            self.index, "index", "search",
+            query.vectors[0], asked.limit, card.digest, asked.with_images,
+        )  # fmt: skip
+        if isinstance(hits, Lacking):
+            raise _lacking(hits)
         data: list[dict[str, Any]] = [told(hit, at) for at, hit in enumerate(hits)]
         return JSONResponse(
             {"object": "list", "data": data, **answered_by(card, query.tokens)},
             headers=answer_headers(card, [query]),
         )
+
+
+def _lacking(lacking: Lacking) -> ApiError:
+    """Why there is no answer."""
+    if lacking.trouble is not None:
+        return ApiError(
+            503, "index_broken", "the vectors to be searched cannot be loaded; see the server's log"
+        )
+    if lacking.others:
+        return ApiError(
+            503,
+            "index_of_another_model",
+            "the vectors were made by another model than the one that is served; run `rwkv-clip "
+            "embed` for it, and they are taken when they are complete",
+        )
+    return ApiError(
+        404,
+        "no_index",
+        "there is nothing to search in yet; run `rwkv-clip embed` with this server's "
+        "configuration, and its vectors are taken when they are complete",
+    )

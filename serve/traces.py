@@ -32,7 +32,7 @@ def tracing(share: float) -> TracingConfig | None:
     return TracingConfig(enabled=True, exporter_import_path=_EXPORTER, sampling_ratio=share)
 
 
-def processors(tracing_file_name: str) -> Sequence[SpanProcessor]:  # noqa: ARG001 (Serve's)
+def processors() -> Sequence[SpanProcessor]:
     """What Serve gives its spans to, in each of its processes."""
     exporter: Any = OTLPSpanExporter()
     return [BatchSpanProcessor(exporter)]

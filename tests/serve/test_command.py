@@ -1,16 +1,24 @@
 """`rwkv-clip serve`, and the file for Ray Serve's own command."""
 
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import yaml
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from ray.serve.schema import ServeDeploySchema
 
 from rwkv_clip.cli import main
@@ -28,15 +36,52 @@ def config_file(folder: Path, **settings: object) -> Path:
     return file
 
 
+@contextmanager
+def collector() -> Iterator[tuple[str, "queue.Queue[Span]"]]:
+    """A server for OpenTelemetry's spans: its address, and what it gets."""
+    spans: queue.Queue[Span] = queue.Queue()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                for scope in resource.scope_spans:
+                    for span in scope.spans:
+                        spans.put(span)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", spans
+        server.shutdown()
+
+
 def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
     port = free_port()
     tower = {"cpus": 0.1}
-    file = config_file(tmp_path, model=str(checkpoint), port=port, image=tower, text=tower)
+    file = config_file(
+        tmp_path, model=str(checkpoint), port=port, image=tower, text=tower, traces=1.0
+    )
     command = [sys.executable, "-m", "rwkv_clip.cli", "serve", "--config", str(file)]
-    environment = {**os.environ, "RWKV_CLIP_API_KEYS": "a-key"}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-    ) as process:
+    with (
+        collector() as (traces_to, spans),
+        subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "RWKV_CLIP_API_KEYS": "a-key",
+                "OTEL_EXPORTER_OTLP_ENDPOINT": traces_to,
+                "OTEL_BSP_SCHEDULE_DELAY": "100",  # milliseconds between exports
+            },
+        ) as process,
+    ):
         assert process.stderr is not None
         for line in process.stderr:
             if "serving at" in line:
@@ -49,6 +94,15 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
         headers = {"Authorization": "Bearer a-key"}
         assert httpx.post(f"{address}/v1/embeddings", json=body, headers=headers).is_success
+        # One request is one trace, in the ingress and in the tower.
+        served = {
+            "replica_handle_request ingress __call__",
+            "replica_handle_request text encode",
+        }
+        traces: dict[bytes, set[str]] = defaultdict(set)
+        while not any(served <= names for names in traces.values()):
+            span = spans.get(timeout=60)
+            traces[span.trace_id].add(span.name)
         listening = [
             one for one in psutil.net_connections() if one.laddr and one.laddr.port == port
         ]
@@ -74,6 +128,14 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
 def test_a_mistake_is_told_before_anything_starts(tmp_path, capsys, settings, told):
     assert main(["serve", "--config", str(config_file(tmp_path, **settings))]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_machine_that_is_too_small_is_told(checkpoint, tmp_path):
+    file = config_file(tmp_path, model=str(checkpoint), port=free_port(), image={"cpus": 1000})
+    command = [sys.executable, "-m", "rwkv_clip.cli", "serve", "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert "the replicas hold 1000.6 CPUs and this machine has" in done.stderr
 
 
 def test_a_port_that_is_taken_is_told(checkpoint, tmp_path, capsys):

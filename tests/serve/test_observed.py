@@ -59,6 +59,6 @@ def test_traces_go_where_opentelemetrys_variables_say(monkeypatch):
     config = traces.tracing(0.5)
     assert config is not None
     assert (config.enabled, config.sampling_ratio) == (True, 0.5)
-    (processor,) = serve._private.utils.import_attr(config.exporter_import_path)("spans")
+    (processor,) = serve._private.utils.import_attr(config.exporter_import_path)()
     assert isinstance(processor, BatchSpanProcessor)
     processor.shutdown()

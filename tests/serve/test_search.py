@@ -1,19 +1,24 @@
 """`/v1/search`: the nearest pairs of an embedded data set, with their pictures."""
 
+import asyncio
 import base64
 import io
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ray_jobs.embed import EmbedConfig, embed
 from ray_jobs.storage import Storage
+from ray_jobs.tracking.source import ModelSource, stored_model
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip import image_transform, tokenize
+from rwkv_clip.model import create_model, save_checkpoint
 from serve.config import FaissConfig, SearchConfig, ServeFile
-from serve.index import Cells, Exact, find_index, method_of
-from tests.serve.small import data_uri
+from serve.index import Cells, Exact, Hit, Index, Lacking, find_index, method_of
+from tests.serve.small import data_uri, small_config
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +78,63 @@ def test_without_vectors_there_is_no_index(tmp_path, searched):
     assert find_index(ServeFile.model_validate({"storage": {"uri": str(tmp_path)}})) is None
     off = {"storage": {"uri": searched.uri}, "serve": {"search": None}}
     assert find_index(ServeFile.model_validate(off)) is None
+
+
+def test_vectors_that_are_written_anew_are_taken_without_a_gap(searched, checkpoint, tmp_path):
+    """The old ones are there until the new model is asked for."""
+    storage = Storage.at(tmp_path / "run")
+    shutil.copytree(f"{searched.uri}/pairs", tmp_path / "run" / "pairs")
+    torch.manual_seed(3)
+    save_checkpoint(create_model(small_config()), tmp_path / "second")
+    first, second = (
+        stored_model(Storage.at(folder), "", "small")
+        for folder in (checkpoint, tmp_path / "second")
+    )
+    config = ServeFile.model_validate(
+        {"storage": {"uri": storage.uri}, "serve": {"watch_seconds": 0.05}}
+    )
+    settings = EmbedConfig(batch=32, cpus_per_worker=0.2, replace=True)
+    query = np.ones(small_config().embed_dim, np.float32)
+
+    async def work() -> None:
+        index = Index.__new__(Index)
+        await index.__init__(config)
+
+        async def found(model: ModelSource) -> list[Hit] | Lacking:
+            return await index.search(query, 3, model.digest, False)
+
+        async def find(model: ModelSource) -> list[Hit]:
+            async with asyncio.timeout(60):
+                while isinstance(hits := await found(model), Lacking):
+                    await asyncio.sleep(0.01)
+            return hits
+
+        assert await found(first) == Lacking(others=False, trouble=None)
+        await asyncio.to_thread(embed, settings, storage, first)
+        hits = await find(first)
+        assert await found(second) == Lacking(others=True, trouble=None)
+
+        await asyncio.to_thread(embed, settings, storage, second)
+        async with asyncio.timeout(60):
+            while index.newest.files.model != second.digest:
+                assert await found(first) == hits
+                await asyncio.sleep(0.01)
+        assert await found(first) == hits, "nobody asked for the second model yet"
+        others = await find(second)
+        assert [one.score for one in others] != [one.score for one in hits]
+        async with asyncio.timeout(60):
+            while await found(first) != Lacking(others=True, trouble=None):
+                await asyncio.sleep(0.01)
+
+        storage.write_bytes("vectors/test/manifest.json", b"{")
+        async with asyncio.timeout(60):
+            while index.trouble is None:
+                await asyncio.sleep(0.01)
+        assert "run `rwkv-clip embed` again" in index.trouble
+        assert await found(second) == others
+        index.watcher.cancel()
+
+    asyncio.run(work())
 
 
 def test_cells_find_nearly_what_a_product_with_all_finds():
