@@ -58,6 +58,7 @@ class Batcher(Generic[Model]):
         run: inputs [n, ...] to vectors [n, D]; called in a thread of its own, one call at a time.
         size: items in a batch at most.
         observe: is told of each batch: its first model, items, and seconds.
+        prepare: is called in that thread before all else.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class Batcher(Generic[Model]):
         run: Callable[[Model, torch.Tensor], Vectors],
         size: int,
         observe: Callable[[Model, int, float], None],
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self._run, self._size, self._observe = run, size, observe
         self._queue: deque[_Waiting[Model]] = deque()
-        self._thread = ThreadPoolExecutor(1, "model")
+        self._thread = ThreadPoolExecutor(1, "model", initializer=prepare)
         self._worker: asyncio.Task[None] | None = None
 
     async def __call__(self, model: Model, inputs: torch.Tensor) -> Done:

@@ -21,6 +21,14 @@ from serve.traces import tracing
 SUMMARY = "serve image and text embeddings over HTTP"
 APPLICATION = "rwkv-clip"
 _EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 (compared with, and listened on only where it is asked for)
+# Nothing of ours holds an event loop up, so Serve needs no threads of its own between its loop and
+# ours, and what its processes say to each other goes straight from one to the other. Serve has no
+# other place for this than the environment of every node's Ray.
+FEWER_HOPS = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+}
 _POLL_SECONDS = 0.2
 _FAILURE = re.compile(r"^[\w.]*(?:Error|Exception): .*$", re.MULTILINE)
 
@@ -46,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
+    os.environ.update({**FEWER_HOPS, **os.environ})
     ray.init(
         address=address,
         log_to_driver=False,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from threadpoolctl import threadpool_limits
 
 from rwkv_clip import image_transform, tokenize
 from rwkv_clip.model import RWKVCLIP
@@ -99,13 +101,15 @@ class Encoder:
         settings: EncoderConfig = getattr(config.serve, tower)
         self.batch = settings.batch
         self.device = torch.device("cuda" if settings.gpus and torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(settings.threads)
         self.replica = serve.get_replica_context().replica_id.unique_id
-        self.workers = ThreadPoolExecutor(settings.decode_threads, "preprocess")
-        self.loader = ThreadPoolExecutor(1, "load")
+        self.workers = ThreadPoolExecutor(
+            settings.decode_threads, "preprocess", initializer=_work_alone
+        )
+        self.loader = ThreadPoolExecutor(1, "load", initializer=_work_alone)
         self.metrics = TowerMetrics(tower)
-        self.batcher = Batcher(self._forward, settings.batch, self._observe)
+        # OpenMP keeps a number for each thread that calls it, and Ray starts them with its own.
+        threads = None if settings.gpus else partial(torch.set_num_threads, settings.threads)
+        self.batcher = Batcher(self._forward, settings.batch, self._observe, threads)
         self.room = Room(_BATCHES_AHEAD * settings.batch)
         self.held: dict[ModelPlace, Held] = {}
         self.refused: dict[ModelPlace, str] = {}
@@ -278,6 +282,16 @@ class Encoder:
             model.config, exif_orientation=True, max_pixels=self.config.serve.limits.image_pixels
         )
         return Held(place, card, model, transform)
+
+
+def _work_alone() -> None:
+    """Keep OpenMP from giving this thread helpers: they are the model's.
+
+    As soon as a process has more of them than there are cores, they all sleep between any two steps
+    of the work, and a call of the model takes a third longer.
+    """
+    torch.get_num_threads()  # PyTorch sets a thread's number when it is asked first, and not again
+    threadpool_limits(1, user_api="openmp")
 
 
 def _pixels(held: Held, image: bytes) -> torch.Tensor | ImageDecodeError:

@@ -161,7 +161,12 @@ class Cells:
         sample = np.random.default_rng(0).permutation(count)[: _SAMPLE * cells]
         self.index.train(vectors[np.sort(sample)])
         self.index.add(vectors)
-        faiss.extract_index_ivf(self.index).nprobe = min(config.probes, cells)
+        self._cells = faiss.extract_index_ivf(self.index)
+        self.look_into(config.probes)
+
+    def look_into(self, probes: int) -> None:
+        """Set how many cells a search looks into."""
+        self._cells.nprobe = min(probes, self._cells.nlist)
 
     def nearest(self, query: Matrix, results: int) -> tuple[npt.NDArray[np.int64], Matrix]:
         """See Method; fewer if the cells that are looked into hold fewer."""

@@ -2,6 +2,7 @@
 else is.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,9 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with two CPUs, for everything that needs one."""
     import ray
 
+    from serve.command import FEWER_HOPS
+
+    os.environ.update(FEWER_HOPS)
     ray.init(
         num_cpus=2,
         include_dashboard=False,
