@@ -237,6 +237,7 @@ def verify(address: str, model: RWKVCLIP) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="RWKV-CLIP-B-32")
+    parser.add_argument("--towers", nargs="+", choices=("text", "image"), default=["text", "image"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
@@ -260,7 +261,7 @@ def main() -> None:
             plain_server(folder, options.threads) as plain,
         ):
             verify(ours, model)
-            for tower in ("text", "image"):
+            for tower in options.towers:
                 measure(tower, model, ours, plain, load, options)
 
 
