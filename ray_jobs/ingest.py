@@ -328,7 +328,7 @@ class _Ingestion:
         for index, record in zip(done, found, strict=True):
             if record.config != self.config_digest:
                 problem = "was begun with another configuration"
-            elif index >= len(units) or record.unit != units[index].as_dict():
+            elif index >= len(units) or Unit(**record.unit) != units[index]:
                 problem = f"was begun when the source was another ({Unit(**record.unit).name})"
             else:
                 continue

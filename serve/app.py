@@ -261,7 +261,10 @@ def build(config: ServeFile) -> serve.Application:
     place = find_model(config)
     find_index(config)
     director = serve.deployment(
-        name="director", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
+        name="director",
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},  # a line a second from every replica
     )(Director).bind(config, place)
     image, text = (_encoder(tower, config.serve).bind(tower, config, director) for tower in TOWERS)
     searched = config.serve.search if config.storage else None

@@ -275,7 +275,7 @@ class Encoder:
             place.version,
             digest,
             model.config.embed_dim,
-            float(model.logit_scale.exp()),
+            float(model.logit_scale.detach().exp()),
         )
         # Phones keep photographs as the sensor lies, with a tag that says how to turn them.
         transform = image_transform(

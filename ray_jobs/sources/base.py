@@ -107,6 +107,7 @@ class Unit:
         rows: how many rows from there; None for all.
         offset: where the first row begins, in bytes, for files of lines.
         size: the file's bytes when it was listed, so that a changed file is noticed.
+        before: how many rows of other files come before the first one.
     """
 
     path: str
@@ -115,6 +116,7 @@ class Unit:
     rows: int | None = None
     offset: int | None = None
     size: int | None = None
+    before: int | None = None
 
     @property
     def name(self) -> str:

@@ -11,12 +11,14 @@ Choices:
       kind: hf_parquet
       columns: {image: images}
       texts: {column: texts, are: [description]}
-  Their raw texts and captions are an array [15061515, 154], published apart; as a list column
-  beside the images that would be `are: [web_text, caption]`.
+- Texts may also lie beside the files, in a NumPy array with a row for each row of the files in the
+  order of their names. The raw texts and captions of that data set do, [15061515, 154]:
+      beside: {path: texts.npy, are: [web_text, caption]}
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import accumulate, islice, pairwise
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
+from ray_jobs.sources.arrays import ArrayFile
 from ray_jobs.sources.base import (
     ColumnsConfig,
     FilesConfig,
@@ -67,12 +70,24 @@ class TextListConfig(BaseConfig):
     )
 
 
+class BesideConfig(BaseConfig):
+    """An array of texts beside the files."""
+
+    path: str = Field(description="a .npy file of token ids, 77 a text, with a row a pair")
+    are: tuple[TextName, ...] = Field(
+        min_length=1, description="what the texts are, in order: web_text, caption, description"
+    )
+
+
 class ParquetConfig(FilesConfig):
     """Parquet files with one pair a row."""
 
     kind: Literal["parquet"]
     columns: ParquetColumnsConfig = ParquetColumnsConfig()
     texts: TextListConfig | None = Field(None, description="a column with several texts")
+    beside: BesideConfig | None = Field(
+        None, description="an array of texts that belong to the files' rows, in order"
+    )
     unit_bytes: PositiveInt = Field(512_000_000, description="a task reads at most, about")
 
 
@@ -98,7 +113,8 @@ class ParquetSource:
             return row_group_units(file, metadata, self.config.unit_rows, self.config.unit_bytes)
 
         with ThreadPoolExecutor(16) as pool:
-            return [unit for units in pool.map(units_of, files) for unit in units]
+            units = [unit for units in pool.map(units_of, files) for unit in units]
+        return self._placed(units, self.config.beside) if self.config.beside else units
 
     def read(self, unit: Unit) -> Iterator[Raw | Rejected]:
         _, schema = read_footer(unit.path, self.config.s3)
@@ -107,7 +123,9 @@ class ParquetSource:
         if self.config.texts:
             columns.append(self.config.texts.column)
         name = unit.label
+        texts = self._texts_beside(unit)
         for number, row in read_rows(unit, columns, self.config.s3):
+            beside = next(texts, {})
             origin = f"{name} row {number}"
             if isinstance(row, str):
                 yield Rejected("", origin, "unreadable", row)
@@ -117,16 +135,50 @@ class ParquetSource:
             raw.setdefault("id", f"{name}:{number}")
             if self.config.texts:
                 raw.update(split_texts(row[self.config.texts.column], self.config.texts.are))
+            raw.update(beside)
             yield {**raw, "id": id_text(raw["id"]), "origin": origin}
+
+    def _placed(self, units: Sequence[Unit], beside: BesideConfig) -> list[Unit]:
+        """Units with their place among the rows of all files; raises SourceError."""
+        array = self._array(beside)
+        rows = [unit.rows or 0 for unit in units]
+        starts = list(accumulate(rows, initial=0))
+        if array.rows != starts[-1]:
+            raise SourceError(
+                f"source.beside.path: {array.uri} has {array.rows:,} rows and the files of "
+                f"source.path have {starts[-1]:,}; give all files that the array belongs to"
+            )
+        return [
+            replace(unit, before=at - unit.first)
+            for unit, at in zip(units, starts[:-1], strict=True)
+        ]
+
+    def _array(self, beside: BesideConfig) -> ArrayFile:
+        """The array beside the files; raises SourceError."""
+        array = ArrayFile.open(beside.path, self.config.s3)
+        if array.width != _TOKENS * len(beside.are):
+            raise SourceError(
+                f"source.beside.are: names {len(beside.are)} texts of {_TOKENS} numbers, and "
+                f"{array.uri} has {array.width} in a row"
+            )
+        return array
+
+    def _texts_beside(self, unit: Unit) -> Iterator[dict[str, str]]:
+        """The texts of a unit's rows that lie beside them, if any do."""
+        beside = self.config.beside
+        if beside is None or unit.before is None:
+            return
+        for row in self._array(beside).read(unit.before + unit.first, self.config.s3):
+            yield split_texts(row, beside.are)
 
     def _present(self, schema: pa.Schema, where: str) -> dict[str, str]:
         """Our columns to the file's; raises SourceError."""
         present = self.config.columns.present(schema.names, where, "image")
         _check_image_column(schema.field(present["image"]), where)
         texts = self.config.texts
-        if texts is None:
+        if texts is None and self.config.beside is None:
             require_text(present, schema.names, where)
-        elif texts.column not in schema.names:
+        elif texts is not None and texts.column not in schema.names:
             raise SourceError(
                 f"source.texts.column: {where} has no column {texts.column!r}; it has "
                 f"{', '.join(schema.names)}"

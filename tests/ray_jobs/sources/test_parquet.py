@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -118,6 +119,64 @@ def test_a_column_may_hold_several_texts(tmp_path: Path, png: Png) -> None:
     strings, numbers = rows_of(source(tmp_path, texts=texts))
     assert (numbers["web_text"], numbers["caption"]) == ("raw words", "a nice caption")
     assert (strings["web_text"], strings.get("caption")) == ("raw words", None)
+
+
+WORDS = "ant bee cat dog elk fox gnu hen ibis jay koala lion mole newt".split()
+
+
+@pytest.fixture
+def published(tmp_path: Path, png: Png) -> dict[str, Any]:
+    """Two files of seven rows in row groups of four, and an array of their texts beside them."""
+    for name, seeds in (("a", range(7)), ("b", range(7, 14))):
+        tokens = tokenize([f"description {WORDS[seed]}" for seed in seeds]).tolist()
+        table = {"images": [{"bytes": png(seed)} for seed in seeds], "texts": tokens}
+        write(tmp_path / "data" / f"{name}.parquet", table)
+    texts = [tokenize([f"raw {word}", f"caption {word}"]).flatten() for word in WORDS]
+    np.save(tmp_path / "texts.npy", np.stack(texts))
+    return {
+        "columns": {"image": "images"},
+        "texts": {"column": "texts", "are": ["description"]},
+        "beside": {"path": str(tmp_path / "texts.npy"), "are": ["web_text", "caption"]},
+        "unit_rows": 4,
+    }
+
+
+def test_texts_may_lie_in_an_array_beside_the_files(
+    tmp_path: Path, png: Png, published: dict[str, Any]
+) -> None:
+    one = source(tmp_path / "data", "hf_parquet", **published)
+    assert [unit.before for unit in one.units()] == [0, 0, 7, 7]
+    rows = rows_of(one)
+    assert len(rows) == 14
+    for seed, row in enumerate(rows):
+        assert row["image"] == png(seed)
+        texts = [row[name] for name in ("web_text", "caption", "description")]
+        assert texts == [f"{kind} {WORDS[seed]}" for kind in ("raw", "caption", "description")]
+
+
+def test_an_array_that_is_not_the_files_is_found_before_work(
+    tmp_path: Path, published: dict[str, Any]
+) -> None:
+    path = tmp_path / "texts.npy"
+
+    def units(**options: Any) -> None:
+        source(tmp_path / "data", "hf_parquet", **{**published, **options}).units()
+
+    with pytest.raises(SourceError, match=r"names 1 texts of 77 numbers, and .* has 154"):
+        units(beside={"path": str(path), "are": ["web_text"]})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(SourceError, match="ends before its 14 rows do"):
+        units()
+    np.save(path, np.zeros((13, 154), np.int64))
+    with pytest.raises(SourceError, match=r"has 13 rows and the files of .* have 14"):
+        units()
+    np.save(path, np.array([["words"]], object), allow_pickle=True)
+    with pytest.raises(SourceError, match="holds object"):
+        units()
+    path.write_bytes(b"no array")
+    with pytest.raises(SourceError, match=r"cannot be read as a .npy file"):
+        units()
 
 
 def test_a_broken_page_loses_its_row_group_and_no_more(tmp_path: Path, png: Png) -> None:
