@@ -6,9 +6,8 @@ its rows are chunks: reading, generating, judging, asking again and publishing h
 engine's own process, with all requests of the chunks in flight in the engine's queue.
 """
 
-import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import ray.data
@@ -43,17 +42,10 @@ class ChunkEngine(vLLMEngineStageUDF):
         self.numbers = itertools.count()
         self._templates: dict[bool, Any] = {}
 
-    async def udf(  # type: ignore[override, misc]  # Ray's own declaration has no yield
-        self, batch: list[dict[str, Any]]
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Do chunks; gives their counts in the order in which they are done."""
-        for done in asyncio.as_completed([self._run(row) for row in batch]):
-            yield await done
-
-    async def _run(self, row: dict[str, Any]) -> dict[str, Any]:
-        chunk = Chunk(**{name: row[name] for name in ("part", "path", "index", "first", "rows")})
-        counts = await self.worker.run(chunk, self._complete)
-        return {**counts, self.IDX_IN_BATCH_COLUMN: row[self.IDX_IN_BATCH_COLUMN]}
+    async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
+        """Do a chunk; gives its counts."""
+        counts = await self.worker.run(Chunk.of(batch), self._complete)
+        yield {name: [value] for name, value in counts.items()}
 
     async def _complete(self, messages: Messages, seed: int) -> str:
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -159,10 +151,10 @@ def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray
             tokenize_stage={"enabled": False},
             detokenize_stage={"enabled": False},
         ),
-        preprocess_map_kwargs={"num_cpus": 0.01},
-        postprocess_map_kwargs={"num_cpus": 0.01},
-        postprocess=_counts,
     )
+    # Maps around the stage, which only rename columns; each takes processes of its own, and those
+    # of the second one are started when the first chunk is done, on the engines' cores.
+    processor.preprocess = processor.postprocess = None
     name = "vLLMEngineStage"
     stage = processor.get_stage_by_name(name)
     # A copy, because assigning to a stage works out its resources anew, and wrongly.
@@ -178,7 +170,3 @@ def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray
     )
     done: ray.data.Dataset = processor(chunks)
     return done
-
-
-def _counts(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("part", "index", "rows", "began", "seconds")}
