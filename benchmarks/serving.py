@@ -38,7 +38,7 @@ from ray import serve
 import rwkv_clip
 from rwkv_clip.model import RWKVCLIP, create_model, load_checkpoint, save_checkpoint
 from serve.app import build
-from serve.command import FEWER_HOPS, start
+from serve.command import fewer_hops, start
 from serve.config import ServeFile
 
 WORDS = "a photo of two small dogs that run along the beach behind a red ball at sunset".split()
@@ -149,7 +149,7 @@ def endpoint(folder: Path, batch: int, threads: int) -> Iterator[str]:
         "text": tower,
     }
     config = ServeFile.model_validate({"serve": settings})
-    os.environ.update({**FEWER_HOPS, **os.environ})
+    fewer_hops()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         start(config.serve)

@@ -24,7 +24,7 @@ _EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 (compared with, and listened on only wh
 # Nothing of ours holds an event loop up, so Serve needs no threads of its own between its loop and
 # ours, and what its processes say to each other goes straight from one to the other. Serve has no
 # other place for this than the environment of every node's Ray.
-FEWER_HOPS = {
+_FEWER_HOPS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
-    os.environ.update({**FEWER_HOPS, **os.environ})
+    fewer_hops()
     ray.init(
         address=address,
         log_to_driver=False,
@@ -81,6 +81,11 @@ def run(args: argparse.Namespace) -> int:
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
     return 0
+
+
+def fewer_hops() -> None:
+    """Set in this process's environment, where it says nothing else, what Serve's are to get."""
+    os.environ.update({**_FEWER_HOPS, **os.environ})
 
 
 def start(config: ServeConfig) -> None:

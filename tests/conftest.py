@@ -2,7 +2,6 @@
 else is.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,9 +29,9 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with two CPUs, for everything that needs one."""
     import ray
 
-    from serve.command import FEWER_HOPS
+    from serve.command import fewer_hops
 
-    os.environ.update(FEWER_HOPS)
+    fewer_hops()
     ray.init(
         num_cpus=2,
         include_dashboard=False,

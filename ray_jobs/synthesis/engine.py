@@ -40,7 +40,8 @@ class ChunkEngine(vLLMEngineStageUDF):
         super().__init__(**{**arguments, "model": self.model_folder, "expected_input_keys": []})
         self.task = work.task
         self.numbers = itertools.count()
-        self._templates: dict[bool, Any] = {}
+        self.shows_images = "image" in work.task.columns
+        self.template = _chat_template(self.model_folder, self.shows_images)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
         """Do a chunk; gives its counts."""
@@ -81,25 +82,23 @@ class ChunkEngine(vLLMEngineStageUDF):
     def _prompt(self, messages: Messages) -> Any:
         """The conversation as vLLM takes it: token ids, or text with images."""
         conversation, images = _with_images(messages)
-        template = self._template(bool(images))
-        if not images:
-            ids = template.apply_chat_template(
+        if not self.shows_images:
+            ids = self.template.apply_chat_template(
                 conversation, add_generation_prompt=True, return_dict=False
             )
             return {"prompt_token_ids": ids}
-        text = template.apply_chat_template(
+        text = self.template.apply_chat_template(
             conversation, add_generation_prompt=True, tokenize=False
         )
         return {"prompt": text, "multi_modal_data": {"image": images}}
 
-    def _template(self, images: bool) -> Any:
-        """What knows the model's chat template."""
-        if images not in self._templates:
-            from transformers import AutoProcessor, AutoTokenizer
 
-            kind: Any = AutoProcessor if images else AutoTokenizer
-            self._templates[images] = kind.from_pretrained(self.model_folder)
-        return self._templates[images]
+def _chat_template(model_folder: str, images: bool) -> Any:
+    """What makes a conversation the model's prompt."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    kind: Any = AutoProcessor if images else AutoTokenizer
+    return kind.from_pretrained(model_folder)
 
 
 def _with_images(messages: Messages) -> tuple[list[dict[str, Any]], list[Any]]:

@@ -1,5 +1,6 @@
 """Where MLflow keeps runs and models, and when a model becomes the champion."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ class TrackingConfig(BaseConfig):
 
     uri: str | None = Field(
         None,
-        description="of MLflow; if absent MLFLOW_TRACKING_URI, else SQLite in the storage",
+        description="of MLflow; if absent MLFLOW_TRACKING_URI, else SQLite in the storage, or on "
+        "the driver's machine if that is no file system",
     )
     experiment: str = Field("rwkv-clip", description="the experiment that holds the runs")
     model_name: str = Field("rwkv-clip", description="the registered model's name")
@@ -41,10 +43,12 @@ class Place:
     Attributes:
         uri: MLflow's tracking URI.
         artifacts: where a new experiment puts its artifacts; None leaves it to the server.
+        passing: whether it is on this machine alone, unlike the storage.
     """
 
     uri: str
     artifacts: str | None
+    passing: bool = False
 
 
 def tracking_place(config: TrackingConfig, storage: Storage) -> Place:
@@ -61,7 +65,16 @@ def tracking_place(config: TrackingConfig, storage: Storage) -> Place:
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
         return Place(uri, None)
-    # SQLite needs a real file; when the storage is none, it stays with the user.
-    folder = Path(storage.path("mlflow")) if storage.is_local else cache_folder() / "mlflow"
+    # SQLite needs a real file; when the storage has none, it stays with the user. One for each
+    # storage, because an experiment's artifacts all go into the same.
+    if storage.is_local:
+        folder = Path(storage.path("mlflow"))
+    else:
+        own = hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
+        folder = cache_folder() / "mlflow" / own
     folder.mkdir(parents=True, exist_ok=True)
-    return Place(f"sqlite:///{folder / 'mlflow.db'}", storage.child_uri("mlflow/artifacts"))
+    return Place(
+        f"sqlite:///{folder / 'mlflow.db'}",
+        storage.child_uri("mlflow/artifacts"),
+        passing=not storage.is_local,
+    )

@@ -50,6 +50,10 @@ _AWAY = (
     "MLflow does not answer (%s); the work goes on, and what is missing there is logged when the "
     "pipeline is started again"
 )
+_PASSING = (
+    "runs and models are noted in %s, on this machine alone; to keep them whatever becomes of it, "
+    "name an MLflow server by tracking.uri or MLFLOW_TRACKING_URI"
+)
 _BATCH = 100
 
 
@@ -170,6 +174,8 @@ class Tracker:
         self.config, self.storage, self.settings, self.name = config, storage, settings, name
         place = tracking_place(config, storage)
         self.uri = place.uri
+        if place.passing:
+            logger.warning(_PASSING, self.uri)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"

@@ -16,8 +16,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from ray_jobs.storage import Storage
+from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.tracking import Tracker, TrackingConfig, TrackingError
+from ray_jobs.tracking.config import tracking_place
 from ray_jobs.tracking.metrics import StepMetrics
 from ray_jobs.tracking.registry import CHAMPION, register
 from ray_jobs.tracking.runs import current_store
@@ -74,6 +75,19 @@ def test_a_pipeline_is_a_parent_with_a_child_for_each_stage(storage):
     assert child.inputs.dataset_inputs[0].dataset.digest == "0123"
     assert {run.info.status for run in found.values()} == {"FINISHED"}
     assert parent.data.tags["rwkv_clip.version"]
+
+
+def test_every_bucket_has_runs_of_its_own_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    uris = ("s3://one/run", "s3://another/run")
+    places = [tracking_place(TrackingConfig(), Storage(StorageConfig(uri=uri))) for uri in uris]
+    assert [place.artifacts for place in places] == [f"{uri}/mlflow/artifacts" for uri in uris]
+    assert len({place.uri for place in places}) == 2
+    for place in places:
+        assert place.passing
+        assert place.uri.startswith(f"sqlite:///{tmp_path}/")
 
 
 def test_a_run_that_is_started_again_goes_on_and_logs_no_step_twice(storage):
