@@ -38,6 +38,10 @@ class RayConfig(BaseConfig):
     num_cpus: PositiveInt | None = Field(None, description="of a local cluster; all if absent")
     object_store_gb: PositiveFloat = Field(2.0, description="shared memory of a local cluster")
 
+    def running(self) -> str | None:
+        """The address of a cluster that runs already, if the configuration or Ray names one."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
+
 
 @contextmanager
 def connected(config: RayConfig) -> Iterator[Path]:
@@ -49,8 +53,7 @@ def connected(config: RayConfig) -> Iterator[Path]:
         yield _logs()
         return
     quieten()
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := config.running():
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
@@ -102,7 +105,9 @@ def quieten() -> None:
 
     To be called again after an import of a part of Ray that sets up logging of its own.
     """
-    for name in ("ray", "ray.data", "ray.llm", "ray.serve", "ray.train"):
+    # ray.llm's modules have a handler each.
+    modules = [name for name in logging.root.manager.loggerDict if name.startswith("ray.llm.")]
+    for name in ("ray", "ray.data", "ray.llm", "ray.serve", "ray.train", *modules):
         for handler in logging.getLogger(name).handlers:
             if type(handler).__name__ != "SessionFileHandler":
                 handler.setLevel(logging.ERROR)

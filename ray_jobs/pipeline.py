@@ -137,7 +137,8 @@ class PipelineResult:
 
     Attributes:
         report: the report's place.
-        peak_memory: the most that all processes held together, in bytes, in any run so far.
+        peak_memory: the most that all processes held together, in bytes, in any run so far; 0 on
+            a cluster that ran before, whose processes nobody looked at.
         tracking: how to look at the runs.
     """
 
@@ -486,6 +487,8 @@ class _Pipeline:
 
     def _peak(self, memory: PeakMemory) -> int:
         """The most memory of this run and earlier ones, which may have done most of the work."""
+        if self.config.ray.running():
+            return 0
         held = self.storage.read_json(_MEMORY) if self.storage.exists(_MEMORY) else {}
         peak = max(memory.peak, int(held.get("peak_bytes", 0)))
         self.storage.write_json(_MEMORY, {"peak_bytes": peak})
@@ -545,7 +548,8 @@ def _table(storage: Storage, result: PipelineResult) -> str:
             lines += _recalls(" (baseline)", result.baseline)
         lines.append(f"{'by chance':<27} R@10 {100 * result.evaluation.chance:5.1f} %")
         lines.append("")
-    lines.append(f"memory: {result.peak_memory / 1e9:.1f} GB at its peak, of all processes")
+    if result.peak_memory:
+        lines.append(f"memory: {result.peak_memory / 1e9:.1f} GB at its peak, of all processes")
     lines.append(f"model:  {storage.child_uri(result.train.best)}")
     if result.registered is not None:
         lines.append(f"        {result.registered.uri}")

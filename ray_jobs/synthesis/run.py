@@ -18,7 +18,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from ray_jobs.beside import Beside, written
-from ray_jobs.execution import arrange
+from ray_jobs.execution import arrange, work_items
 from ray_jobs.ingest import Manifest
 from ray_jobs.models import ModelError, check_model
 from ray_jobs.progress import Progress
@@ -155,7 +155,8 @@ class TaskRun:
         done = rows - sum(chunk.rows for chunk in todo)
         others = tuple(one for one in written(self.storage, name) if one != self.beside)
         work = Work(self.storage, name, others, self.task, watch, self.hang_seconds)
-        chunks = ray.data.from_items([asdict(chunk) for chunk in todo])
+        # One chunk to a task: a task that is lost is done again whole.
+        chunks = work_items([asdict(chunk) for chunk in todo])
         with (
             Progress(f"{self.verb} {name}", rows, "pairs", done=done) as progress,
             ThreadPoolExecutor(4) as pool,

@@ -178,6 +178,7 @@ class Tracker:
             logger.warning(_PASSING, self.uri)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `place` tells
         os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
         self.client = MlflowClient(tracking_uri=self.uri)
         try:

@@ -2,15 +2,19 @@
 
 import json
 import subprocess
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.storage import Storage
+from ray_jobs.train import TrainResult, train
+from ray_jobs.training.config import TrainConfig
 from tests.ray_jobs.clusters import Cluster
 
+_STEP_SECONDS = 0.25
 _JOB = """
 import sys
 from ray_jobs.cluster import RayConfig, connected
@@ -41,6 +45,15 @@ def start(
     log = cluster.folder / f"{call}.log"
     arguments = ["-c", program, storage.uri, json.dumps(settings)]
     return Job(cluster.start(arguments, log), log)
+
+
+def train_slowly(config: TrainConfig, storage: Storage) -> TrainResult:
+    """Train, with a pause at each step that leaves time for a fault."""
+    return train(config, storage, on_record=_pause)
+
+
+def _pause(record: Mapping[str, float]) -> None:
+    threading.Event().wait(_STEP_SECONDS)
 
 
 class Job:

