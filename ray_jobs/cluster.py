@@ -109,7 +109,9 @@ def quieten() -> None:
     modules = [name for name in logging.root.manager.loggerDict if name.startswith("ray.llm.")]
     for name in ("ray", "ray.data", "ray.llm", "ray.serve", "ray.train", *modules):
         for handler in logging.getLogger(name).handlers:
-            if type(handler).__name__ != "SessionFileHandler":
+            # Ray's loggers may share the root's handlers, which get everybody's words.
+            shared = handler in logging.root.handlers
+            if not shared and type(handler).__name__ != "SessionFileHandler":
                 handler.setLevel(logging.ERROR)
     for name in ("alembic", "mlflow", "ray.dashboard", "vllm"):
         logging.getLogger(name).setLevel(logging.WARNING)

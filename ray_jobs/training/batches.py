@@ -152,6 +152,7 @@ class BatchMaker:
         size = self.transform.image_size
         pixels = np.zeros((len(pairs), 3, size, size), np.uint8)
         usable = np.ones(len(pairs), np.bool_)
+        seeds = np.zeros(len(pairs), np.int64)
         texts = []
         for at, pair in enumerate(pairs):
             rng = sample_generator(self.plan.seed, epoch, pair["id"])
@@ -163,9 +164,11 @@ class BatchMaker:
                 logger.warning("left out: %s", error)
                 usable[at] = False
             usable[at] &= bool(text)
+            seeds[at] = rng.integers(1 << 63)
         return {
             "pixels": pixels,
             "tokens": tokenize(texts, self.context_length).numpy().astype(np.int32),
+            "seeds": seeds,
             "usable": usable,
             "id": np.array([pair["id"] for pair in pairs], dtype=object),
             "step": np.full(len(pairs), step, np.int64),

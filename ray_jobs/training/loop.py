@@ -45,6 +45,8 @@ from rwkv_clip.memory import keep_freed_memory
 from rwkv_clip.model import RWKVCLIP, create_model
 from rwkv_clip.transforms import image_transform
 
+Inputs = tuple[Tensor, Tensor, Tensor]  # pixels, tokens and seeds of a batch
+
 logger = logging.getLogger(__name__)
 
 OnRecord = Callable[[Mapping[str, float]], None]
@@ -197,12 +199,12 @@ class Worker:
         rate = learning_rate(step, self.task.steps, recipe)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        pixels, tokens = self._to_device(batch)
+        inputs = self._to_device(batch)
         self._seed(step)
         if self.config.micro_batches == 1:
-            loss = self._backward(pixels, tokens)
+            loss = self._backward(inputs)
         else:
-            loss = self._backward_in_pieces(pixels, tokens)
+            loss = self._backward_in_pieces(inputs)
         self._reduce_scale()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         if loss.isfinite() and norm.isfinite():
@@ -217,16 +219,19 @@ class Worker:
             "gradient_norm": float(whole),
         }
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Normalised pixels [B, 3, S, S] and tokens [B, T] of the usable samples."""
+    def _to_device(self, batch: Batch) -> Inputs:
+        """Normalised pixels [B, 3, S, S], tokens [B, T] and seeds [B] of the usable samples."""
         usable = batch["usable"]
         self.state.left_out += int((~usable).sum())
         whole = bool(usable.all())
-        pixels = torch.from_numpy(np.ascontiguousarray(_kept(batch["pixels"], usable, whole)))
-        tokens = torch.from_numpy(np.ascontiguousarray(_kept(batch["tokens"], usable, whole)))
+        pixels, tokens, seeds = (
+            torch.from_numpy(np.ascontiguousarray(_kept(batch[name], usable, whole))).to(
+                self.device, non_blocking=True
+            )
+            for name in ("pixels", "tokens", "seeds")
+        )
         mean, scale = self._normalisation
-        image = normalise(pixels.to(self.device, non_blocking=True), mean, scale)
-        return image, tokens.to(self.device, torch.int64, non_blocking=True)
+        return normalise(pixels, mean, scale), tokens.long(), seeds
 
     @cached_property
     def _normalisation(self) -> tuple[Tensor, Tensor]:
@@ -247,38 +252,31 @@ class Worker:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _backward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+    def _backward(self, inputs: Inputs) -> Tensor:
         with self._autocast():
-            loss: Tensor = self.loss(*self.trained(pixels, tokens))
+            loss: Tensor = self.loss(*self.trained(*inputs))
         loss.backward()
         return loss.detach()
 
-    def _backward_in_pieces(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+    def _backward_in_pieces(self, inputs: Inputs) -> Tensor:
         """The same gradient with the activations of one piece at a time."""
-        pieces = list(
-            zip(
-                pixels.tensor_split(self.config.micro_batches),
-                tokens.tensor_split(self.config.micro_batches),
-                strict=True,
-            )
-        )
+        split = (one.tensor_split(self.config.micro_batches) for one in inputs)
+        pieces = list(zip(*split, strict=True))
         states, embeddings = [], []
-        for image, text in pieces:
+        for piece in pieces:
             states.append(_random_state(self.device))
             with torch.no_grad(), self._autocast():
-                embeddings.append(self.trained(image, text))
+                embeddings.append(self.trained(*piece))
         images = torch.cat([images for images, _, _ in embeddings])
         texts = torch.cat([texts for _, texts, _ in embeddings])
         solved = self.loss.value_and_gradients(images, texts, embeddings[0][2])
-        sizes = [len(image) for image, _ in pieces]
+        sizes = [len(image) for image, _, _ in pieces]
         gradients = zip(solved.image_emb.split(sizes), solved.text_emb.split(sizes), strict=True)
-        for at, ((image, text), (d_image, d_text)) in enumerate(
-            zip(pieces, gradients, strict=True)
-        ):
+        for at, (piece, (d_image, d_text)) in enumerate(zip(pieces, gradients, strict=True)):
             last = at == len(pieces) - 1
             _set_random_state(self.device, states[at])
             with self._reducing(last), self._autocast():
-                outputs = self.trained(image, text)
+                outputs = self.trained(*piece)
                 d_scale = solved.logit_scale if last else torch.zeros_like(solved.logit_scale)
                 torch.autograd.backward(outputs, (d_image, d_text, d_scale))
         return solved.loss

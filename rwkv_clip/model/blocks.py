@@ -22,6 +22,11 @@ MIX_RANK = 32  # of each of the five data-dependent mixes
 DECAY_RANK = 64  # of the data-dependent decay
 MIXES = 5  # of decay, key, value, receptance and gate, in this order
 
+# SplitMix64's, as signed numbers.
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
 
 class TimeMix(nn.Module):
     """Mix information across tokens by the bidirectional WKV6 operator.
@@ -168,34 +173,74 @@ class Block(nn.Module):
         self.att = att
         self.ffn = ffn
 
-    def forward(self, x: Tensor, shift: TokenShift) -> Tensor:
-        """[B, T, C] -> [B, T, C]."""
+    def forward(self, x: Tensor, shift: TokenShift, noise: Tensor | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C].
+
+        Args:
+            x: [B, T, C].
+            shift: the neighbours.
+            noise: [2, B], uniform in 0..1, by which the two branches are dropped; drawn here if
+                absent.
+        """
         if self.first:
             x = self.ln0(x)
         branch = self.att(self.ln1(x), shift)
-        scale = self._branch_scale(x)
+        scale = self._branch_scale(x, None if noise is None else noise[0])
         x = x + branch if scale is None else torch.addcmul(x, branch, scale[:, None, None])
         x = F.dropout(x, self.dropout, self.training)
         r, v = self.ffn(self.ln2(x), shift)
-        x = fused.gated_residual(x, r, v, self._branch_scale(x))
+        scale = self._branch_scale(x, None if noise is None else noise[1])
+        x = fused.gated_residual(x, r, v, scale)
         return F.dropout(x, self.dropout, self.training)
 
-    def _branch_scale(self, x: Tensor) -> Tensor | None:
+    def _branch_scale(self, x: Tensor, noise: Tensor | None) -> Tensor | None:
         if not self.training or self.drop_path == 0:
             return None
-        return drop_path_scale(x, self.drop_path)
+        return drop_path_scale(x, self.drop_path, noise)
 
 
-def drop_path_scale(x: Tensor, rate: float) -> Tensor:
+def drop_path_scale(x: Tensor, rate: float, noise: Tensor | None) -> Tensor:
     """Stochastic depth: [B], 0 with that chance, else what keeps the expectation.
 
     Source: arXiv 1603.09382.
     """
     keep = 1 - rate
-    return torch.bernoulli(x.new_full((x.shape[0],), keep)) / keep
+    if noise is None:
+        return torch.bernoulli(x.new_full((x.shape[0],), keep)) / keep
+    return (noise >= rate).to(x.dtype) / keep
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, shift: TokenShift, *, recompute: bool) -> Tensor:
+def sample_noise(seeds: Tensor, count: int) -> Tensor:
+    """Uniform numbers in 0..1 of each sample's own: float32 [count, B].
+
+    They depend on the sample's seed alone, and not on which others are in its batch, so a global
+    batch gets the same ones however it is spread over processes. Source: SplitMix64
+    (doi:10.1145/2660193.2660195), of which the upper 24 bits are used.
+
+    Args:
+        seeds: int64 [B].
+        count: of numbers for each.
+    """
+    at = torch.arange(1, count + 1, device=seeds.device)[:, None]
+    z = seeds + at * _GOLDEN_GAMMA
+    z = (z ^ _shifted(z, 30)) * _MIX_1
+    z = (z ^ _shifted(z, 27)) * _MIX_2
+    return _shifted(z ^ _shifted(z, 31), 40).float() * 2**-24
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Shift int64 to the right as if it had no sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    shift: TokenShift,
+    *,
+    recompute: bool,
+    noise: Tensor | None = None,
+) -> Tensor:
     """Apply the blocks in turn: [B, T, C] -> [B, T, C].
 
     Args:
@@ -203,12 +248,14 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, shift: TokenShift, *, recompute
         x: [B, T, C].
         shift: the neighbours, the same in every block.
         recompute: keep only each block's input for the backward pass, and compute the rest again.
+        noise: [2 * len(blocks), B]; see `Block`.
     """
-    for block in blocks:
+    for at, block in enumerate(blocks):
+        own = None if noise is None else noise[2 * at : 2 * at + 2]
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, shift, use_reentrant=False)
+            x = checkpoint(block, x, shift, own, use_reentrant=False)
         else:
-            x = block(x, shift)
+            x = block(x, shift, own)
     return x
 
 

@@ -27,13 +27,17 @@ class RWKVCLIP(nn.Module):
         self.text_model = TextEncoder(config.text)
         self.image_model = ImageEncoder(config.image)
 
-    def encode_image(self, pixels: Tensor, normalize: bool = True) -> Tensor:
+    def encode_image(
+        self, pixels: Tensor, normalize: bool = True, seeds: Tensor | None = None
+    ) -> Tensor:
         """Embed images.
 
         Args:
             pixels: [B, 3, height, width], floating, as `image_transform` makes them. Any size: it
                 is filled with zeros to whole patches, and the position embedding is interpolated.
             normalize: give each embedding length 1.
+            seeds: int64 [B]; in training, each image's stochastic depth is drawn by its own seed,
+                whatever else is in the batch, and by PyTorch's generator if absent.
 
         Returns:
             [B, D].
@@ -43,7 +47,7 @@ class RWKVCLIP(nn.Module):
             TypeError: for integers.
         """
         _check_pixels(pixels)
-        embedding: Tensor = self.image_model(pixels)
+        embedding: Tensor = self.image_model(pixels, seeds)
         return F.normalize(embedding, dim=-1) if normalize else embedding
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
@@ -66,9 +70,15 @@ class RWKVCLIP(nn.Module):
         embedding: Tensor = self.text_model(tokens)
         return F.normalize(embedding, dim=-1) if normalize else embedding
 
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both embeddings, not normalised, [B, D] each, and the scale exp(logit_scale)."""
-        image_embedding = self.encode_image(image, normalize=False)
+    def forward(
+        self, image: Tensor, text: Tensor, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Both embeddings, not normalised, [B, D] each, and the scale exp(logit_scale).
+
+        Args:
+            image, text, seeds: as `encode_image` and `encode_text` take them.
+        """
+        image_embedding = self.encode_image(image, normalize=False, seeds=seeds)
         text_embedding = self.encode_text(text, normalize=False)
         return image_embedding, text_embedding, self.logit_scale.exp()
 

@@ -13,6 +13,7 @@ from rwkv_clip.model.blocks import (
     ImageChannelMix,
     TimeMix,
     run_blocks,
+    sample_noise,
 )
 from rwkv_clip.model.config import ImageConfig
 from rwkv_clip.ops.fused import TokenShift
@@ -71,8 +72,14 @@ class ImageEncoder(nn.Module):
         )
         self.ln1 = nn.LayerNorm(D, eps=LAYER_NORM_EPS)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, height, width] of any height and width -> [B, D]."""
+    def forward(self, pixels: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """[B, 3, height, width] of any height and width -> [B, D].
+
+        Args:
+            pixels: [B, 3, height, width].
+            seeds: int64 [B], by which branches are dropped in training; PyTorch's generator if
+                absent.
+        """
         patches = self.patch_embed(pixels)
         rows, columns = patches.shape[-2:]
         x = patches.flatten(2).transpose(1, 2) + self._positions(rows, columns)
@@ -80,7 +87,11 @@ class ImageEncoder(nn.Module):
         if has_class_token:  # last, and without a position
             x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], dim=1)
         shift = TokenShift(self.config.head_size, (rows, columns), has_class_token)
-        x = run_blocks(self.layers, x, shift, recompute=self.recompute and self.training)
+        recompute = self.recompute and self.training
+        noise = None
+        if seeds is not None and self.training and self.config.drop_path:
+            noise = sample_noise(seeds, 2 * len(self.layers))
+        x = run_blocks(self.layers, x, shift, recompute=recompute, noise=noise)
         if has_class_token:
             x = x[:, -1:]
         embedding: Tensor = self.ln1(x).mean(dim=1)

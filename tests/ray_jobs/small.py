@@ -7,7 +7,14 @@ TRAIN: dict[str, Any] = {
     "model": {
         "name": "RWKV-CLIP-Tiny",
         "embed_dim": 32,
-        "image": {"depth": 1, "heads": 2, "hidden_dim": 64, "patch_size": 16, "image_size": 32},
+        "image": {
+            "depth": 2,
+            "heads": 2,
+            "hidden_dim": 64,
+            "patch_size": 16,
+            "image_size": 32,
+            "drop_path": 0.3,
+        },
         "text": {"depth": 1, "heads": 2, "hidden_dim": 64, "context_length": 12},
     },
     "batch": 32,

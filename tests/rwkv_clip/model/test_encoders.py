@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_clip.model import RWKVCLIP, create_model
-from rwkv_clip.model.blocks import drop_path_scale
+from rwkv_clip.model.blocks import drop_path_scale, sample_noise
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 40), (7, 130), (16, 16), (1, 1)])
@@ -178,11 +178,49 @@ def test_models_of_other_types_take_the_same_pixels(dtype, tiny, tiny_io, relati
     assert relative_error(text_embedding, tiny_io["text_embedding"]) < tolerance
 
 
-def test_drop_path_drops_at_its_rate_and_keeps_the_expectation():
-    scale = drop_path_scale(torch.zeros(20_000, 1, 1), 0.3)
+@pytest.mark.parametrize("drawn", ["anew", "by seeds"])
+def test_drop_path_drops_at_its_rate_and_keeps_the_expectation(drawn):
+    x = torch.zeros(20_000, 1, 1)
+    noise = None if drawn == "anew" else sample_noise(torch.arange(20_000), 1)[0]
+    scale = drop_path_scale(x, 0.3, noise)
     assert scale.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert (scale == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
     assert scale.mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_a_samples_noise_is_its_own():
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.randint(1 << 62, (4096,), generator=generator)
+    noise = sample_noise(seeds, 6)
+    assert noise.shape == (6, 4096)
+    assert torch.equal(sample_noise(seeds[1000:1003], 6), noise[:, 1000:1003])
+    assert 0 <= noise.min() < 0.001
+    assert 0.999 < noise.max() < 1
+    assert noise.mean(dim=1).tolist() == pytest.approx([0.5] * 6, abs=0.02)
+    assert (torch.corrcoef(noise) - torch.eye(6)).abs().max() < 0.06
+
+
+def test_splitmix_gives_its_published_numbers():
+    # The reference implementation's first three for the seed 1234567, of which we use 24 bits.
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    found = sample_noise(torch.tensor([1234567]), 3)[:, 0].tolist()
+    assert found == [(number >> 40) * 2**-24 for number in published]
+
+
+def test_an_image_drops_the_same_branches_in_any_batch(tiny_config):
+    torch.manual_seed(0)
+    model = create_model(tiny_config(drop_path=0.5)).train()
+    pixels = torch.randn(6, 3, model.config.image_size, model.config.image_size)
+    seeds = torch.arange(6)
+    whole = model.encode_image(pixels, seeds=seeds)
+    parts = [
+        model.encode_image(pixels[at : at + 2], seeds=seeds[at : at + 2]) for at in range(0, 6, 2)
+    ]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
+    model.set_activation_checkpointing(True)
+    assert torch.equal(model.encode_image(pixels, seeds=seeds), whole)
+    assert not torch.allclose(model.encode_image(pixels, seeds=seeds + 6), whole)
+    assert torch.equal(model.eval().encode_image(pixels), model.encode_image(pixels, seeds=seeds))
 
 
 def test_drop_path_grows_linearly_with_depth(tiny_config):

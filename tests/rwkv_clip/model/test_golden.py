@@ -63,7 +63,7 @@ def test_dropped_branches_are_scaled_as_published(
     model = create_model(tiny_config(drop_path=0.5)).train()
     model.load_state_dict(tiny_state)
     kept = iter(expected["masks"])
-    monkeypatch.setattr(blocks, "drop_path_scale", lambda x, rate: next(kept) / (1 - rate))
+    monkeypatch.setattr(blocks, "drop_path_scale", lambda x, rate, _: next(kept) / (1 - rate))
     embedding = model.encode_image(tiny_io["image"], normalize=False)
     assert relative_error(embedding, expected["image_embedding"]) < 1e-5
     assert next(kept, None) is None
