@@ -18,7 +18,7 @@ from tests.ray_jobs.clusters import cluster
 from tests.ray_jobs.killing import PATIENCE, below, processes_named, wait_until
 from tests.ray_jobs.synthesis.test_http import ANSWER, chat, server
 
-PART_ROWS, CHUNK_ROWS = 160, 8
+ROWS, PART_ROWS, CHUNK_ROWS = 320, 160, 8
 ANSWER_SECONDS = 0.1  # what a model takes
 
 
@@ -29,8 +29,7 @@ def chunk_files(storage: Storage) -> list[str]:
 def test_a_node_dies_while_pairs_are_described(
     ray_cluster: None, tmp_path: Path, figures: list[Figures]
 ) -> None:
-    rows, chunk_rows = 640, 2  # more chunks than Ray Data makes blocks of its own accord
-    storage = make_pairs(tmp_path, rows, PART_ROWS)
+    storage = make_pairs(tmp_path, ROWS, PART_ROWS)
     thinking = threading.Event()
     asked = 0
 
@@ -44,7 +43,7 @@ def test_a_node_dies_while_pairs_are_described(
         nodes = [made.node(cpus=2), made.node(cpus=2)]
         engine = {"kind": "http", "url": url, "model": "m", "clients": 2, "cpus": 0.9}
         engine["requests_in_flight"] = 4
-        settings = {"engine": engine, "chunk_rows": chunk_rows, "sampling": {"attempts": 1}}
+        settings = {"engine": engine, "chunk_rows": CHUNK_ROWS, "sampling": {"attempts": 1}}
         job = start(made, storage, "ray_jobs.synthesize", "synthesize", "SynthesisConfig", settings)
         wait_until(lambda: job.ended() or all(below(one, "HttpChunks") for one in nodes), "workers")
         wait_until(lambda: job.ended() or len(chunk_files(storage)) >= 4, "chunks")
@@ -69,11 +68,11 @@ def test_a_node_dies_while_pairs_are_described(
         published.get(chunk) or published[part] for chunk, part in zip(chunks, parts, strict=True)
     ]
     recovered = max(seen) - killed
-    redone = f"{len(chunks)} chunks of {chunk_rows} rows, what one engine had in work"
+    redone = f"{len(chunks)} chunks of {CHUNK_ROWS} rows, what one engine had in work"
     figures.append(Figures("node dies during synthesis", lost, twice, redone, recovered))
     assert (lost, twice) == (0, 0)
     assert 1 <= len(chunks) <= 4, json.dumps(record)  # an engine has four at a time
-    assert asked - rows <= len(chunks) * chunk_rows
+    assert asked - ROWS <= len(chunks) * CHUNK_ROWS
 
 
 @pytest.mark.chaos
