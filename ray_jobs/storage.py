@@ -69,6 +69,26 @@ class _S3(pafs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
         return _S3, (self.config,)
 
 
+class _Local(pafs.LocalFileSystem):  # type: ignore[misc]  # pyarrow has no types
+    """Local files that appear whole, also those that others write: Ray Train's record of a run."""
+
+    def __reduce__(self) -> tuple[type["_Local"], tuple[()]]:
+        return _Local, ()
+
+    @contextmanager
+    def open_output_stream(self, path: str, *arguments: Any, **options: Any) -> Iterator[Any]:
+        """A file to write; it appears at its path when the block ends well, and only then."""
+        folder, base = posixpath.split(path)
+        temporary = posixpath.join(folder, f"{_TEMPORARY}{uuid.uuid4().hex}-{base}")
+        try:
+            with super().open_output_stream(temporary, *arguments, **options) as stream:
+                yield stream
+            self.move(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
 class Storage:
     """Files under one root. Small, and safe to send to other processes and nodes."""
 
@@ -95,7 +115,7 @@ class Storage:
         uri = self.config.uri
         if not uri.startswith("s3://"):
             filesystem, root = pafs.FileSystem.from_uri(uri)
-            return filesystem, root
+            return _Local() if isinstance(filesystem, pafs.LocalFileSystem) else filesystem, root
         return _S3(self.config.s3), uri.removeprefix("s3://")
 
     @property
@@ -151,16 +171,9 @@ class Storage:
             with self.filesystem.open_output_stream(path) as stream:
                 stream.write(buffer.getvalue())
             return
-        folder, base = posixpath.split(path)
-        self.filesystem.create_dir(folder, recursive=True)
-        temporary = posixpath.join(folder, f"{_TEMPORARY}{uuid.uuid4().hex}-{base}")
-        try:
-            with self.filesystem.open_output_stream(temporary) as stream:
-                yield stream
-            self.filesystem.move(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        with self.filesystem.open_output_stream(path) as stream:
+            yield stream
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file whole."""

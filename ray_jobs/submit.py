@@ -1,6 +1,6 @@
 """`rwkv-clip submit JOB`: run a job on a cluster, see its words here, and end as it ends.
 
-    rwkv-clip submit pipeline --config configs/yfcc15m.yaml --address http://HEAD:8265
+    rwkv-clip submit pipeline --config configs/yfcc15m-b32.yaml --address http://HEAD:8265
 
 By hand the same is `ray job submit --working-dir . -- python -m ray_jobs.pipeline --config ...`.
 

@@ -8,16 +8,17 @@ Choices:
   and who learns from random crops does not see the difference. PyTorch's resize of eight-bit RGB is
   vectorised, Pillow's is not: a quarter of the time, and the same pixels to one level. Pillow
   resizes the other modes.
-- Evaluation resizes the whole image first, as published: Pillow orders its two passes by their
-  cost, and the crop would change the order and so single pixels. Only images longer than 4:1 are
-  cropped first, which bounds the memory they take.
+- Evaluation resizes as published, rows first, and RGB by a kernel of ours that makes the same
+  pixels and only those that the crop keeps (ops/images.py). Pillow resizes the other modes, the
+  whole image; only images longer than 4:1 are cropped first, which bounds the memory they take.
 - Large JPEGs are decoded at 1/2, 1/4 or 1/8 scale, which the format allows at a fraction of the
   cost, as long as twice the wanted resolution remains. A training crop then begins and ends at the
   nearest pixel that was decoded. `draft=False` decodes in full.
 - JPEGs in colour are decoded through simplejpeg, by the same library and so to the same pixels as
   through Pillow, in two thirds of the time. Pillow reads every header, and decodes what simplejpeg
   does not take (CMYK, greys) or complains of: limits, errors and what is tolerated are Pillow's.
-- EXIF orientation is ignored, as the published code does; `exif_orientation=True` applies it.
+- EXIF orientation is ignored, as the published code does; `exif_orientation=True` applies it, to
+  what was decoded at the scale that is needed.
 - Modes L, LA, RGB, RGBA and CMYK are resized as they are and then converted, as published. Pillow
   has no bicubic filter for palettes and bitmaps (it takes the nearest pixel without a word), so P
   and 1 are converted first. 16-bit greys keep their upper eight bits. Transparency is dropped, as
@@ -40,6 +41,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from rwkv_clip.ops.images import resize_bicubic, resize_rows_first
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 64_000_000
@@ -56,13 +59,34 @@ Box = tuple[float, float, float, float]
 _RESIZABLE = frozenset({"RGB", "L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
 
 
-class _Crop(NamedTuple):
-    """Resize the source's box to size, cut the output at offset, and perhaps mirror it."""
+class _Turn(NamedTuple):
+    """How an image is turned before it is cropped."""
 
-    box: Box  # left, upper, right, lower; in pixels of the source
+    how: Image.Transpose
+    aside: bool  # width and height change places
+    mirrored: tuple[bool, bool]  # whether x, and y, then begin at what was an end
+
+
+_ORIENTATION = 0x0112  # EXIF's tag
+_TURNS = {
+    2: _Turn(Image.Transpose.FLIP_LEFT_RIGHT, False, (True, False)),
+    3: _Turn(Image.Transpose.ROTATE_180, False, (True, True)),
+    4: _Turn(Image.Transpose.FLIP_TOP_BOTTOM, False, (False, True)),
+    5: _Turn(Image.Transpose.TRANSPOSE, True, (False, False)),
+    6: _Turn(Image.Transpose.ROTATE_270, True, (True, False)),
+    7: _Turn(Image.Transpose.TRANSVERSE, True, (True, True)),
+    8: _Turn(Image.Transpose.ROTATE_90, True, (False, True)),
+}
+
+
+class _Crop(NamedTuple):
+    """Turn the source, resize its box to size, cut the output at offset, and perhaps mirror it."""
+
+    box: Box  # left, upper, right, lower; in pixels of the turned source
     size: tuple[int, int]  # width, height
     offset: tuple[int, int]  # left, upper
     flip: bool = False
+    turn: _Turn | None = None
 
 
 class ImageSettings(Protocol):
@@ -212,7 +236,11 @@ class ImageTransform:
     ) -> Pixels:
         """The same before normalisation, as models take it: uint8 [3, S, S], red, green, blue."""
         opened = self._open(image, name)
-        crop = self._choose(opened.size, rng)
+        size, turn = opened.size, None
+        if self.exif_orientation:
+            turn = _turn(opened, name)
+            size = size[::-1] if turn and turn.aside else size
+        crop = self._choose(size, rng)._replace(turn=turn)
         try:
             pixels = self._resize(opened, image if isinstance(image, Encoded) else None, crop)
         except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
@@ -229,11 +257,6 @@ class ImageTransform:
             raise ImageDecodeError(
                 f"has {width}x{height} pixels, more than max_pixels={self.max_pixels:,}", name
             )
-        if self.exif_orientation:
-            try:
-                opened = ImageOps.exif_transpose(opened)
-            except Exception as error:  # as above
-                raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
         return opened
 
     def _choose(self, size: tuple[int, int], rng: np.random.Generator | int | None) -> _Crop:
@@ -251,25 +274,39 @@ class ImageTransform:
             encoded: the file that it was opened from, if it was one.
             crop: what is wanted of it.
         """
-        box, side, pixels = crop.box, self.image_size, None
+        side, pixels, scale = self.image_size, None, 1
+        whole = image.size
         if encoded is not None and image.format == "JPEG":
             scale = _draft(image, crop) if self.draft else 1
-            box = (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale)
             pixels = _decode_jpeg(image, encoded, scale)
+        crop = crop._replace(box=_scaled(crop, whole, image.size, scale))
+        if pixels is None:
+            decoded = _eight_bits(image)
+            return self._resize_decoded(
+                decoded.transpose(crop.turn.how) if crop.turn else decoded, crop
+            )
+        if crop.turn:
+            pixels = np.array(Image.fromarray(pixels).transpose(crop.turn.how))
+        if not self.train:
+            return resize_bicubic(pixels, crop.box, crop.size, crop.offset, side)
+        left, top, right, bottom = _whole(crop.box)
+        return _shrink(pixels[top:bottom, left:right], side)
+
+    def _resize_decoded(self, image: Image.Image, crop: _Crop) -> Pixels:
+        """The same of an image that Pillow has decoded, and that has been turned."""
+        side = self.image_size
         if self.train:
-            left, top, right, bottom = _whole(box)
-            if pixels is not None:
-                return _shrink(pixels[top:bottom, left:right], side)
-            cut = _eight_bits(image).crop((left, top, right, bottom))
+            cut = image.crop(_whole(crop.box))
             if cut.mode == "RGB":
                 return _shrink(np.array(cut), side)
             return _planes(cut.resize((side, side), Image.Resampling.BILINEAR))
-        decoded = _eight_bits(image) if pixels is None else Image.fromarray(pixels)
-        resized = decoded.resize(crop.size, Image.Resampling.BICUBIC, box)
-        if crop.size != (side, side):
-            left, top = crop.offset
-            resized = resized.crop((left, top, left + side, top + side))
-        return _planes(resized)
+        if image.mode == "RGB":
+            return resize_bicubic(np.array(image), crop.box, crop.size, crop.offset, side)
+        if max(crop.size) > MAX_FULL_ASPECT * min(crop.size):
+            crop = _cut_first(crop, side)
+        left, top = crop.offset
+        resized = resize_rows_first(image, crop.box, crop.size)
+        return _planes(resized.crop((left, top, left + side, top + side)))
 
     def _normalise(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         out = np.empty(pixels.shape, np.float32)
@@ -321,11 +358,17 @@ def _centre(size: tuple[int, int], side: int) -> _Crop:
     shorter = min(size)
     width, height = (side * length // shorter for length in size)
     left, top = round((width - side) / 2), round((height - side) / 2)
-    if max(size) <= MAX_FULL_ASPECT * shorter:
-        return _Crop((0, 0, *size), (width, height), (left, top))
-    across, down = size[0] / width, size[1] / height
-    box = (left * across, top * down, (left + side) * across, (top + side) * down)
-    return _Crop(box, (side, side), (0, 0))
+    return _Crop((0, 0, *size), (width, height), (left, top))
+
+
+def _cut_first(crop: _Crop, side: int) -> _Crop:
+    """The same square, of which nothing else is resized."""
+    left, top, right, bottom = crop.box
+    across, down = (right - left) / crop.size[0], (bottom - top) / crop.size[1]
+    x, y = crop.offset
+    box = (left + x * across, top + y * down)
+    end = (left + (x + side) * across, top + (y + side) * down)
+    return crop._replace(box=(*box, *end), size=(side, side), offset=(0, 0))
 
 
 def random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
@@ -359,6 +402,21 @@ def _draft(image: Image.Image, crop: _Crop) -> int:
     return round(width / image.width)
 
 
+def _scaled(crop: _Crop, size: tuple[int, int], drafted: tuple[int, int], scale: int) -> Box:
+    """The crop's box in a source that was decoded at 1/scale, to that size.
+
+    The last pixel of a row or column may stand for fewer than `scale` pixels of the source, and is
+    the first one where the axis is mirrored.
+    """
+    left, top, right, bottom = (edge / scale for edge in crop.box)
+    if crop.turn is not None:
+        beyond = [length - of / scale for length, of in zip(drafted, size, strict=True)]
+        x, y = beyond[::-1] if crop.turn.aside else beyond
+        left, right = (edge + x * crop.turn.mirrored[0] for edge in (left, right))
+        top, bottom = (edge + y * crop.turn.mirrored[1] for edge in (top, bottom))
+    return left, top, right, bottom
+
+
 def _decode_jpeg(image: Image.Image, encoded: Encoded, scale: int) -> Pixels | None:
     """The file's pixels [H, W, 3] at 1/scale; None if Pillow has to decode it.
 
@@ -388,6 +446,14 @@ def _shrink(pixels: Pixels, side: int) -> Pixels:
     """[H, W, 3], which may be a part of a larger image, to [3, side, side]."""
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     return interpolate(planes, (side, side), mode="bilinear", antialias=True)[0].numpy()
+
+
+def _turn(image: Image.Image, name: object) -> _Turn | None:
+    """What puts the image upright, by its EXIF tag."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception as error:  # Pillow's parsers raise whatever a broken header leads them to
+        raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
 
 
 def _planes(image: Image.Image) -> Pixels:

@@ -25,3 +25,8 @@ def small_file_system(folder: Path, size: str) -> Iterator[Path]:
         pytest.skip("may not mount a file system here")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def grow(folder: Path, size: str) -> None:
+    """Make more room in what `small_file_system` made."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)

@@ -3,7 +3,7 @@
 Choices:
 - The gradient is that of the global batch, whatever the number of workers and of micro-batches
   (GradCache's two passes, arXiv 2101.06983).
-- All randomness of a step (stochastic depth, dropout) is seeded from (seed, step, rank), so a run
+- A sample's stochastic depth follows its own seed, and dropout one of (seed, step, rank), so a run
   that goes on in the middle of an epoch draws what it would have drawn.
 - A loss that is not finite ends the run, with the batch's ids and the last good checkpoint: trying
   again would end the same way.

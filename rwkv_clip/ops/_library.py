@@ -28,7 +28,7 @@ NAME = "_C.so"
 # What this version of the code expects of the library.
 COMPILED = (
     *("wkv6", "wkv6_backward", "cpu_isa", "has_cuda"),
-    *("token_shift_mix", "group_norm_gate", "relu_square_", "gated_residual"),
+    *("token_shift_mix", "group_norm_gate", "relu_square_", "gated_residual", "resize_bicubic"),
 )
 CAPABILITIES = ("portable", "AVX2", "AVX512")
 FORWARD = "wkv6(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u) -> Tensor"

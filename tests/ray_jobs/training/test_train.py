@@ -1,6 +1,6 @@
 """Training on a real Ray cluster: it ends, goes on after a kill, and is one for any workers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError, WorkerTask
 from rwkv_clip.model import load_checkpoint
+from tests.machine import grow, small_file_system
 from tests.ray_jobs.small import PAIRS, TRAIN
 
 
@@ -77,6 +78,44 @@ def test_two_workers_pieces_and_shards_have_the_curve_of_one(undisturbed, own_st
     result = train(config_of(**changes), own_storage)
     for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
         assert loss == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rounding"),
+    [
+        ({"activation_checkpointing": True, "micro_batches": 2}, 1e-4),
+        ({"compile": True, "precision": "bfloat16"}, 2e-2),
+    ],
+    ids=str,
+)
+def test_what_saves_memory_or_time_leaves_the_curve(undisturbed, own_storage, changes, rounding):
+    _, expected = undisturbed
+    result = train(config_of(**changes), own_storage)
+    for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
+        assert loss == pytest.approx(wanted, rel=rounding)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that has room for one checkpoint and a half, of 20 MB each."""
+    with small_file_system(tmp_path / "disk", "32m") as folder:
+        yield folder
+
+
+def test_a_disk_that_fills_up_costs_no_checkpoint_that_was_there(
+    undisturbed, emoji_storage, small_disk
+):
+    _, expected = undisturbed
+    (small_disk / "pairs").symlink_to(emoji_storage.path("pairs"))
+    storage = Storage.at(small_disk)
+    config = config_of(max_failures=0)
+    with pytest.raises(Exception, match="No space left on device"):
+        train(config, storage)
+    grow(small_disk, "300m")
+    result = train(config, storage)
+    assert [step for step, _ in curve(result.history)] == list(range(1, 10))
+    for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_loss_that_is_no_number_names_the_pairs_and_the_checkpoint(own_storage):
