@@ -8,10 +8,14 @@ engine's own process, with all requests of the chunks in flight in the engine's 
 
 import itertools
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import Any
 
+import ray
 import ray.data
+from ray._common.usage.usage_lib import usage_stats_enabled
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+from ray.llm._internal.batch.observability.usage_telemetry import usage
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
 from ray_jobs.cluster import quieten
@@ -124,6 +128,18 @@ def environment(config: VllmConfig) -> dict[str, str]:
     return variables
 
 
+def _end_telemetry() -> None:
+    """End the actor that holds what Ray would tell of its use, where it is not to tell anything.
+
+    It is made with every processor and stays for as long as the cluster does, at 2 % of a core.
+    """
+    if usage_stats_enabled():
+        return
+    with suppress(ValueError):  # there is none
+        actor = usage.LLM_BATCH_TELEMETRY_ACTOR_NAME
+        ray.kill(ray.get_actor(actor, usage.LLM_BATCH_TELEMETRY_NAMESPACE))
+
+
 def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray.data.Dataset:
     """Counts of the chunks, as engines do them.
 
@@ -151,6 +167,7 @@ def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray
             detokenize_stage={"enabled": False},
         ),
     )
+    _end_telemetry()
     # Maps around the stage, which only rename columns; each takes processes of its own, and those
     # of the second one are started when the first chunk is done, on the engines' cores.
     processor.preprocess = processor.postprocess = None
