@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUIET := --quiet --quiet --disable-pip-version-check
 LOCK ?= requirements/cpu.txt
+# Has PyTorch without CUDA, as the image's TORCH_INDEX; asked first, and done without where it is away.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 SOURCES := pyproject.toml setup.py rwkv_clip/_build.py $(wildcard csrc/*)
 OPERATOR_TESTS := tests/rwkv_clip/ops tests/rwkv_clip/model
 
@@ -31,7 +33,14 @@ python:
 $(VENV)/.packages: $(LOCK) | python
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(QUIET) --upgrade 'pip>=25'
+ifeq ($(LOCK),requirements/cpu.txt)
+	@$(BIN)/python -m pip install $(QUIET) --no-deps --retries 0 --timeout 15 \
+		--index-url $(TORCH_INDEX) "$$(grep '^torch==' $(LOCK))" 2>/dev/null || true
+endif
 	$(BIN)/python -m pip install $(QUIET) --no-deps --requirement $(LOCK)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+		echo 'The package index has PyTorch for CUDA only: installing what that loads' >&2; \
+		$(BIN)/python -m pip install $(QUIET) --no-deps --requirement requirements/torch-cuda.txt; }
 	@touch $@
 
 $(VENV)/.project: $(VENV)/.packages $(SOURCES)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Regenerates cpu.txt and cuda.txt: one set of versions for Python 3.11 and 3.12 each, resolved from
+# Regenerates cpu.txt, cuda.txt and torch-cuda.txt: one set of versions for Python 3.11 and 3.12 each, resolved from
 # metadata alone, so nothing is downloaded or built. Needs uv on the PATH or in UV. Versions already
 # locked are kept while they fit; UPGRADE=1 takes the newest.
 set -euo pipefail
@@ -40,3 +40,15 @@ lock() { # machine, further arguments
 lock cpu --excludes excludes-common.txt --excludes excludes-cpu.txt
 cp --no-clobber cpu.txt cuda.txt
 lock cuda
+
+# What torch asks for by its CUDA build, and cpu.txt does not have.
+grep '^torch==' cpu.txt >"$work/torch.in"
+"$uv" pip compile --quiet --no-header --no-annotate --python-version 3.11 \
+    --python-platform x86_64-manylinux_2_28 --constraints cuda.txt \
+    "$work/torch.in" --output-file "$work/torch.txt"
+{
+    cat torch-cuda.head
+    echo
+    grep --no-filename --invert-match --line-regexp --fixed-strings --file cpu.txt "$work/torch.txt"
+} >"$work/torch-cuda.txt"
+cp "$work/torch-cuda.txt" torch-cuda.txt

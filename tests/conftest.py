@@ -27,10 +27,13 @@ def golden() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with two CPUs, for everything that needs one."""
+    import os
+
     import ray
 
     from serve.command import fewer_hops
 
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     fewer_hops()
     ray.init(
         num_cpus=2,

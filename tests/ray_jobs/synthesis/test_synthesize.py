@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.storage import Storage
@@ -134,6 +135,8 @@ def test_a_finished_synthesis_returns_at_once_and_no_process_is_left(
     assert again.resumed
     assert again.sources == described.sources
     wait_until(lambda: not processes_named("EngineCore"), "the end of the engines")
+    with pytest.raises(ValueError, match="llm_batch_telemetry"):
+        ray.get_actor("llm_batch_telemetry", "llm_batch_telemetry")
 
 
 @pytest.mark.slow
