@@ -1,7 +1,7 @@
 // Bicubic resizing of eight-bit RGB as two passes of kernels, one table for each instruction set.
 //
 // The arithmetic is Pillow's, to the last bit: coefficients of 22 bits, sums of 32, and eight bits
-// between the passes. See ops/images.py.
+// between the passes. See rwkv_clip/resize.py.
 #pragma once
 
 #include <cstddef>

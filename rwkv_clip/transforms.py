@@ -9,7 +9,7 @@ Choices:
   vectorised, Pillow's is not: a quarter of the time, and the same pixels to one level. Pillow
   resizes the other modes.
 - Evaluation resizes as published, rows first, and RGB by a kernel of ours that makes the same
-  pixels and only those that the crop keeps (ops/images.py). Pillow resizes the other modes, the
+  pixels and only those that the crop keeps (resize.py). Pillow resizes the other modes, the
   whole image; only images longer than 4:1 are cropped first, which bounds the memory they take.
 - Large JPEGs are decoded at 1/2, 1/4 or 1/8 scale, which the format allows at a fraction of the
   cost, as long as twice the wanted resolution remains. A training crop then begins and ends at the
@@ -41,7 +41,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rwkv_clip.ops.images import resize_bicubic, resize_rows_first
+from rwkv_clip.resize import resize_bicubic, resize_rows_first
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
 from rwkv_clip.ops._library import is_loaded
-from rwkv_clip.ops.images import resize_bicubic, resize_bicubic_statement
+from rwkv_clip.resize import resize_bicubic, resize_bicubic_statement
 from rwkv_clip.transforms import (
     CLIP_MEAN,
     CLIP_STD,
