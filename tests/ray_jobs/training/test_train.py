@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_its_last_checkpoint_with_the_same_curve(undisturbed,
     "changes",
     [
         {"workers": 2},
-        {"workers": 2, "micro_batches": 2},
+        {"workers": 2, "micro_batches": 2, "activation_checkpointing": True},
         {"workers": 2, "sharding": "fsdp2"},
     ],
     ids=str,
@@ -80,19 +80,12 @@ def test_two_workers_pieces_and_shards_have_the_curve_of_one(undisturbed, own_st
         assert loss == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("changes", "rounding"),
-    [
-        ({"activation_checkpointing": True, "micro_batches": 2}, 1e-4),
-        ({"compile": True, "precision": "bfloat16"}, 2e-2),
-    ],
-    ids=str,
-)
-def test_what_saves_memory_or_time_leaves_the_curve(undisturbed, own_storage, changes, rounding):
+@pytest.mark.chaos  # for its time: a minute goes into compiling
+def test_a_compiled_model_in_bfloat16_has_nearly_the_same_curve(undisturbed, own_storage):
     _, expected = undisturbed
-    result = train(config_of(**changes), own_storage)
+    result = train(config_of(compile=True, precision="bfloat16"), own_storage)
     for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
-        assert loss == pytest.approx(wanted, rel=rounding)
+        assert loss == pytest.approx(wanted, rel=2e-2)
 
 
 @pytest.fixture
