@@ -20,6 +20,10 @@ struct Axis {
   const int32_t* first;     // [count], the source's pixel that the first coefficient is for
   const int32_t* used;      // [count], coefficients that are not beyond the border
   const int32_t* weights;   // [count, taps]
+
+  // The source's pixels that are used: the first one, and the one behind the last.
+  int64_t begin() const { return first[0]; }
+  int64_t end() const { return first[count - 1] + used[count - 1]; }
 };
 
 // Rows [begin, end) of an RGB image with `stride` bytes a row, to `out` with `out_stride` a row.

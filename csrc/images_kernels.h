@@ -57,13 +57,13 @@ size_t horizontal_scratch(int64_t width) {
 }
 
 // The same pixels of several rows side by side: [width][kRows][kPixelBytes].
-void interleave(const Horizontal& h, int64_t row, int rows, int64_t from, int64_t to,
-                uint8_t* strip) {
+void interleave(const Horizontal& h, int64_t row, int rows, uint8_t* strip) {
+  const int64_t from = h.axis.begin(), to = h.axis.end();
+  // A pixel is read with a byte of its neighbour, which the last one of all may not have.
+  const int64_t last = to == h.width ? to - 1 : to;
   for (int at = 0; at < rows; ++at) {
     const uint8_t* line = h.pixels + (row + at) * h.stride;
     uint8_t* out = strip + at * kPixelBytes;
-    // A pixel is read with a byte of its neighbour, which the last one of all may not have.
-    const int64_t last = to == h.width ? to - 1 : to;
     for (int64_t x = from; x < last; ++x) {
       std::memcpy(out + x * kRows * kPixelBytes, line + 3 * x, kPixelBytes);
     }
@@ -75,11 +75,9 @@ void horizontal(const Horizontal& h, void* scratch) {
   const Axis& axis = h.axis;
   uint8_t* strip = static_cast<uint8_t*>(scratch);
   std::memset(strip, 0, horizontal_scratch(h.width));
-  const int64_t from = axis.first[0], end = axis.count - 1;
-  const int64_t to = axis.first[end] + axis.used[end];
   for (int64_t row = h.begin; row < h.end; row += kRows) {
     const int rows = static_cast<int>(h.end - row < kRows ? h.end - row : kRows);
-    interleave(h, row, rows, from, to, strip);
+    interleave(h, row, rows, strip);
     uint8_t* out = h.out + (row - h.begin) * h.out_stride;
     for (int64_t x = 0; x < axis.count; ++x) {
       const uint8_t* pixel = strip + axis.first[x] * kRows * kPixelBytes;

@@ -77,16 +77,6 @@ struct Coefficients {
     }
   }
 
-  int64_t begin() const { return *std::min_element(first.begin(), first.end()); }
-
-  int64_t end() const {
-    int64_t most = 0;
-    for (size_t at = 0; at < first.size(); ++at) {
-      most = std::max<int64_t>(most, first[at] + used[at]);
-    }
-    return most;
-  }
-
   Axis axis() const {
     return {static_cast<int64_t>(first.size()), taps, first.data(), used.data(), weights.data()};
   }
@@ -117,7 +107,7 @@ Tensor resize_bicubic(Tensor pixels, double left, double top, double right, doub
   const Kernels& with = image_kernels();
   const int64_t stride =
       (side * images::kPixelBytes + images::kRowStep - 1) / images::kRowStep * images::kRowStep;
-  const int64_t begin = down.begin(), end = down.end();
+  const int64_t begin = down.axis().begin(), end = down.axis().end();
   std::vector<uint8_t> between(static_cast<size_t>((end - begin) * stride));
   const auto* source = static_cast<const uint8_t*>(pixels.const_data_ptr());
   {

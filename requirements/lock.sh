@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
-# Regenerates cpu.txt, cuda.txt and torch-cuda.txt: one set of versions for Python 3.11 and 3.12 each, resolved from
-# metadata alone, so nothing is downloaded or built. Needs uv on the PATH or in UV. Versions already
-# locked are kept while they fit; UPGRADE=1 takes the newest.
+# Regenerates cpu.txt, cuda.txt and torch-cuda.txt: one set of versions for Python 3.11 and 3.12 each,
+# resolved from metadata alone, so nothing is downloaded or built. Needs uv on the PATH or in UV.
+# Versions already locked are kept while they fit; UPGRADE=1 takes the newest.
 set -euo pipefail
 cd "$(dirname "$0")"
 uv=${UV:-uv}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+compile() { # Python version, further arguments
+    "$uv" pip compile --quiet --no-header --no-annotate \
+        --python-platform x86_64-manylinux_2_28 --python-version "$@"
+}
+
 resolve() { # machine, Python version, further arguments
     local machine=$1 python=$2
     shift 2
-    "$uv" pip compile --quiet --no-header --no-annotate --python-version "$python" \
-        --python-platform x86_64-manylinux_2_28 --overrides overrides.txt \
+    compile "$python" --overrides overrides.txt \
         "$@" "$machine.in" --output-file "$work/$machine-$python.txt"
 }
 
@@ -43,9 +47,7 @@ lock cuda
 
 # What torch asks for by its CUDA build, and cpu.txt does not have.
 grep '^torch==' cpu.txt >"$work/torch.in"
-"$uv" pip compile --quiet --no-header --no-annotate --python-version 3.11 \
-    --python-platform x86_64-manylinux_2_28 --constraints cuda.txt \
-    "$work/torch.in" --output-file "$work/torch.txt"
+compile 3.11 --constraints cuda.txt "$work/torch.in" --output-file "$work/torch.txt"
 {
     cat torch-cuda.head
     echo

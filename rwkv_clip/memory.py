@@ -1,15 +1,20 @@
-"""What the C library does with freed memory, which decides a CPU training step's speed.
+"""What the C library does with freed memory.
 
 By default glibc returns every large block to the system when it is freed, and each new one is
 filled with zeros again, page by page: for activations of tens of megabytes that costs more than
 the arithmetic done on them. Kept in the process, freed memory is used again as it is.
+
+What counts as large, glibc decides anew with each block that is freed. Once some megabytes came and
+went, it keeps the room of all below that, which for a server is the room of its busiest moment.
 """
 
 import ctypes
 import sys
 
 _M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
+_LARGE = 256 << 10  # bytes
 
 
 def keep_freed_memory() -> bool:
@@ -20,9 +25,20 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library took it; False where it is not glibc.
     """
+    return _set(_M_MMAP_MAX, 0) and _set(_M_TRIM_THRESHOLD, -1)
+
+
+def give_back_freed_memory() -> bool:
+    """Let this process return every block of 256 kB or more when it is freed.
+
+    Returns:
+        Whether the C library took it; False where it is not glibc.
+    """
+    return _set(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def _set(parameter: int, value: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+    return mallopt is not None and bool(mallopt(parameter, value))

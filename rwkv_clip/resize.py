@@ -45,13 +45,14 @@ def resize_bicubic_statement(
     pixels: Pixels, box: Box, size: tuple[int, int], offset: tuple[int, int], side: int
 ) -> Pixels:
     """What `resize_bicubic` computes, by Pillow."""
-    image = resize_rows_first(Image.fromarray(pixels), box, size)
-    x, y = offset
-    return np.asarray(image.crop((x, y, x + side, y + side))).transpose(2, 0, 1)
+    image = resize_rows_first(Image.fromarray(pixels), box, size, offset, side)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
-def resize_rows_first(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    """A box of an image of any mode, by Pillow, in a call for each pass."""
+def resize_rows_first(
+    image: Image.Image, box: Box, size: tuple[int, int], offset: tuple[int, int], side: int
+) -> Image.Image:
+    """The same of an image of any mode, by Pillow, in a call for each pass."""
     left, upper, right, lower = box
     # Colours count by their opacity: Pillow's own resize does the same around its two passes.
     opaque = {"RGBA": "RGBa", "LA": "La"}.get(image.mode, image.mode)
@@ -59,4 +60,5 @@ def resize_rows_first(image: Image.Image, box: Box, size: tuple[int, int]) -> Im
         (size[0], image.height), Image.Resampling.BICUBIC, (left, 0, right, image.height)
     )
     whole = across.resize(size, Image.Resampling.BICUBIC, (0, upper, size[0], lower))
-    return whole.convert(image.mode)
+    x, y = offset
+    return whole.convert(image.mode).crop((x, y, x + side, y + side))

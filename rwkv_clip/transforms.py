@@ -41,7 +41,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rwkv_clip.resize import resize_bicubic, resize_rows_first
+from rwkv_clip.resize import Box, Pixels, resize_bicubic, resize_rows_first
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -51,9 +51,7 @@ CROP_AREA = (0.7, 1.0)
 CROP_ASPECT = (0.8, 1.25)
 
 Encoded = bytes | bytearray | memoryview
-Pixels = npt.NDArray[np.uint8]
 ImageInput = Encoded | Image.Image | Pixels
-Box = tuple[float, float, float, float]
 
 # Modes that Pillow resizes with every filter and whose conversion to RGB keeps eight bits.
 _RESIZABLE = frozenset({"RGB", "L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
@@ -304,9 +302,7 @@ class ImageTransform:
             return resize_bicubic(np.array(image), crop.box, crop.size, crop.offset, side)
         if max(crop.size) > MAX_FULL_ASPECT * min(crop.size):
             crop = _cut_first(crop, side)
-        left, top = crop.offset
-        resized = resize_rows_first(image, crop.box, crop.size)
-        return _planes(resized.crop((left, top, left + side, top + side)))
+        return _planes(resize_rows_first(image, crop.box, crop.size, crop.offset, side))
 
     def _normalise(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         out = np.empty(pixels.shape, np.float32)

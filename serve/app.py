@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from rwkv_clip._version import __version__
 from rwkv_clip.config import load_config
+from rwkv_clip.memory import give_back_freed_memory
 from serve.bodies import Bodies
 from serve.classification import ClassifyRequest, classify
 from serve.config import EncoderConfig, SearchConfig, ServeConfig, ServeFile
@@ -48,8 +49,6 @@ _CONTENT_POLICY = (
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _MORE = 64  # requests that an ingress takes in to tell them that there are too many
-# Left alone, glibc keeps the room of bodies once it has seen large ones come and go.
-_GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
 _LONGER = 5.0  # seconds that Serve waits after an answer should have been there
 
 
@@ -72,6 +71,7 @@ class Ingress:
         text: Handle,
         index: Handle | None,
     ) -> None:
+        give_back_freed_memory()  # that of bodies
         self.config = config.serve
         limits, remote = self.config.limits, self.config.remote
         self.towers = Towers(director, image, text)
@@ -282,7 +282,7 @@ def _ingress(config: ServeConfig) -> serve.Deployment:
         max_ongoing_requests=settings.max_ongoing + _MORE,
         max_queued_requests=settings.max_ongoing,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
-        ray_actor_options={"num_cpus": settings.cpus, "runtime_env": {"env_vars": _GIVING_BACK}},
+        ray_actor_options={"num_cpus": settings.cpus},
         graceful_shutdown_timeout_s=config.request_seconds + _LONGER,
         **_replicas(settings.replicas, settings.max_replicas),
     )(Ingress)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
-from rwkv_clip.ops._library import is_loaded
+from rwkv_clip.ops import build_info
 from rwkv_clip.resize import resize_bicubic, resize_bicubic_statement
 from rwkv_clip.transforms import (
     CLIP_MEAN,
@@ -150,7 +150,7 @@ def test_every_kernel_resizes_as_pillow_does(
 def test_what_does_not_lie_in_an_image_is_refused(
     box: tuple[float, ...], size: tuple[int, int], offset: tuple[int, int], told: str
 ) -> None:
-    if not is_loaded():
+    if not build_info()["library"]:
         pytest.skip("the library was not built")
     pixels = torch.zeros(6, 8, 3, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=told):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
-from ray_jobs.train import TrainError, _trainer, total_steps, train
+from ray_jobs.train import TrainError, TrainResult, _trainer, total_steps, train
 from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError, WorkerTask
@@ -24,6 +24,11 @@ def config_of(**changes: Any) -> TrainConfig:
 
 def curve(history: list[dict[str, float]]) -> list[tuple[float, float]]:
     return [(record["step"], record["loss"]) for record in history]
+
+
+def assert_same_curve(result: TrainResult, expected: TrainResult, rounding: float) -> None:
+    for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
+        assert loss == pytest.approx(wanted, rel=rounding)
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +65,7 @@ def test_a_run_goes_on_from_its_last_checkpoint_with_the_same_curve(undisturbed,
     _trainer(config, own_storage, WorkerTask(config, files, steps, stop_after=4)).fit()
     result = train(config, own_storage)
     assert [step for step, _ in curve(result.history)] == list(range(1, 10))
-    for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
-        assert loss == pytest.approx(wanted, rel=1e-5)
+    assert_same_curve(result, expected, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -76,16 +80,14 @@ def test_a_run_goes_on_from_its_last_checkpoint_with_the_same_curve(undisturbed,
 def test_two_workers_pieces_and_shards_have_the_curve_of_one(undisturbed, own_storage, changes):
     _, expected = undisturbed
     result = train(config_of(**changes), own_storage)
-    for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
-        assert loss == pytest.approx(wanted, rel=1e-4)
+    assert_same_curve(result, expected, 1e-4)
 
 
 @pytest.mark.chaos  # for its time: a minute goes into compiling
 def test_a_compiled_model_in_bfloat16_has_nearly_the_same_curve(undisturbed, own_storage):
     _, expected = undisturbed
     result = train(config_of(compile=True, precision="bfloat16"), own_storage)
-    for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
-        assert loss == pytest.approx(wanted, rel=2e-2)
+    assert_same_curve(result, expected, 2e-2)
 
 
 @pytest.fixture
@@ -107,8 +109,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint_that_was_there(
     grow(small_disk, "300m")
     result = train(config, storage)
     assert [step for step, _ in curve(result.history)] == list(range(1, 10))
-    for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
-        assert loss == pytest.approx(wanted, rel=1e-5)
+    assert_same_curve(result, expected, 1e-5)
 
 
 def test_a_loss_that_is_no_number_names_the_pairs_and_the_checkpoint(own_storage):
