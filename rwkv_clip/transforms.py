@@ -1,8 +1,8 @@
 """Encoded images, Pillow images or arrays in; normalised float32 pixels [3, S, S] out.
 
 Evaluation equals the published transform (torchvision's on Pillow): shorter side to S, bicubic with
-antialias, centre crop, RGB, normalise. Training crops a random box, resizes it, and may flip.
-Choices:
+antialias, centre crop, RGB, normalise. Training crops a random box, resizes it, may flip it, and
+changes its colours where that is asked for (jitter.py). Choices:
 - Pixels stay uint8 to the last step, a table of 256 normalised values per channel.
 - Training crops and resizes by a triangle filter with antialias: half the cost of the bicubic one,
   and who learns from random crops does not see the difference. PyTorch's resize of eight-bit RGB is
@@ -41,6 +41,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from rwkv_clip.jitter import ColourJitter
 from rwkv_clip.resize import Box, Pixels, resize_bicubic, resize_rows_first
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -130,6 +131,7 @@ class ImageTransform:
         image_size: S, in pixels.
         mean, std: of the three channels, for pixels in 0..1.
         train: random crop and flip instead of the centre crop.
+        jitter: of the colours, in training.
         draft: let the JPEG decoder skip resolution that the output cannot show.
         exif_orientation: turn the image as its EXIF tag says (the published code does not).
         max_pixels: larger images are refused before they are decoded.
@@ -142,6 +144,7 @@ class ImageTransform:
         std: Sequence[float] = CLIP_STD,
         *,
         train: bool = False,
+        jitter: ColourJitter | None = None,
         draft: bool = True,
         exif_orientation: bool = False,
         max_pixels: int = MAX_PIXELS,
@@ -150,10 +153,13 @@ class ImageTransform:
             raise ValueError(f"image_size is {image_size}; it must be at least 1")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {mean} and std {std} must be three numbers each, std positive")
+        if jitter is not None and not train:
+            raise ValueError("jitter is for training, and this transform is for evaluation")
         self.image_size = image_size
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.train = train
+        self.jitter = jitter
         self.draft = draft
         self.exif_orientation = exif_orientation
         self.max_pixels = max_pixels
@@ -173,8 +179,8 @@ class ImageTransform:
 
         Args:
             image: an encoded file's bytes, a Pillow image, or uint8 [H, W], [H, W, 1] or [H, W, 3].
-            rng: generator or seed of the random crop; needed when training, unused otherwise. No
-                global state is read.
+            rng: generator or seed of the crop, flip and colours; needed when training, unused
+                otherwise. No global state is read.
             name: what errors call this input.
 
         Raises:
@@ -182,8 +188,6 @@ class ImageTransform:
             TypeError: the input is of none of these types.
             ValueError: training without rng.
         """
-        if self.train and rng is None:
-            raise ValueError("a training transform needs rng: a numpy Generator or a seed")
         return torch.from_numpy(self._normalise(self.planes(image, rng, name=name)))
 
     def batch(
@@ -233,17 +237,21 @@ class ImageTransform:
         name: object = None,
     ) -> Pixels:
         """The same before normalisation, as models take it: uint8 [3, S, S], red, green, blue."""
+        if self.train and rng is None:
+            raise ValueError("a training transform needs rng: a numpy Generator or a seed")
+        generator = np.random.default_rng(rng) if self.train else None
         opened = self._open(image, name)
         size, turn = opened.size, None
         if self.exif_orientation:
             turn = _turn(opened, name)
             size = size[::-1] if turn and turn.aside else size
-        crop = self._choose(size, rng)._replace(turn=turn)
+        crop = self._choose(size, generator)._replace(turn=turn)
         try:
             pixels = self._resize(opened, image if isinstance(image, Encoded) else None, crop)
         except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
             raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
-        return pixels[:, :, ::-1] if crop.flip else pixels
+        pixels = pixels[:, :, ::-1] if crop.flip else pixels
+        return self.jitter(pixels, generator) if self.jitter and generator else pixels
 
     def _open(self, image: ImageInput, name: object) -> Image.Image:
         """The image with its header read and its size checked, its pixels not yet decoded."""
@@ -257,10 +265,9 @@ class ImageTransform:
             )
         return opened
 
-    def _choose(self, size: tuple[int, int], rng: np.random.Generator | int | None) -> _Crop:
-        if not self.train:
+    def _choose(self, size: tuple[int, int], generator: np.random.Generator | None) -> _Crop:
+        if generator is None:
             return _centre(size, self.image_size)
-        generator = np.random.default_rng(rng)
         box = random_box(size, generator)
         return _Crop(box, (self.image_size,) * 2, (0, 0), flip=bool(generator.random() < 0.5))
 
@@ -317,7 +324,7 @@ def image_transform(config: ImageSettings, train: bool = False, **options: Any) 
     Args:
         config: a model's configuration: image_size, image_mean, image_std.
         train: random crop and flip; such a transform is called with a generator or a seed.
-        options: draft, exif_orientation, max_pixels of `ImageTransform`.
+        options: jitter, draft, exif_orientation, max_pixels of `ImageTransform`.
     """
     return ImageTransform(
         config.image_size, config.image_mean, config.image_std, train=train, **options

@@ -6,7 +6,8 @@ Choices:
 - Images are encoded files until the last stage. What travels to the worker are uint8 pixels, plane
   by plane as the resize gives them and the model takes them, and int32 tokens; the worker
   normalises, which on a GPU is free.
-- A sample's text, crop and flip are drawn from (seed, epoch, id): whoever prepares it, whenever.
+- A sample's text, crop, flip and colours are drawn from (seed, epoch, id): whoever prepares it,
+  whenever.
 - A row whose image cannot be decoded (or whose texts are all empty) is marked and left out by the
   worker, which counts it. Ingestion has decoded each image once, so this is rare.
 """

@@ -74,10 +74,20 @@ class TextWeights(BaseConfig):
     description: NonNegativeFloat = 1.0
 
 
+class JitterConfig(BaseConfig):
+    """How far colours are changed; see ColourJitter."""
+
+    brightness: float = Field(0.0, ge=0, le=1, description="reach around a factor of 1")
+    contrast: float = Field(0.0, ge=0, le=1, description="reach around a factor of 1")
+    saturation: float = Field(0.0, ge=0, le=1, description="reach around a factor of 1")
+    grey: float = Field(0.0, ge=0, le=1, description="share of images that lose their colour")
+
+
 class DataConfig(BaseConfig):
     """How batches are drawn and made; see DataPlan."""
 
     texts: TextWeights = TextWeights()
+    jitter: JitterConfig | None = Field(None, description="of images' colours; the paper has none")
     lanes: PositiveInt = Field(
         8, description="streams a batch is drawn from, a multiple of workers"
     )

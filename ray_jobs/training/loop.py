@@ -40,6 +40,7 @@ from ray_jobs.training.recipe import (
     learning_rate,
     set_learning_rate,
 )
+from rwkv_clip.jitter import ColourJitter
 from rwkv_clip.loss import PairLoss, create_loss
 from rwkv_clip.memory import keep_freed_memory
 from rwkv_clip.model import RWKVCLIP, create_model
@@ -181,11 +182,12 @@ class Worker:
             return
         plan = self.task.plan
         lanes = plan.lanes_of(self.rank, self.world_size)
-        transform = image_transform(self.model.config, train=True)
-        length = self.model.config.context_length
-        weights = self.config.data.texts.model_dump()
-        maker = BatchMaker(self.task.files, plan, lanes, transform, length, weights)
         data = self.config.data
+        jitter = ColourJitter(**data.jitter.model_dump()) if data.jitter else None
+        transform = image_transform(self.model.config, train=True, jitter=jitter)
+        length = self.model.config.context_length
+        weights = data.texts.model_dump()
+        maker = BatchMaker(self.task.files, plan, lanes, transform, length, weights)
         dataset = stream(maker, self.state.step, last, data.cpus_per_task, data.tasks)
         rows = plan.slice_rows * len(lanes)
         (share,) = dataset.streaming_split(1, equal=False)
