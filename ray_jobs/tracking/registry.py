@@ -13,6 +13,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.utils.logging_utils import MLFLOW_LOGGING_STREAM
 
 import rwkv_clip
 from ray_jobs.storage import Storage
@@ -102,9 +103,21 @@ def _log_model(tracker: Tracker, storage: Storage, checkpoint: str, run_id: str)
             artifacts={"checkpoint": str(folder)},
             input_example=_EXAMPLE,
             pip_requirements=[f"rwkv-clip=={rwkv_clip.__version__}"],
-            registered_model_name=name,
         )
-    return tracker.client.get_model_version(name, str(info.registered_model_version))
+        with _quietly():
+            registered = mlflow.register_model(info.model_uri, name)
+    return tracker.client.get_model_version(name, str(registered.version))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep MLflow from printing what our line of this stage tells; its errors are raised."""
+    before = MLFLOW_LOGGING_STREAM.enabled
+    MLFLOW_LOGGING_STREAM.enabled = False
+    try:
+        yield
+    finally:
+        MLFLOW_LOGGING_STREAM.enabled = before
 
 
 @contextmanager
