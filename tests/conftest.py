@@ -34,6 +34,8 @@ def ray_cluster() -> Iterator[None]:
     from serve.command import fewer_hops
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray Train looks at its workers every two seconds, and hears of a checkpoint at each look.
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     fewer_hops()
     ray.init(
         num_cpus=2,

@@ -49,6 +49,7 @@ def create_optimizer(model: nn.Module, config: RecipeConfig) -> torch.optim.Adam
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
+        fused=True,
     )
 
 

@@ -22,7 +22,7 @@ def test_weight_decay_is_for_matrices_alone():
 
 
 def test_every_parameter_is_in_one_group():
-    model = create_model("RWKV-CLIP-Tiny", device="meta")
+    model = create_model("RWKV-CLIP-Tiny")
     groups = create_optimizer(model, RecipeConfig()).param_groups
     ids = [id(value) for group in groups for value in group["params"]]
     assert sorted(ids) == sorted(id(value) for value in model.parameters())
