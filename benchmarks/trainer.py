@@ -22,50 +22,36 @@ from _common import machine, verdict
 
 from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.pipeline import PipelineConfig
 from ray_jobs.storage import Storage
 from ray_jobs.train import total_steps, train
-from ray_jobs.training.batches import Batch, BatchMaker, PairFiles
+from ray_jobs.training.batches import Batch, PairFiles
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import Place, Worker, WorkerTask
-from rwkv_clip.transforms import image_transform
+from rwkv_clip.config import load_config
 
 GOAL = 1.05
 LOG_STEPS = 5
 WARM_RECORDS = 2
 TOLERANCE = 1e-4
 PAIRS = 1024
+DEFAULT = Path(__file__).parents[1] / "configs" / "emoji.yaml"
 
 
 def config(steps: int) -> TrainConfig:
-    """The default run's model and batch, for so many steps."""
-    return TrainConfig.model_validate(
-        {
-            "model": {
-                "name": "RWKV-CLIP-Tiny",
-                "image": {"image_size": 48},
-                "text": {"context_length": 24},
-            },
-            "batch": 256,
-            "epochs": steps * 256 / PAIRS,
-            "threads": 2,
-            "data": {"lanes": 4, "cpus_per_task": 0.5, "tasks": 1},
-            "log_steps": LOG_STEPS,
-            "checkpoint_steps": 10_000,
-        }
-    )
+    """The default run's training, for so many steps."""
+    default = load_config(PipelineConfig, DEFAULT).train
+    epochs = steps * default.batch / PAIRS
+    changes = {"epochs": epochs, "log_steps": LOG_STEPS, "checkpoint_steps": 10_000}
+    return default.model_copy(update=changes)
 
 
 class BareWorker(Worker):
     """The worker without Ray: it makes its own batches, and keeps no checkpoint."""
 
     def _batches(self, last: int) -> Iterator[Batch]:
-        plan = self.task.plan
-        transform = image_transform(self.model.config, train=True)
-        weights = self.config.data.texts.model_dump()
-        length = self.model.config.context_length
-        lanes = plan.lanes_of(0, 1)
-        maker = BatchMaker(self.task.files, plan, lanes, transform, length, weights)
-        for window in plan.windows(0, last):
+        maker = self._maker()
+        for window in maker.plan.windows(0, last):
             yield from maker.batches(window)
 
     def _restore(self) -> None:

@@ -180,19 +180,25 @@ class Worker:
         """The worker's share of each batch from where the run stands."""
         if self.state.step >= last:
             return
-        plan = self.task.plan
-        lanes = plan.lanes_of(self.rank, self.world_size)
-        data = self.config.data
-        jitter = ColourJitter(**data.jitter.model_dump()) if data.jitter else None
-        transform = image_transform(self.model.config, train=True, jitter=jitter)
-        length = self.model.config.context_length
-        weights = data.texts.model_dump()
-        maker = BatchMaker(self.task.files, plan, lanes, transform, length, weights)
+        maker, data = self._maker(), self.config.data
         dataset = stream(maker, self.state.step, last, data.cpus_per_task, data.tasks)
-        rows = plan.slice_rows * len(lanes)
+        rows = maker.plan.slice_rows * len(maker.lanes)
         (share,) = dataset.streaming_split(1, equal=False)
         yield from share.iter_batches(
             batch_size=rows, batch_format="numpy", prefetch_batches=4, drop_last=False
+        )
+
+    def _maker(self) -> BatchMaker:
+        """What makes this worker's batches."""
+        data, plan = self.config.data, self.task.plan
+        jitter = ColourJitter(**data.jitter.model_dump()) if data.jitter else None
+        return BatchMaker(
+            self.task.files,
+            plan,
+            plan.lanes_of(self.rank, self.world_size),
+            image_transform(self.model.config, train=True, jitter=jitter),
+            self.model.config.context_length,
+            data.texts.model_dump(),
         )
 
     def _step(self, step: int, batch: Batch) -> dict[str, float]:
