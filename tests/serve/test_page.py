@@ -147,11 +147,6 @@ def test_what_has_no_name_for_a_screen_reader_is_not_there(endpoint, browser):
 
 
 @pytest.mark.skipif(not (DEMO / "vectors/test/manifest.json").is_file(), reason="make demo first")
-@pytest.mark.xfail(
-    reason="the demo's small model knows colours better than shapes: its first heart is the sixth",
-    raises=AssertionError,
-    strict=False,
-)
 def test_the_demos_model_finds_red_hearts(endpoint, browser, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # the configuration's storage is relative to it
     changes = ["serve.image.cpus=0.1", "serve.text.cpus=0.1", "serve.search.cpus=0"]
