@@ -65,6 +65,7 @@ def connected(config: RayConfig) -> Iterator[Path]:
     else:
         os.environ.update({**_LOCAL, **os.environ})
         ray.init(
+            "local",  # without an address Ray would join whatever `ray start` began on this machine
             num_cpus=config.num_cpus,
             include_dashboard=False,
             object_store_memory=int(config.object_store_gb * 1e9),

@@ -7,7 +7,6 @@ Choices:
 - A row that cannot be used is no error: it becomes a row of the rejected table, with its reason.
 """
 
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
+
+from rwkv_clip.images import open_image
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -147,7 +148,7 @@ def check_image(image: object, limits: RowLimits) -> None:
         # Pillow's own alarm about many pixels is about what is checked here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            opened = Image.open(io.BytesIO(image))
+            opened = open_image(image)
             _check_header(opened, limits)
             if limits.decode:
                 opened.load()

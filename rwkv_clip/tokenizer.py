@@ -32,6 +32,10 @@ START_ID = 49406
 END_ID = 49407
 PAD_ID = 0
 
+# Characters of a token. Merging takes the square of a word's length, so what of a very long one no
+# token of the row can come from is cut off.
+_LONGEST_TOKEN = 24
+
 _QUOTES = dict.fromkeys((700, *range(8216, 8220)), "'")
 _QUOTES |= dict.fromkeys(range(8220, 8224), '"')
 _QUOTE = re.compile("[" + "".join(map(chr, _QUOTES)) + "]")
@@ -149,15 +153,34 @@ def _prepare(batch: list[str], context_length: int) -> list[str]:
         raise TypeError(
             f"texts[{index}] is of type {type(item).__name__}; tokenize takes strings"
         ) from None
+    # Twice as long as what is seen: how its end is merged does not reach back that far.
+    longest = 2 * _LONGEST_TOKEN * context_length
     if joined.isascii() and not _ASCII_UNCLEAN.search(joined):
-        return batch
+        if len(joined) <= longest:
+            return batch
+        return [_seen(text, context_length, longest) for text in batch]
     return [
-        text
-        if text.isascii() and not _ASCII_UNCLEAN.search(text)
-        # Every word gives at least one token, so the words past the limit cannot be seen.
-        else " ".join(clean_text(text).split(" ")[:context_length])
+        _seen(
+            text
+            if text.isascii() and not _ASCII_UNCLEAN.search(text)
+            else _first_words(clean_text(text), context_length),
+            context_length,
+            longest,
+        )
         for text in batch
     ]
+
+
+def _first_words(text: str, context_length: int) -> str:
+    """Every word gives at least one token, so those past the limit cannot be seen."""
+    return " ".join(text.split(maxsplit=context_length)[:context_length])
+
+
+def _seen(text: str, context_length: int, longest: int) -> str:
+    """What a row of tokens can show of a text, which is not cut within a word's first `longest`."""
+    if len(text) <= longest:
+        return text
+    return " ".join(word[:longest] for word in _first_words(text, context_length).split(" "))
 
 
 def _fix_text(text: str) -> str:

@@ -28,7 +28,6 @@ changes its colours where that is asked for (jitter.py). Choices:
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -41,6 +40,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from rwkv_clip.images import open_image
 from rwkv_clip.jitter import ColourJitter
 from rwkv_clip.resize import Box, Pixels, resize_bicubic, resize_rows_first
 
@@ -477,7 +477,7 @@ def _open(image: ImageInput, name: object) -> Image.Image:
     if len(image) == 0:
         raise ImageDecodeError("is empty (0 bytes)", name)
     try:
-        return Image.open(io.BytesIO(image))
+        return open_image(image)
     except UnidentifiedImageError:
         start = bytes(image[:12])
         raise ImageDecodeError(f"is not a known image format (starts {start!r})", name) from None

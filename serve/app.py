@@ -30,7 +30,7 @@ from serve.encoders import Encoder
 from serve.errors import ApiError
 from serve.index import Index, find_index
 from serve.inputs import EmbeddingsRequest, Reader, Shape, parse_request
-from serve.keys import Keys
+from serve.keys import VARIABLE, Keys
 from serve.metrics import RequestMetrics, gathered
 from serve.models import find_model
 from serve.remote import Fetcher
@@ -61,6 +61,10 @@ class Ingress:
         director: says which model is served.
         image, text: the towers.
         index: that searches, if there is anything to be searched.
+        keyed: whether clients need a key.
+
+    Raises:
+        ValueError: they do, and this node's environment has none.
     """
 
     def __init__(
@@ -70,15 +74,21 @@ class Ingress:
         image: Handle,
         text: Handle,
         index: Handle | None,
+        keyed: bool,
     ) -> None:
         give_back_freed_memory()  # that of bodies
         self.config = config.serve
         limits, remote = self.config.limits, self.config.remote
         self.towers = Towers(director, image, text)
         self.searcher = Searcher(self.config.search, index)
-        self.reader = Reader(limits, Fetcher(remote, limits.image_bytes) if remote else None)
+        self.fetcher = Fetcher(remote, limits.image_bytes) if remote else None
         self.bodies = Bodies(limits.body_bytes, limits.bodies_bytes)
         self.keys = Keys()
+        if keyed and not self.keys.needed:
+            raise ValueError(
+                f"{VARIABLE} is set where the endpoint was started, and not on this node, whose "
+                "replica would take requests without a key; set it for `ray start` on every node"
+            )
         self.metrics = RequestMetrics()
         self.ongoing = 0
         self.proved = False  # that both towers gave an embedding
@@ -187,9 +197,10 @@ class Ingress:
 
         async def answer(request: Request) -> Response:
             async with self.bodies.read(request) as body:
-                asked = parse_request(shape, body)
+                asked = parse_request(shape, body.content)
+                reader = Reader(self.config.limits, self.fetcher, body.count)
                 return await self.towers.through_one_model(
-                    lambda served: work(asked, served, self.reader)
+                    lambda served: work(asked, served, reader)
                 )
 
         return self._answering(route, answer)
@@ -201,7 +212,7 @@ class Ingress:
             began = time.monotonic()
             self.ongoing += 1
             try:
-                response = await self._admitted(request, answer)
+                response = await self._admitted(request, route, answer)
             except ApiError as error:
                 response = error_response(error)
             except Exception:
@@ -220,8 +231,9 @@ class Ingress:
 
         return answering
 
-    async def _admitted(self, request: Request, answer: Answer) -> Response:
-        if request.url.path.startswith("/v1/"):
+    async def _admitted(self, request: Request, route: str, answer: Answer) -> Response:
+        # The route, not the address: that begins with whatever the application is served under.
+        if route.startswith("/v1/"):
             self.keys.check(request.headers.get("authorization"))
             if self.ongoing > self.config.ingress.max_ongoing:
                 raise ApiError(
@@ -259,7 +271,7 @@ def build(config: ServeFile) -> serve.Application:
         SearchError: what is to be searched cannot be read.
         ValueError: there are to be keys, and there are none.
     """
-    Keys()
+    keyed = Keys().needed
     place = find_model(config)
     find_index(config)
     director = serve.deployment(
@@ -271,7 +283,7 @@ def build(config: ServeFile) -> serve.Application:
     image, text = (_encoder(tower, config.serve).bind(tower, config, director) for tower in TOWERS)
     searched = config.serve.search if config.storage else None
     index = _index(searched).bind(config) if searched else None
-    return _ingress(config.serve).bind(config, director, image, text, index)
+    return _ingress(config.serve).bind(config, director, image, text, index, keyed)
 
 
 def _ingress(config: ServeConfig) -> serve.Deployment:

@@ -2,10 +2,32 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from fastapi import Request
 
 from serve.errors import ApiError
+
+
+@dataclass
+class Body:
+    """What is held of a request.
+
+    Attributes:
+        bodies: that count it.
+        content: what came.
+        counted: bytes that are counted for it.
+    """
+
+    bodies: "Bodies"
+    content: bytes = b""
+    counted: int = 0
+
+    def count(self, size: int) -> None:
+        """Count so many bytes more; raises ApiError where there is no room for them."""
+        self.bodies.check(self.counted + size, size)
+        self.bodies.held += size
+        self.counted += size
 
 
 class Bodies:
@@ -21,8 +43,8 @@ class Bodies:
         self.held = 0
 
     @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """A body, counted for as long as the block goes on.
+    async def read(self, request: Request) -> AsyncIterator[Body]:
+        """A body, counted for as long as the block goes on, with what else is counted for it.
 
         Raises:
             ApiError: it is of another type, too large, or there is no room for it now; none of it
@@ -33,27 +55,26 @@ class Bodies:
             raise ApiError(415, "not_json", "send JSON, with Content-Type: application/json")
         header = request.headers.get("content-length", "")
         told = int(header) if header.isdecimal() and len(header) < 20 else 0
-        self._check(told, told)
-        body = bytearray()
-        counted = told  # room is kept from the start for what is told to come
-        self.held += counted
+        body = Body(self)
+        body.count(told)  # room is kept from the start for what is told to come
         try:
+            content = bytearray()
             async for block in request.stream():
-                body += block
-                more = max(0, len(body) - counted)
-                self._check(len(body), more)
-                self.held += more
-                counted += more
-            yield bytes(body)
+                content += block
+                body.count(max(0, len(content) - body.counted))
+            body.content = bytes(content)
+            yield body
         finally:
-            self.held -= counted
+            self.held -= body.counted
 
-    def _check(self, size: int, more: int) -> None:
+    def check(self, size: int, more: int) -> None:
+        """Raise ApiError where a request of a size, `more` of it new, is too much."""
         if size > self.one:
             raise ApiError(
                 413,
                 "body_too_large",
-                f"the body has more than {self.one:,} bytes; send several requests",
+                f"the request has more than {self.one:,} bytes, images at addresses included; "
+                "send several requests",
             )
         if self.held + more > self.together:
             raise ApiError(

@@ -45,13 +45,23 @@ async def classify(asked: ClassifyRequest, served: Served, reader: Reader) -> Re
             raise ApiError(
                 400, "invalid_template", f"{place}: has no {{}}, where the label goes", place
             )
-    texts = []
+    texts: list[str] = []
+    room = limits.body_bytes  # for texts that a small request can make many and long
     for at, label in enumerate(asked.labels):
         with _told_as(f"labels.{at}"):
             reader.text(label)
-            texts += [
-                reader.text(template.replace("{}", label)).text for template in asked.templates
-            ]
+            for template in asked.templates:
+                # Before it is made: a template may hold the label any number of times.
+                length = len(template) + template.count("{}") * (len(label) - len("{}"))
+                reader.check_length(length)
+                room -= length
+                if room < 0:
+                    raise ApiError(
+                        413,
+                        "too_many_labels",
+                        f"makes texts of more than {limits.body_bytes:,} characters together",
+                    )
+                texts.append(template.replace("{}", label))
     with _told_as("image"):
         image = await reader.picture(asked.image)
     card = served.card

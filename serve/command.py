@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 
 import ray
 from ray import serve
@@ -24,10 +25,12 @@ _EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 (compared with, and listened on only wh
 # Nothing of ours holds an event loop up, so Serve needs no threads of its own between its loop and
 # ours, and what its processes say to each other goes straight from one to the other. Serve has no
 # other place for this than the environment of every node's Ray.
-_FEWER_HOPS = {
+FEWER_HOPS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # A call carries a request's images, or vectors of all its texts; Serve's own limit is 4 MiB.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(1 << 30),
 }
 _POLL_SECONDS = 0.2
 _FAILURE = re.compile(r"^[\w.]*(?:Error|Exception): .*$", re.MULTILINE)
@@ -56,16 +59,19 @@ def run(args: argparse.Namespace) -> int:
     # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
     fewer_hops()
     ray.init(
-        address=address,
+        address=address or "local",
         log_to_driver=False,
         logging_level=logging.ERROR,
         include_dashboard=None if address else False,
     )
+    shared = bool(serve.status().proxies)  # with what others serve
+    deployed = False
     try:
         try:
-            if address is None:  # a cluster may grow; this machine does not
+            if not address:  # a cluster may grow; this machine does not
                 _check_resources(config)
             start(config.serve)
+            deployed = True
             _come_up(application, stop)
         except ValueError as error:
             _tell(f"rwkv-clip serve: {error}")
@@ -74,18 +80,32 @@ def run(args: argparse.Namespace) -> int:
             _tell(f"rwkv-clip serve: {_reason(error)}")
             return 1
         if not stop.is_set():
-            _tell(f"serving at http://{config.serve.host}:{config.serve.port}; stop with Ctrl-C")
+            where = (
+                "at the address of the Serve that this cluster runs already"
+                if shared
+                else f"at http://{config.serve.host}:{config.serve.port}"
+            )
+            _tell(f"serving {where}; stop with Ctrl-C")
             stop.wait()
             _tell("no more requests are taken; those that came are answered")
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        if deployed:
+            _take_away()
+        if not shared:
+            serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
     return 0
 
 
+def _take_away() -> None:
+    """Let replicas answer what they have, and end them; Serve's proxies stay until then."""
+    with suppress(TimeoutError):  # an answer that is not there by now will not be
+        serve.delete(APPLICATION)
+
+
 def fewer_hops() -> None:
     """Set in this process's environment, where it says nothing else, what Serve's are to get."""
-    os.environ.update({**_FEWER_HOPS, **os.environ})
+    os.environ.update({**FEWER_HOPS, **os.environ})
 
 
 def start(config: ServeConfig) -> None:

@@ -115,8 +115,24 @@ class Encoder:
         self.refused: dict[ModelPlace, str] = {}
         orders: Orders = await director.orders.remote(Report(tower, self.replica))
         self.serving = orders.current
-        self.held[self.serving] = await self._load(self.serving)
+        await self._begin(orders)
         self.follower = asyncio.create_task(self._follow())
+
+    async def _begin(self, orders: Orders) -> None:
+        """Load the model that is served, or where its files are gone the one that comes next.
+
+        Raises:
+            ModelError: there is neither.
+        """
+        why: ModelError | None = None
+        for place in orders.hold:
+            try:
+                self.held[place] = await self._load(place)
+                return
+            except ModelError as error:
+                why = why or error
+        if why is not None:
+            raise why
 
     async def describe(self, place: ModelPlace) -> ModelCard | Elsewhere:
         """What a model is."""

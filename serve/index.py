@@ -4,8 +4,9 @@ Up to a million or so, a product with all of them is exact and quick enough. Bey
 into cells when they are loaded, and a search looks into those that are nearest to the query.
 
 Vectors that are written anew, for another model or of more pairs, are loaded beside those that are
-searched. These stay until a request comes through the model of the new ones: so it does not matter
-which is exchanged first, the model or its vectors.
+searched. These stay until requests come through the model of the new ones, and as long after the
+first as one may take that came through the model before: so it does not matter which is exchanged
+first, the model or its vectors.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import io
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ import pyarrow.parquet as pq
 from rwkv_clip.transforms import ImageDecodeError, small_picture
 from serve.config import FaissConfig, SearchConfig, ServeFile, StorageSection
 from serve.files import open_filesystem
+from serve.succession import REPORT_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +145,8 @@ class Exact:
         """See Method."""
         scores = self.vectors @ query
         results = min(results, len(scores))
+        if not results:
+            return np.empty(0, np.int64), scores
         best = np.argpartition(-scores, results - 1)[:results]
         best = best[np.argsort(-scores[best], kind="stable")]
         return best, scores[best]
@@ -196,7 +201,7 @@ class Index:
         self.loader = ThreadPoolExecutor(1, "load")
         self.newest: Collection | None = None
         self.before: Collection | None = None  # what is searched until the newest is asked for
-        self.moved = False  # whether the newest was asked for
+        self.moved: float | None = None  # when the newest was first asked for
         self.trouble: str | None = None
         await self._look()
         self.watcher = asyncio.create_task(self._watch())
@@ -218,16 +223,24 @@ class Index:
 
     def _of(self, model: str) -> "Collection | None":
         if self.newest is not None and self.newest.files.model == model:
-            self.moved = True
+            if self.moved is None:
+                self.moved = time.monotonic()
             return self.newest
         if self.before is not None and self.before.files.model == model:
             return self.before
         return None
 
+    def _left(self) -> bool:
+        """Whether nobody asks for what was there before the newest any more."""
+        if self.moved is None:
+            return False
+        latest = self.config.serve.request_seconds + 2 * REPORT_SECONDS  # as the towers keep theirs
+        return time.monotonic() > self.moved + latest
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self.config.serve.watch_seconds)
-            if self.moved:
+            if self._left():
                 self.before = None
             await self._look()
 
@@ -245,9 +258,9 @@ class Index:
             return
         self.trouble = None
         if found is not None:
-            if self.newest is not None and (self.moved or self.before is None):
+            if self.newest is not None and (self.moved is not None or self.before is None):
                 self.before = self.newest
-            self.newest, self.moved = found, False
+            self.newest, self.moved = found, None
             logger.info("%d vectors can be searched", found.about.num_rows)
 
     def _taken(self, there: IndexFiles | None) -> "Collection | None":

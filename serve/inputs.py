@@ -2,8 +2,8 @@
 
 import base64
 import binascii
-import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
+from rwkv_clip.images import HeaderError, open_image
 from serve.config import LimitsConfig
 from serve.errors import ApiError
 from serve.remote import Fetcher
@@ -129,15 +130,18 @@ def request_items(request: EmbeddingsRequest, limits: LimitsConfig) -> list[obje
 
 
 class Reader:
-    """Reads the texts and images of requests.
+    """Reads the texts and images of a request.
 
     Args:
         limits: of what is read.
         fetcher: of images that are named by address; None if there are to be none.
+        count: called with the bytes of each that was fetched; raises ApiError if they are too many.
     """
 
-    def __init__(self, limits: LimitsConfig, fetcher: Fetcher | None = None) -> None:
-        self.limits, self.fetcher = limits, fetcher
+    def __init__(
+        self, limits: LimitsConfig, fetcher: Fetcher | None, count: Callable[[int], None]
+    ) -> None:
+        self.limits, self.fetcher, self._count = limits, fetcher, count
 
     async def item(self, item: object) -> Text | Picture:
         """The text or image of an item; raises ApiError if it cannot be embedded."""
@@ -162,12 +166,16 @@ class Reader:
         """A text; raises ApiError if it is empty or too long."""
         if not text.strip():
             raise ApiError(400, "empty_text", "is an empty text")
-        most = self.limits.text_characters
-        if len(text) > most:
-            raise ApiError(
-                413, "text_too_long", f"has {len(text):,} characters, more than {most:,}"
-            )
+        self.check_length(len(text))
         return Text(text)
+
+    def check_length(self, characters: int) -> None:
+        """Raise ApiError for a text of too many characters."""
+        most = self.limits.text_characters
+        if characters > most:
+            raise ApiError(
+                413, "text_too_long", f"has {characters:,} characters, more than {most:,}"
+            )
 
     async def picture(self, url: str) -> Picture:
         """An image from base64, a data URI or an address; raises ApiError if there is none."""
@@ -180,6 +188,7 @@ class Reader:
                     "data:image/…;base64,…",
                 )
             data = await self.fetcher.fetch(url)
+            self._count(len(data))
         else:
             data = self._bytes(url)
         check_picture(data, self.limits)
@@ -212,7 +221,7 @@ def check_picture(data: bytes, limits: LimitsConfig) -> None:
         raise ApiError(400, "empty_image", "is an image of no bytes")
     try:
         # Only the header is read; a bomb's pixels never come to be.
-        with Image.open(io.BytesIO(data), formats=limits.formats) as image:
+        with open_image(data, limits.formats) as image:
             width, height = image.size
     except UnidentifiedImageError:
         raise ApiError(
@@ -222,6 +231,8 @@ def check_picture(data: bytes, limits: LimitsConfig) -> None:
         ) from None
     except Image.DecompressionBombError:
         raise _too_many_pixels(limits) from None
+    except HeaderError:
+        raise ApiError(400, "broken_image", "is an image whose header has too many parts") from None
     except Exception:  # Pillow raises whatever a broken header leads it to
         raise ApiError(400, "broken_image", "is an image whose header is broken") from None
     if width * height > limits.image_pixels:

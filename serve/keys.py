@@ -2,7 +2,7 @@
 
 `RWKV_CLIP_API_KEYS` holds keys with commas between them, or `@FILE` with a key on each line, which
 is read again when it changes: how keys are exchanged without a restart. Without the variable no key
-is needed.
+is needed; one that is set and empty is a mistake.
 """
 
 import hashlib
@@ -29,11 +29,12 @@ class Keys:
     """
 
     def __init__(self, told: str | None = None) -> None:
-        value = (os.environ.get(VARIABLE, "") if told is None else told).strip()
+        told = os.environ.get(VARIABLE) if told is None else told
+        value = (told or "").strip()
         self._file = Path(value[1:]) if value.startswith("@") else None
         self._stamp: tuple[int, int] | None = None
         self._digests = _digests(value.split(","))
-        self.needed = bool(value)
+        self.needed = told is not None
         if self._file is not None:
             self._read(self._file)
         if self.needed and not self._digests:

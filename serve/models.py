@@ -81,12 +81,15 @@ def load_model(place: ModelPlace, s3: S3Section) -> tuple[RWKVCLIP, str]:
     """The model in evaluation mode, on the CPU, and the SHA-256 of its weights' file.
 
     Raises:
-        ModelError: it cannot be fetched, or is no model of this program.
+        ModelError: it cannot be fetched, is no model of this program, or its folder holds another
+            version by now.
     """
     try:
         with _fetched(place, s3) as folder:
             with (folder / WEIGHTS_FILE).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if place.tracking_uri is None and not digest.startswith(place.version):
+                raise ModelError(f"{place.uri} holds other weights now than {place.version}")
             return load_checkpoint(folder).eval(), digest
     except (CheckpointError, MlflowException, OSError) as error:
         raise ModelError(f"{place.uri} cannot be loaded: {error}") from error

@@ -12,12 +12,16 @@ from serve.inputs import Item, Reader, Shape, Text
 from serve.succession import Tower
 from serve.towers import Handle, Served, answer_headers, answered_by, call, check_model
 
+_RESULTS = 24  # that fill the page
+
 
 class SearchRequest(Shape):
     """What `/v1/search` takes."""
 
     input: SkipValidation[Item] = Field(description="a text, an image as data:image/…, or a part")
-    limit: PositiveInt = Field(10, description="results that are wanted")
+    limit: PositiveInt | None = Field(
+        None, description=f"results that are wanted; {_RESULTS} if absent, where so many are given"
+    )
     with_images: bool = Field(False, description="whether results have a small picture")
     model: str | None = Field(None, description="the served model's name, or nothing")
 
@@ -40,10 +44,9 @@ class Searcher:
                 404, "no_index", "this server searches nothing; set serve.search and storage"
             )
         most = self.settings.results
-        if asked.limit > most:
-            raise ApiError(
-                400, "too_many_results", f"limit: is {asked.limit}, more than {most}", "limit"
-            )
+        limit = min(_RESULTS, most) if asked.limit is None else asked.limit
+        if limit > most:
+            raise ApiError(400, "too_many_results", f"limit: is {limit}, more than {most}", "limit")
         try:
             item = await reader.item(asked.input)
         except ApiError as error:
@@ -57,7 +60,7 @@ class Searcher:
             raise ApiError(400, "broken_image", f"input: {query.failures[0]}", "input")
         hits: list[Hit] | Lacking = await call(
             self.index, "index", "search",
-            query.vectors[0], asked.limit, card.digest, asked.with_images,
+            query.vectors[0], limit, card.digest, asked.with_images,
         )  # fmt: skip
         if isinstance(hits, Lacking):
             raise _lacking(hits)

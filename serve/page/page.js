@@ -3,6 +3,7 @@
 const KEY = "rwkv-clip-key";
 const find = (selector, root = document) => root.querySelector(selector);
 const images = { "search-image": null, "classify-image": null };
+const latest = new Map(); // each panel's last task: an older one that ends later shows nothing
 let again = null; // what a key was missing for
 
 async function ask(path, body) {
@@ -22,15 +23,18 @@ async function work(panel, task) {
   const status = find(".status", panel);
   const button = find("button[type=submit]", panel);
   again = () => work(panel, task);
+  latest.set(panel, task);
   status.textContent = "One moment …";
   button.disabled = true;
   try {
-    status.textContent = await task();
+    const show = await task();
+    if (latest.get(panel) === task) status.textContent = show();
   } catch (error) {
+    if (latest.get(panel) !== task) return;
     status.textContent = error instanceof TypeError ? "The server cannot be reached." : error.message;
     if (!find("#key").hidden) find("#key-value").focus();
   } finally {
-    button.disabled = false;
+    if (latest.get(panel) === task) button.disabled = false;
   }
 }
 
@@ -41,15 +45,17 @@ function made(tag, properties, ...children) {
 }
 
 async function search(input) {
-  const told = await ask("v1/search", { input, limit: 24, with_images: true });
+  const told = await ask("v1/search", { input, with_images: true });
   const shown = told.data.map((one) => {
     const score = made("p", { className: "score" }, `score ${one.score.toFixed(3)}`);
     const parts = [made("p", {}, one.text || one.id), score];
     if (one.image) parts.unshift(made("img", { src: one.image, alt: one.text || one.id }));
     return made("li", {}, ...parts);
   });
-  find("#results").replaceChildren(...shown);
-  return `${shown.length} results, the nearest first`;
+  return () => {
+    find("#results").replaceChildren(...shown);
+    return `${shown.length} results, the nearest first`;
+  };
 }
 
 async function classify(image, labels) {
@@ -59,9 +65,11 @@ async function classify(image, labels) {
     const meter = made("meter", { value: one.probability, ariaHidden: "true" });
     return made("tr", {}, made("th", { scope: "row" }, one.label), made("td", {}, meter, percent));
   });
-  find("#chances tbody").replaceChildren(...rows);
-  find("#chances").hidden = false;
-  return `${told.data[0].label} fits best`;
+  return () => {
+    find("#chances tbody").replaceChildren(...rows);
+    find("#chances").hidden = false;
+    return `${told.data[0].label} fits best`;
+  };
 }
 
 function read(file) {

@@ -11,6 +11,8 @@ import ray
 import yaml
 
 import serve.metrics
+from serve.command import FEWER_HOPS
+from serve.keys import VARIABLE
 from serve.metrics import RequestMetrics, TowerMetrics
 from tests.infra.manifests import K8S, ROOT, kustomizations, of_kind, pods, render
 from tests.infra.programs import check_programs
@@ -50,6 +52,17 @@ def test_a_laptop_of_four_cpus_and_14_gb_holds_one_part_at_a_time(part):
     ]
     assert sum(quantity(one["cpu"]) for one in asked) <= 4 - 1.2  # Kubernetes' and KubeRay's own
     assert sum(quantity(one["memory"]) for one in asked) <= 13e9
+
+
+def test_the_endpoints_nodes_talk_as_the_command_has_it(documents):
+    found = 0
+    for pod in pods(documents):
+        for container in pod.spec["containers"]:
+            given = {one["name"]: one.get("value") for one in container.get("env", [])}
+            if VARIABLE in given:
+                found += 1
+                assert {name: given.get(name) for name in FEWER_HOPS} == FEWER_HOPS, pod
+    assert found
 
 
 def test_every_manifest_and_component_is_used_and_says_what_it_is():

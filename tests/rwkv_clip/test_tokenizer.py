@@ -139,6 +139,18 @@ def test_a_long_s_counts_as_an_s_where_the_published_pattern_ignores_case(text: 
     assert tokenize(text)[0].tolist() == published().row(text)
 
 
+@pytest.mark.parametrize("alphabet", ["a", "ab", "aeinrst", "0123456789", "héllo", "a. ", "中文"])
+def test_what_is_cut_off_a_very_long_word_cannot_be_seen(alphabet: str) -> None:
+    letters = np.random.default_rng(0).choice([*alphabet], 12_000)
+    text = "the " + "".join(letters) + " end"
+    whole = tokenizer._tokenizer().encode(published_clean(text))
+    for context_length in (5, 77):
+        (row,) = tokenize([text], context_length).tolist()
+        assert row == [tokenizer.START_ID, *whole[: context_length - 2], tokenizer.END_ID]
+    with pytest.raises(ValueError, match="too many tokens"):
+        tokenize([text], truncate=False)
+
+
 def test_lone_surrogates_are_replaced_as_published() -> None:
     assert torch.equal(tokenize("a \ud800 b"), tokenize("a \ufffd b"))
 

@@ -63,7 +63,7 @@ def settings(searched: Storage, registry: Registry) -> ServeFile:
         "port": free_port(),
         "watch_seconds": 0.5,
         "request_seconds": 45,
-        "limits": {"body_bytes": 2_000_000, "items": 200, "image_bytes": 500_000},
+        "limits": {"body_bytes": 9_000_000, "items": 200, "image_bytes": 6_000_000},
         "image": tower,
         "text": tower,
         "search": {"cpus": 0.1, "results": 30},

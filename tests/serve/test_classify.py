@@ -36,6 +36,8 @@ def test_probabilities_are_the_librarys(client, model):
         ({"labels": ["a"] * 10_000}, 413, "labels"),
         ({"labels": ["a", " "]}, 400, "labels.1"),
         ({"templates": ["no place"]}, 400, "templates.0"),
+        ({"labels": ["a" * 90_000], "templates": ["{}" * 45_000]}, 413, "labels.0"),
+        ({"labels": ["a" * 60_000] * 20, "templates": ["{}"] * 20}, 413, "labels.7"),
         ({"image": "????"}, 400, "image"),
         ({"image": data_uri(picture(1, (90, 90), "JPEG")[:900], "jpeg")}, 400, "image"),
     ],

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -107,7 +108,20 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
             one for one in psutil.net_connections() if one.laddr and one.laddr.port == port
         ]
         assert {one.laddr.ip for one in listening} == {"127.0.0.1"}
-        process.send_signal(signal.SIGINT)
+        # What is under way when it is interrupted is answered; all of these wait for one tower.
+        many = {"input": [f"text {at}" for at in range(100)]}
+        with ThreadPoolExecutor(24) as clients:
+
+            def ask(_: int) -> int:
+                sent = httpx.post(
+                    f"{address}/v1/embeddings", json=many, headers=headers, timeout=60
+                )
+                return sent.status_code
+
+            asked = [clients.submit(ask, at) for at in range(24)]
+            wait(asked, return_when=FIRST_COMPLETED)
+            process.send_signal(signal.SIGINT)
+            assert [one.result() for one in asked] == [200] * 24
         told = process.stderr.read()
         assert process.wait() == 0, told
     assert "those that came are answered" in told

@@ -3,9 +3,14 @@
 import os
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
 
+from serve.app import Ingress
+from serve.config import ServeFile
 from serve.errors import ApiError
-from serve.keys import Keys
+from serve.keys import VARIABLE, Keys
 
 
 def is_good(keys: Keys, shown: str | None) -> bool:
@@ -17,8 +22,9 @@ def is_good(keys: Keys, shown: str | None) -> bool:
     return True
 
 
-def test_without_keys_nobody_is_asked():
-    assert is_good(Keys(""), None)
+def test_without_keys_nobody_is_asked(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert is_good(Keys(), None)
 
 
 def test_each_of_several_keys_is_good():
@@ -44,7 +50,33 @@ def test_a_file_of_keys_may_change(tmp_path):
     assert is_good(keys, "Bearer new")
 
 
-@pytest.mark.parametrize("told", [",", "@/nowhere/keys"])
+@pytest.mark.parametrize("told", ["", " ", ",", "@/nowhere/keys"])
 def test_keys_that_are_none_are_told_before_anything_is_served(told):
     with pytest.raises(ValueError, match="holds no key"):
         Keys(told)
+
+
+@pytest.fixture
+def ingress():
+    """Its class without Serve's wrapping."""
+    return Ingress.__bases__[0]
+
+
+SETTINGS = ServeFile.model_validate({"serve": {"model": "somewhere"}})
+
+
+def test_a_key_is_needed_under_any_prefix(ray_cluster, ingress, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "a-key")
+    made = ingress(SETTINGS, None, None, None, None, keyed=True)
+    client = TestClient(Starlette(routes=[Mount("/clip", made.__serve_build_asgi_app__())]))
+    assert client.get("/clip/healthz").status_code == 200
+    for route in ("embeddings", "classify", "search"):
+        assert client.post(f"/clip/v1/{route}", json={}).status_code == 401
+    assert client.get("/clip/v1/models").status_code == 401
+
+
+def test_a_node_without_the_keys_serves_nobody(ray_cluster, ingress, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(ValueError, match="on every node"):
+        ingress(SETTINGS, None, None, None, None, keyed=True)
+    ingress(SETTINGS, None, None, None, None, keyed=False)

@@ -117,10 +117,12 @@ def read(port: int, certificate: Path) -> Callable[[str], bytes]:
         )
         try:
             item = image_part(address.replace("PORT", str(port)))
-            found = await Reader(LimitsConfig(), fetcher).item(item)
+            counted: list[int] = []
+            found = await Reader(LimitsConfig(), fetcher, counted.append).item(item)
         finally:
             await fetcher.close()
         assert isinstance(found, Picture)
+        assert counted == [len(found.data)]
         return found.data
 
     return lambda address: asyncio.run(work(address))

@@ -91,7 +91,7 @@ def test_vectors_that_are_written_anew_are_taken_without_a_gap(searched, checkpo
         for folder in (checkpoint, tmp_path / "second")
     )
     config = ServeFile.model_validate(
-        {"storage": {"uri": storage.uri}, "serve": {"watch_seconds": 0.05}}
+        {"storage": {"uri": storage.uri}, "serve": {"watch_seconds": 0.05, "request_seconds": 1.0}}
     )
     settings = EmbedConfig(batch=32, cpus_per_worker=0.2, replace=True)
     query = np.ones(small_config().embed_dim, np.float32)
@@ -122,6 +122,7 @@ def test_vectors_that_are_written_anew_are_taken_without_a_gap(searched, checkpo
         assert await found(first) == hits, "nobody asked for the second model yet"
         others = await find(second)
         assert [one.score for one in others] != [one.score for one in hits]
+        assert await found(first) == hits, "a request may have begun before"
         async with asyncio.timeout(60):
             while await found(first) != Lacking(others=True, trouble=None):
                 await asyncio.sleep(0.01)

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from rwkv_clip import image_transform, tokenize
 from rwkv_clip.model import RWKVCLIP, create_model, save_checkpoint
-from serve.models import find_model
-from serve.succession import Director
+from serve.config import ServeFile
+from serve.encoders import Encoder
+from serve.models import ModelError, find_model, load_model
+from serve.succession import Director, Orders
 from tests.serve.small import Registry, data_uri, picture, small_config
 
 TEXT, IMAGE = "a red heart", picture(0)
@@ -134,6 +136,29 @@ def test_a_model_that_is_no_good_is_refused(
     answer = client.post("/v1/embeddings", json={"input": TEXT}).json()
     assert answer["model_version"] == "1"
     np.testing.assert_allclose(answer["data"][0]["embedding"], vectors(model)[0], atol=1e-5)
+
+
+def test_a_folder_that_changed_is_not_served_as_what_it_was(tmp_path):
+    config = ServeFile.model_validate({"serve": {"model": str(tmp_path)}})
+    new_model(tmp_path, seed=1)
+    before = find_model(config)
+    new_model(tmp_path, seed=2)
+    after = find_model(config)
+    with pytest.raises(ModelError, match="holds other weights now"):
+        load_model(before, config.s3())
+
+    async def work() -> None:
+        """A replica that begins while the folder's new model is on its way."""
+        encoder = Encoder.__new__(Encoder)
+        encoder.config, encoder.device = config, torch.device("cpu")
+        encoder.loader, encoder.held = ThreadPoolExecutor(1), {}
+        encoder.serving = before
+        await encoder._begin(Orders(before, (before, after)))
+        assert [*encoder.held] == [after]
+        with pytest.raises(ModelError, match="holds other weights now"):
+            await encoder._begin(Orders(before, (before,)))
+
+    asyncio.run(work())
 
 
 def test_user_config_names_another_model_in_place_of_the_files(settings, registry, tmp_path):
