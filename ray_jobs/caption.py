@@ -29,7 +29,7 @@ from ray_jobs.synthesis.run import (
 )
 from ray_jobs.synthesis.task import SamplingConfig
 from rwkv_clip.config import BaseConfig
-from rwkv_clip.descriptions import PROMPT_VERSION
+from rwkv_clip.descriptions import CAPTION_PROMPT_VERSION
 
 SUMMARY = "have a model caption and tag the ingested images"
 configure = job.configure
@@ -54,9 +54,11 @@ class CaptionConfig(BaseConfig):
 
     def identity(self, manifest: Manifest) -> dict[str, Any]:
         """What decides the captions; not where and how fast they are made."""
+        arguments = self.engine.arguments if isinstance(self.engine, PythonConfig) else {}
         return {
             "model": self.engine.model,
-            "prompt": PROMPT_VERSION,
+            **({"arguments": arguments} if arguments else {}),
+            "prompt": CAPTION_PROMPT_VERSION,
             "sampling": self.sampling.model_dump(mode="json"),
             "image_side": self.image_side,
             "chunk_rows": self.chunk_rows,
@@ -110,6 +112,7 @@ def caption(config: CaptionConfig, storage: Storage, name: str = "train") -> Cap
         config.identity(manifest),
         config.chunk_rows,
         config.hang_seconds,
+        engine.count,
     )
     if (held := task.finished()) is not None:
         return CaptionResult(**held, resumed=True)

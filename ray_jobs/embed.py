@@ -26,6 +26,7 @@ from ray_jobs.encoding import ImageEncoder, fetch_checkpoint, vectors
 from ray_jobs.execution import arrange, work_items
 from ray_jobs.image_sets import EncoderConfig
 from ray_jobs.ingest import Manifest
+from ray_jobs.pairs import TextColumn
 from ray_jobs.progress import Progress
 from ray_jobs.storage import Storage
 from ray_jobs.tracking.source import ModelSource
@@ -49,7 +50,7 @@ class EmbedConfig(EncoderConfig):
         description="models:/NAME@ALIAS, or the folder or URI of a checkpoint; the one that was "
         "trained in this storage if absent",
     )
-    text: str | None = Field("caption", description="column of texts; null for images alone")
+    text: TextColumn | None = Field("caption", description="of texts; null for images alone")
     replace: bool = Field(
         False, description="replace vectors of another model or of other data, instead of stopping"
     )
@@ -117,12 +118,11 @@ def embed(config: EmbedConfig, storage: Storage, source: ModelSource) -> EmbedRe
     checkpoint = source.publish(storage, f"{folder}/model")
     started = time.monotonic()
     _embed(config, storage, manifest, checkpoint)
-    tables = [
-        storage.read_table(_file(config.data, part.name), ["image_embedding"])
-        for part in manifest.parts
-    ]
-    rows = sum(len(table) for table in tables)
-    dimensions = tables[0].schema.field("image_embedding").type.list_size
+    rows, dimensions = 0, 0
+    for part in manifest.parts:  # their footers: all vectors together may be larger than memory
+        about = storage.read_footer(_file(config.data, part.name))
+        rows += about.num_rows
+        dimensions = about.schema.to_arrow_schema().field("image_embedding").type.list_size
     result = EmbedResult(
         rows, manifest.rows - rows, dimensions, time.monotonic() - started, source.name
     )

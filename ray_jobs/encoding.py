@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import rwkv_clip
 from ray_jobs.storage import Storage
-from ray_jobs.training.batches import PairFiles
+from ray_jobs.training.batches import TEXTS, PairFiles
 from rwkv_clip.evaluation import RetrievalResult
 from rwkv_clip.model import RWKVCLIP, load_checkpoint
 from rwkv_clip.transforms import ImageDecodeError, TransformedBatch
@@ -101,6 +102,29 @@ class PairEncoder(ImageEncoder):
         tokens = rwkv_clip.tokenize(texts, self.model.config.context_length)
         text_emb = self.model.encode_text(tokens.to(self.device))
         return Encoded([ids[at] for at in usable], texts, image_emb, text_emb)
+
+
+class TextsError(ValueError):
+    """There is nothing to search images by; the message says what to do."""
+
+
+def check_texts(files: PairFiles, column: str, key: str) -> None:
+    """Raises TextsError, naming the configuration's key, if no pair has a text in a column."""
+    if files.beside:  # where it may be as well
+        return
+    for part in files.parts:
+        if any(files.storage.read_table(part, [column])[column].to_pylist()):
+            return
+    there = [name for name in TEXTS if name != column]
+    raise TextsError(
+        f"{key}: no pair of {files.storage.child_uri(files.parts[0]).rpartition('/')[0]} has a "
+        f"{column} to search images by; set it to {' or '.join(there)}, or give captions"
+    )
+
+
+def with_text(texts: Sequence[str]) -> npt.NDArray[np.intp]:
+    """Places of the texts that are not empty; who searches by nothing finds anything."""
+    return np.flatnonzero([bool(text.strip()) for text in texts])
 
 
 def fetch_checkpoint(storage: Storage, name: str) -> RWKVCLIP:

@@ -26,13 +26,23 @@ from ray_jobs.classification import (
     open_sets,
     score_set,
 )
-from ray_jobs.encoding import PairEncoder, fetch_checkpoint, matrix, named_metrics, vectors
+from ray_jobs.encoding import (
+    PairEncoder,
+    check_texts,
+    fetch_checkpoint,
+    matrix,
+    named_metrics,
+    vectors,
+    with_text,
+)
 from ray_jobs.execution import arrange, work_items
 from ray_jobs.image_sets import EncoderConfig
 from ray_jobs.ingest import Manifest
+from ray_jobs.pairs import TextColumn
 from ray_jobs.progress import Progress
 from ray_jobs.retrieval import RetrievalConfig, RetrievalScore, open_captioned, search_set
 from ray_jobs.storage import Storage
+from ray_jobs.tracking.source import stored_model
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip.evaluation import benchmark_result, retrieval, top_k
 
@@ -46,7 +56,7 @@ run = partial(job.run_stage, "evaluate")
 class EvaluationConfig(EncoderConfig):
     """How a model is evaluated."""
 
-    text: str = Field("caption", description="the column of texts that images are searched by")
+    text: TextColumn = Field("caption", description="of the texts that images are searched by")
     examples: PositiveInt = Field(12, description="queries that the report shows")
     classification: tuple[ClassificationConfig, ...] = Field(
         (), description="sets of labelled images that are classified"
@@ -111,6 +121,7 @@ def evaluate(
 
     Raises:
         SourceError: a set of images cannot be read, or its labels have no names.
+        TextsError: the pairs have no texts to search by.
     """
     manifest = Manifest.from_storage(storage, name) if name else None
     sets = open_sets(config.classification)
@@ -122,6 +133,8 @@ def evaluate(
     wanted = {
         "config": config.model_dump(mode="json"),
         "checkpoint": checkpoint,
+        # Another training leaves its checkpoints under the same names.
+        "weights": stored_model(storage, checkpoint).digest,
         "data_digest": digest,
     }
     place = f"{folder}/{name or 'sets'}"
@@ -130,6 +143,7 @@ def evaluate(
         return EvaluationResult(**held["result"])
     result = EvaluationResult({}, 0.0, [], checkpoint, digest, {})
     if manifest is not None:
+        check_texts(PairFiles.of(storage, manifest.name), config.text, "evaluation.text")
         table = _embed(config, storage, checkpoint, manifest)
         storage.write_table(f"{place}/embeddings/part-00000.parquet", table)
         result = _score(config, table, checkpoint, manifest, digest)
@@ -142,6 +156,12 @@ def evaluate(
         storage.write_json(f"{place}/clip_benchmark/{file}", value)
     storage.write_json(record, {"run": wanted, "result": asdict(result)})
     return result
+
+
+def check_sets(config: EvaluationConfig) -> None:
+    """Raises SourceError where a set of images cannot be read, before there is a model for it."""
+    open_sets(config.classification)
+    open_captioned(config.retrieval)
 
 
 def _add(result: EvaluationResult, scores: Sequence[ClassificationScore]) -> None:
@@ -218,10 +238,12 @@ def _score(
     config: EvaluationConfig, table: pa.Table, checkpoint: str, manifest: Manifest, digest: str
 ) -> EvaluationResult:
     images, texts = matrix(table["image_embedding"]), matrix(table["text_embedding"])
-    owner = np.arange(len(table))
-    result = retrieval(images, texts, owner)
+    asked = with_text(table["text"].to_pylist())
+    result = retrieval(images, texts[asked], asked)
     metrics = {"pairs": float(len(table)), **named_metrics(result)}
-    examples = _examples(config.examples, table, images, texts)
+    if len(asked) < len(table):
+        metrics["pairs_without_text"] = float(len(table) - len(asked))
+    examples = _examples(config.examples, table, asked, images, texts)
     written = asdict(
         benchmark_result(result, dataset=manifest.name, model="RWKV-CLIP", pretrained=checkpoint)
     )
@@ -230,10 +252,12 @@ def _score(
     return EvaluationResult(metrics, chance, examples, checkpoint, digest, files)
 
 
-def _examples(count: int, table: pa.Table, images: Array, texts: Array) -> list[dict[str, Any]]:
-    """Queries spread evenly over the data set, not chosen by their outcome."""
+def _examples(
+    count: int, table: pa.Table, asked: Array, images: Array, texts: Array
+) -> list[dict[str, Any]]:
+    """Queries spread evenly over those that were asked, not chosen by their outcome."""
     ids: Sequence[str] = table["id"].to_pylist()
-    queries = np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)
+    queries = asked[np.linspace(0, len(asked) - 1, min(count, len(asked))).round().astype(int)]
     nearest = top_k(texts[queries], images, min(5, len(ids)))
     return [
         {

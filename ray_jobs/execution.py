@@ -57,6 +57,9 @@ def arrange(
     """
     context = dataset.context
     context.execution_options.preserve_order = ordered
+    # Ray's half an hour without a block is less than waiting for nodes or for a server may take.
+    # Work that knows a limit of its own sets it.
+    context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []  # they repeat advice on the terminal
     others = context.custom_execution_callback_classes

@@ -613,8 +613,9 @@ class _DuplicateSearch:
         ids = self._load("id")[later]
         places, owners = (np.searchsorted(self.starts, at, "right") - 1 for at in (later, first))
         found = {}
-        for place in np.unique(places).tolist():
-            here = places == place
+        there, begins = np.unique(places, return_index=True)  # `later`, and so they, go up
+        for place, begin, end in zip(there, begins, [*begins[1:], len(places)], strict=True):
+            here = slice(begin, end)
             found[int(self.parts[place])] = _Drop(reason, ids[here], self.parts[owners[here]])
         return len(later), found
 

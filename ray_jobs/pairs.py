@@ -10,12 +10,14 @@ Choices:
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from rwkv_clip.images import open_image
+
+TextColumn = Literal["web_text", "caption", "description"]
 
 PAIR_SCHEMA = pa.schema(
     [

@@ -26,7 +26,8 @@ from ray_jobs import job
 from ray_jobs.caption import CaptionConfig, CaptionResult, caption
 from ray_jobs.cluster import RayConfig, connected, full_disk
 from ray_jobs.embed import EmbedConfig, EmbedError, EmbedResult, embed
-from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
+from ray_jobs.encoding import TextsError, check_texts
+from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, check_sets, evaluate
 from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
 from ray_jobs.memory import PeakMemory
 from ray_jobs.progress import Progress, duration
@@ -69,6 +70,7 @@ _FAILURES = (
     TrackingError,
     EmbedError,
     ModelSourceError,
+    TextsError,
 )
 
 
@@ -227,6 +229,7 @@ class _Pipeline:
 
     def run(self, memory: PeakMemory) -> PipelineResult:
         config = self.config
+        check_sets(config.evaluation)
         data, test = self._ingest()
         captioned = self._caption(data)
         described = self._describe(data)
@@ -303,12 +306,22 @@ class _Pipeline:
             test = ingest(config.test_data, self.storage, "test") if config.test_data else None
             if config.validation_data is not None:
                 ingest(config.validation_data, self.storage, VALIDATION)
+            self._check_texts(test)
             counts = [f"{data.rows:,} pairs to train"]
             if test is not None:
                 counts.append(f"{test.rows:,} to test")
             rejected = sum(sum(one.rejected.values()) for one in (data, test) if one)
             told.append(", ".join([*counts, f"{rejected:,} rejected"]))
         return data, test
+
+    def _check_texts(self, test: Manifest | None) -> None:
+        """Raise TextsError before hours of work that nothing could be scored by."""
+        if test is not None:
+            files = PairFiles.of(self.storage, test.name)
+            check_texts(files, self.config.evaluation.text, "evaluation.text")
+        if (validation := self.config.train.validation) is not None:
+            files = PairFiles.of(self.storage, VALIDATION)
+            check_texts(files, validation.text, "train.validation.text")
 
     def _caption(self, data: Manifest) -> CaptionResult | None:
         config = self.config.captioning

@@ -206,6 +206,11 @@ class Storage:
         with self.filesystem.open_input_file(self.path(name)) as stream:
             return pq.read_table(stream, columns=columns)
 
+    def read_footer(self, name: str) -> pq.FileMetaData:
+        """What a Parquet file says of itself."""
+        with self.filesystem.open_input_file(self.path(name)) as stream:
+            return pq.read_metadata(stream)
+
     def read_rows(self, name: str, columns: list[str], first: int, rows: int) -> pa.Table:
         """Some rows of a Parquet file; only the row groups that hold them are read."""
         with self.filesystem.open_input_file(self.path(name)) as stream:

@@ -126,7 +126,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
         written = asyncio.run(_write_words(client, job, written))
         try:
             details = client.get_job_info(job)
-        except requests.RequestException as error:
+        except (requests.RequestException, RuntimeError) as error:  # a gateway's 502, for one
             _say(f"the cluster does not answer ({error}); asking again")
             waiting.wait(_AWAY_SECONDS)
             continue

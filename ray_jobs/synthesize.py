@@ -122,6 +122,7 @@ def synthesize(config: SynthesisConfig, storage: Storage, name: str = "train") -
         config.identity(storage, manifest),
         config.chunk_rows,
         config.hang_seconds,
+        config.engine.count,
     )
     if (held := task.finished()) is not None:
         return SynthesisResult(**held, resumed=True)

@@ -7,6 +7,7 @@ last checkpoint when it is started again; one that ended returns its result at o
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from ray.train.torch import TorchTrainer
 
 from ray_jobs import job
 from ray_jobs.beside import written
+from ray_jobs.encoding import check_texts
 from ray_jobs.ingest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "train"
 VALIDATION = "validation"
 _RESULT = "result.json"
+_NOT_FINITE = "not-finite.json"
 
 SUMMARY = "train on the pairs and their descriptions"
 configure = job.configure
@@ -67,15 +70,14 @@ class TrainResult:
 
 
 def total_steps(config: TrainConfig, files: PairFiles) -> int:
-    """Steps of a run; raises TrainError where data, batch, lanes and workers do not fit."""
+    """Steps of a run; raises TrainError where the data does not fill a batch."""
     try:
         data = config.data
         plan = DataPlan(
             files.flat_row_groups, config.batch, data.lanes, data.shuffle_steps, config.seed
         )
-        plan.check_shares(config.workers)
     except PlanError as error:
-        raise TrainError(f"train.batch, train.data.lanes, train.workers: {error}") from error
+        raise TrainError(f"train.batch: {error}") from error
     return max(1, round(config.epochs * plan.steps_per_epoch))
 
 
@@ -111,7 +113,9 @@ def train(
     task = WorkerTask(config, files, steps, on_record, folder=folder)
     validator = None
     if config.validation is not None:
-        validator = Validator(config.validation, PairFiles.of(storage, VALIDATION), folder)
+        validation = PairFiles.of(storage, VALIDATION)
+        check_texts(validation, config.validation.text, "train.validation.text")
+        validator = Validator(config.validation, validation, folder)
     result = _trainer(config, storage, task, validator).fit()
     _raise_if_not_finite(storage, folder, result.checkpoint)
     score = validator.score if validator else None
@@ -201,14 +205,18 @@ def _raise_if_not_finite(storage: Storage, folder: str, checkpoint: Any) -> None
     found = [name for name in records if "/not-finite-" in name]
     if not found:
         return
-    value = storage.read_json(found[0])
+    told = sorted((storage.read_json(name) for name in found), key=lambda one: one["rank"])
+    kept = f"{folder}/{_NOT_FINITE}"
+    storage.write_json(kept, {"step": told[0]["step"], "workers": told})
     for name in found:
-        storage.delete(name)  # the next attempt starts from the checkpoint, perhaps mended
-    ids, last = value["ids"], checkpoint.path if checkpoint else "none"
+        storage.delete(name)  # the next attempt, from the checkpoint, is judged by its own
+    ids = [identity for one in told for identity in one["ids"]]
+    last = checkpoint.path if checkpoint else "none"
     raise NonFiniteLossError(
-        f"the loss or its gradient at step {value['step']} is not a number; the batch's ids on "
-        f"worker {value['rank']} are {', '.join(ids[:8])} ... ({len(ids)} in all); the last good "
-        f"checkpoint is {last}. Lower train.recipe.learning_rate, or look at these pairs"
+        f"the loss or its gradient at step {told[0]['step']} is not a number; the batch's ids are "
+        f"{', '.join(ids[:8])} ... ({len(ids)} in all, in {storage.child_uri(kept)}); the last "
+        f"good checkpoint is {last}. Look at these pairs, or begin a run with a lower "
+        "train.recipe.learning_rate in another storage.uri"
     )
 
 
@@ -241,7 +249,7 @@ def _best(
     for record in records:
         name = f"{folder}/{checkpoint_name(int(record['step']))}"
         if storage.exists(f"{name}/{STATE_FILE}"):
-            there.append((record[score] if score else 0.0, name))
+            there.append((record.get(score, -math.inf) if score else 0.0, name))
     return max(there, key=lambda one: one[0])[1] if there else None
 
 

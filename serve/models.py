@@ -71,8 +71,9 @@ def find_model(config: ServeFile) -> ModelPlace:
             client.get_model_version(name, version)
     except MlflowException as error:
         raise ModelError(
-            f"{asked} is not in the registry {uri} ({error.error_code}); train and register one, "
-            "or set serve.model"
+            f"{asked} is not in the registry {uri} ({error.error_code}); train one "
+            "with test_data, by which it becomes the champion, or set serve.model to "
+            "models:/NAME/VERSION"
         ) from error
     return ModelPlace(name, str(version), f"models:/{name}/{version}", uri)
 

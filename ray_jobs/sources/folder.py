@@ -7,6 +7,7 @@ Choices:
   symbolic link, is refused and not read.
 """
 
+import errno
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,17 @@ class FolderSource:
             return "no_image", b""
         if inside.startswith(("/", "../")) or inside in (".", "..") or "\\" in name:
             return "outside_folder", b""
+        try:
+            return self._inside(folder, inside)
+        except (ValueError, RuntimeError):  # no name of a file, or links that lead in a circle
+            return "no_image", b""
+        except OSError as error:
+            if error.errno in _NEVER:
+                return "no_image", b""
+            raise
+
+    def _inside(self, folder: str, inside: str) -> tuple[str, bytes]:
+        """Why an image below the folder cannot be had, or its bytes."""
         filesystem, path = locate(f"{folder}/{inside}", self.config.s3)
         if isinstance(filesystem, pafs.LocalFileSystem) and not _leads_inside(path, folder):
             return "outside_folder", b""
@@ -98,8 +110,10 @@ class FolderSource:
             return "", bytes(stream.read(MAX_FILE_BYTES))
 
 
+# What will not be otherwise the next time.
+_NEVER = frozenset({errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.EINVAL, errno.EILSEQ})
 _EXPLAINED = {
-    "no_image": "there is no such file",
+    "no_image": "there is no such file, or it may not be read",
     "outside_folder": "leads out of the folder of the list",
     "image_too_large": f"over {MAX_FILE_BYTES:,} bytes",
 }

@@ -1,8 +1,8 @@
 """Parquet files, plain or as Hugging Face publishes images.
 
 Choices:
-- A unit is a run of whole row groups, of about `unit_rows` rows; footers are read when listing,
-  so a missing column or a file that is no Parquet is found before work starts.
+- A unit is a run of whole row groups, or a part of a large one, of about `unit_rows` rows. Footers
+  are read when listing, so a missing column or a file that is no Parquet is found before any work.
 - An image column holds bytes, or the struct {bytes, path} of the `datasets` library; which of the
   two is seen in the file.
 - A column may hold several texts of a pair, as a list: of strings, or of token ids of CLIP's
@@ -16,6 +16,7 @@ Choices:
       beside: {path: texts.npy, are: [web_text, caption]}
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -202,7 +203,7 @@ def read_footer(uri: str, s3: S3Config) -> tuple[pq.FileMetaData, pa.Schema]:
 def row_group_units(
     file: File, metadata: pq.FileMetaData, unit_rows: int, unit_bytes: int
 ) -> list[Unit]:
-    """A file's row groups, neighbours put together as long as they are small enough."""
+    """A file's row groups: small neighbours put together, large ones cut into equal pieces."""
     units: list[Unit] = []
     first = rows = size = 0
     for index in range(metadata.num_row_groups):
@@ -212,6 +213,16 @@ def row_group_units(
         ):
             units.append(Unit(file.uri, file.label, first, rows, size=file.size))
             first, rows, size = first + rows, 0, 0
+        pieces = math.ceil(max(group.num_rows / unit_rows, group.total_byte_size / unit_bytes))
+        if pieces > 1:
+            ends = [group.num_rows * at // pieces for at in range(pieces + 1)]
+            units += [
+                Unit(file.uri, file.label, first + begin, end - begin, size=file.size)
+                for begin, end in pairwise(ends)
+                if end > begin
+            ]
+            first += group.num_rows
+            continue
         rows += group.num_rows
         size += group.total_byte_size
     return [*units, Unit(file.uri, file.label, first, rows, size=file.size)] if rows else units
@@ -229,22 +240,39 @@ def read_rows(
         sizes = [file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)]
         end = unit.first + (file.metadata.num_rows if unit.rows is None else unit.rows)
         for group, (first, after) in enumerate(pairwise(accumulate(sizes, initial=0))):
-            if not unit.first <= first < end:
+            begin, stop = max(first, unit.first), min(after, end)
+            if begin >= stop:
                 continue
-            number = first
-            try:
-                batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(columns))
-                for batch in batches:
-                    for row in _rows_of(batch):
+            number, tried_at = begin, -1
+            while number < stop:
+                try:
+                    for row in _group_rows(file, group, columns, number - first, stop - first):
                         yield number, row
                         number += 1
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                # The footer was read before. If it can be read now, then the file can be reached,
-                # and it is the row group that is broken; else whoever asked may try again.
-                with open_file(unit.path, s3) as again:
-                    pq.ParquetFile(again)
-                for lost in range(number, after):
-                    yield lost, f"{type(error).__name__}: {error}"
+                except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                    # If the file cannot be reached, whoever asked may try again. If it can, what
+                    # failed may have passed; only what fails twice at one row is broken.
+                    with open_file(unit.path, s3) as again:
+                        pq.ParquetFile(again)
+                    if tried_at < number:
+                        tried_at = number
+                        continue
+                    for lost in range(number, stop):
+                        yield lost, f"{type(error).__name__}: {error}"
+                    number = stop
+
+
+def _group_rows(
+    file: pq.ParquetFile, group: int, columns: Sequence[str], begin: int, stop: int
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of a row group from one to before another, counted within it."""
+    at = 0
+    for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(columns)):
+        wanted = batch.slice(max(0, begin - at), max(0, stop - max(at, begin)))
+        at += len(batch)
+        yield from _rows_of(wanted)
+        if at >= stop:
+            return
 
 
 def image_bytes(value: object) -> object:

@@ -39,6 +39,7 @@ _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK = 1 << 16
 _HOST_FAILURES = 10  # in a row
+_SILENT_HOSTS = 50  # one after the other, that nothing but a network that is down explains
 
 
 class UrlColumnsConfig(ColumnsConfig):
@@ -133,6 +134,10 @@ class DownloadError(Exception):
         self.reason, self.detail = reason, detail
 
 
+class OutageError(OSError):
+    """Nothing can be reached from here, which no row is to blame for."""
+
+
 class _RetryError(Exception):
     """An attempt that failed, but another may not; `wait` is what the server asked for."""
 
@@ -152,6 +157,8 @@ class Downloader:
             lambda: asyncio.Semaphore(config.connections_per_host)
         )
         self._failures: Counter[str | None] = Counter()  # of a host, in a row
+        self._silent: set[str | None] = set()  # hosts without a connection since the last answer
+        self._answering: URL | None = None  # the last one
 
     async def __aenter__(self) -> "Downloader":
         # A limit of the connector would count waiting for a connection against the request's time.
@@ -206,14 +213,44 @@ class Downloader:
             raise DownloadError("download_failed", told)
         try:
             content = await self._attempt(url)
-        except (TimeoutError, aiohttp.ClientError):
+        except (TimeoutError, aiohttp.ClientError) as error:
             self._failures[url.host] += 1
+            if isinstance(error, aiohttp.ClientConnectorError):
+                await self._note_silence(url, error)
             raise
         except (_RetryError, DownloadError):
-            self._failures[url.host] = 0  # it answers
+            self._note_answer(url)
             raise
-        self._failures[url.host] = 0
+        self._note_answer(url)
         return content
+
+    def _note_answer(self, url: URL) -> None:
+        self._failures[url.host] = 0
+        self._answering = url
+        self._silent.clear()
+
+    async def _note_silence(self, url: URL, error: aiohttp.ClientConnectorError) -> None:
+        """Raise OutageError if it is not the hosts that are gone."""
+        self._silent.add(url.host)
+        if len(self._silent) < _SILENT_HOSTS:
+            return
+        self._silent.clear()
+        if self._answering is None or not await self._connects(self._answering):
+            raise OutageError(
+                f"{_SILENT_HOSTS} hosts one after the other could not be connected to, the last "
+                f"with: {error}. Either the network is down here, or the list names none that "
+                "still exist"
+            ) from error
+
+    async def _connects(self, url: URL) -> bool:
+        """Whether a host that answered before still can be connected to."""
+        try:
+            async with asyncio.timeout(self.config.connect_seconds):
+                _, writer = await asyncio.open_connection(url.host, url.port)
+        except OSError:  # a TimeoutError is one
+            return False
+        writer.close()
+        return True
 
     async def _attempt(self, url: URL) -> bytes:
         for _ in range(self.config.max_redirects + 1):
@@ -322,6 +359,8 @@ async def _download_row(downloader: Downloader, row: dict[str, Any] | Rejected) 
         return row
     try:
         return {**row, "image": await downloader.download(row["url"])}
+    except OutageError:
+        raise
     except DownloadError as error:
         reason, detail = error.reason, error.detail
     except Exception as error:  # what a server may do to a client has no end

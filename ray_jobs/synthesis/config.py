@@ -29,6 +29,11 @@ class VllmConfig(BaseConfig):
         default_factory=dict, description="anything else that vLLM's engine takes"
     )
 
+    @property
+    def count(self) -> int:
+        """Workers at a time."""
+        return self.engines
+
     def arguments(self) -> dict[str, Any]:
         """What vLLM is started with."""
         chosen: dict[str, Any] = {
@@ -69,6 +74,11 @@ class HttpConfig(BaseConfig):
         600, description="a server that is away or busy is asked again for so long"
     )
 
+    @property
+    def count(self) -> int:
+        """Workers at a time."""
+        return self.clients
+
     @field_validator("url")
     @classmethod
     def _is_url(cls, url: str) -> str:
@@ -89,3 +99,8 @@ class PythonConfig(BaseConfig):
     workers: PositiveInt = Field(1, description="processes that caption")
     cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each")
     gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for each")
+
+    @property
+    def count(self) -> int:
+        """Workers at a time."""
+        return self.workers

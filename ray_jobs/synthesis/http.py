@@ -20,7 +20,7 @@ from ray_jobs.synthesis.task import GenerationError, Messages, SamplingConfig
 from ray_jobs.synthesis.worker import ChunkWorker, Work
 
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
-_DENIED = frozenset({401, 403, 404})
+_DENIED = frozenset({401, 402, 403, 404})
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 
 
@@ -99,7 +99,8 @@ class ChatClient:
                 if response.status in _DENIED:
                     raise ServerError(
                         f"{url} answers {response.status}: {(await response.text())[:300]}; "
-                        f"mend engine.url, engine.model, or the key in {self.config.api_key_env}"
+                        "mend engine.url, engine.model, the account, or the key in "
+                        f"{self.config.api_key_env}"
                     )
                 if not response.ok:
                     raise GenerationError(f"{response.status}: {(await response.text())[:300]}")

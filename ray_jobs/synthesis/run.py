@@ -68,6 +68,7 @@ class TaskRun:
         identity: what decides the outcome; tables of another identity are not mixed with these.
         chunk_rows: rows done, published or redone at once.
         hang_seconds: an engine that answers nothing for so long is started anew.
+        engines: that work at a time, at most.
     """
 
     section: str
@@ -78,6 +79,7 @@ class TaskRun:
     identity: Mapping[str, Any]
     chunk_rows: int
     hang_seconds: float
+    engines: int
 
     @property
     def beside(self) -> Beside:
@@ -154,7 +156,7 @@ class TaskRun:
         rows, name = self.manifest.rows, self.manifest.name
         done = rows - sum(chunk.rows for chunk in todo)
         others = tuple(one for one in written(self.storage, name) if one != self.beside)
-        work = Work(self.storage, name, others, self.task, watch, self.hang_seconds)
+        work = Work(self.storage, name, others, self.task, watch, self.hang_seconds, self.engines)
         # One chunk to a task: a task that is lost is done again whole.
         chunks = work_items([asdict(chunk) for chunk in todo])
         with (

@@ -11,7 +11,7 @@ import ray
 
 from ray_jobs.cluster import beside_driver
 
-# An engine that comes up this often without finishing a chunk will not do better the next time.
+# Engines that come up this often each without one finishing a chunk will not do better next time.
 MAX_STARTS = 5
 # A chunk that was begun this often is done row by row, to find the row that kills engines.
 CAREFUL_BEGIN = 3

@@ -18,8 +18,11 @@ import psutil
 from ray_jobs.beside import Beside
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.chunks import Chunk, read_chunk, write_chunk
-from ray_jobs.synthesis.task import ENGINE_FAILED, Complete, Messages, Row, Task
+from ray_jobs.synthesis.task import ENGINE_FAILED, Complete, GenerationError, Messages, Row, Task
 from ray_jobs.synthesis.watch import MAX_STARTS, Watch
+
+# No row of these was to blame, or data would have to be very odd; what is wrong is the engine.
+MOST_REFUSALS = 200
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Work:
         task: what is done for each row.
         watch: is told what happens.
         hang_seconds: an engine that answers nothing for so long while it is asked is ended.
+        engines: workers at most.
     """
 
     storage: Storage
@@ -41,6 +45,7 @@ class Work:
     task: Task
     watch: Watch
     hang_seconds: float
+    engines: int
 
     @property
     def beside(self) -> Beside:
@@ -54,6 +59,10 @@ class Work:
     def write(self, chunk: Chunk, rows: Sequence[Row]) -> None:
         """Publish a chunk."""
         write_chunk(self.storage, self.beside, chunk, rows, self.task.schema)
+
+
+class RefusedError(RuntimeError):
+    """The model takes no requests as they are; rows are not to blame."""
 
 
 class EngineDiedError(RuntimeError):
@@ -73,9 +82,11 @@ class ChunkWorker:
         self.identity = uuid.uuid4().hex
         self._pulse = _Pulse(hang_seconds or work.hang_seconds, self._end_hung)
         self._one_at_a_time: asyncio.Lock | None = None
-        if (starts := self.watch.start()) > MAX_STARTS:
+        self._refusals = 0  # in a row
+        if (starts := self.watch.start()) > MAX_STARTS * work.engines:
             raise RuntimeError(
-                f"an engine came up {starts} times without finishing a chunk; its log says why"
+                f"{work.engines} engines came up {starts} times without finishing a chunk; their "
+                "logs say why"
             )
 
     async def run(self, chunk: Chunk, complete: Complete) -> dict[str, Any]:
@@ -126,10 +137,20 @@ class ChunkWorker:
         async def asked(messages: Messages, seed: int) -> str:
             try:
                 with self._pulse:
-                    return await complete(messages, seed)
+                    answer = await complete(messages, seed)
+            except GenerationError as error:
+                self._refusals += 1
+                if self._refusals >= MOST_REFUSALS:
+                    raise RefusedError(
+                        f"the model refused {self._refusals} requests in a row, the last with: "
+                        f"{error}"
+                    ) from error
+                raise
             except EngineDiedError as error:
                 self.watch.last_words(self.identity, "engine_died", str(error))
                 end_process()
+            self._refusals = 0
+            return answer
 
         return asked
 

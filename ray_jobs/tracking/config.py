@@ -8,7 +8,7 @@ from pathlib import Path
 from boto3.exceptions import Boto3Error  # type: ignore[import-untyped]
 from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 from mlflow.exceptions import MlflowException
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, field_validator
 
 from ray_jobs.models import cache_folder
 from ray_jobs.storage import Storage
@@ -34,6 +34,13 @@ class TrackingConfig(BaseConfig):
     system_metrics_seconds: PositiveFloat | None = Field(
         10.0, description="between two samples of the driver's machine; null for none"
     )
+
+    @field_validator("champion_metric")
+    @classmethod
+    def _larger_is_better(cls, name: str) -> str:
+        if name.endswith("_rank"):
+            raise ValueError(f"{name} is better when it is smaller; takes a recall or an accuracy")
+        return name
 
 
 @dataclass(frozen=True)

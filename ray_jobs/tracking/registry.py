@@ -18,11 +18,13 @@ from mlflow.utils.logging_utils import MLFLOW_LOGGING_STREAM
 import rwkv_clip
 from ray_jobs.storage import Storage
 from ray_jobs.tracking.runs import Tracker, current_store
+from ray_jobs.tracking.source import stored_model
 from rwkv_clip.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
+_WEIGHTS = "weights"  # the tag that holds their digest
 _EXAMPLE = [{"text": "a red heart"}, {"text": "a photo of a dog"}]
 
 
@@ -69,9 +71,11 @@ def register(
     run_id = tracker.run_id("train")
     if run_id is None:
         raise MlflowException("the training has no run in MLflow")
-    version = _registered(client, config.model_name, run_id)
+    weights = stored_model(storage, checkpoint).digest
+    version = _registered(client, config.model_name, run_id, weights)
     if version is None:
-        version = _log_model(tracker, storage, checkpoint, run_id)
+        with tracker.reopened(run_id):
+            version = _log_model(tracker, storage, checkpoint, run_id, weights)
     score = (metrics or {}).get(config.champion_metric)
     tags = {"checkpoint": storage.child_uri(checkpoint), "test_digest": test_digest or ""}
     if score is not None:
@@ -85,12 +89,17 @@ def register(
     return Registered(uri, str(version.version), wins, told)
 
 
-def _registered(client: MlflowClient, name: str, run_id: str) -> ModelVersion | None:
-    found = client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
-    return found[0] if found else None
+def _registered(client: MlflowClient, name: str, run_id: str, weights: str) -> ModelVersion | None:
+    """The run's version with these weights: a training that was done again has others."""
+    for version in client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
+        if version.tags.get(_WEIGHTS) == weights:
+            return version
+    return None
 
 
-def _log_model(tracker: Tracker, storage: Storage, checkpoint: str, run_id: str) -> ModelVersion:
+def _log_model(
+    tracker: Tracker, storage: Storage, checkpoint: str, run_id: str, weights: str
+) -> ModelVersion:
     name = tracker.config.model_name
     with (
         _local_copy(storage, checkpoint) as folder,
@@ -105,7 +114,7 @@ def _log_model(tracker: Tracker, storage: Storage, checkpoint: str, run_id: str)
             pip_requirements=[f"rwkv-clip=={rwkv_clip.__version__}"],
         )
         with _quietly():
-            registered = mlflow.register_model(info.model_uri, name)
+            registered = mlflow.register_model(info.model_uri, name, tags={_WEIGHTS: weights})
     return tracker.client.get_model_version(name, str(registered.version))
 
 
@@ -136,7 +145,9 @@ def _wins(
 ) -> tuple[bool, str]:
     """Whether a version takes or keeps the alias, and why."""
     if metric not in tags:
-        return False, f"not evaluated on {metric}, so it cannot become the champion"
+        return False, (
+            f"not evaluated on {metric}, so it cannot become the champion; serve.model can name it"
+        )
     try:
         champion = client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException:

@@ -311,6 +311,20 @@ class Tracker:
             run.end("FAILED")
         self._tell_watcher("close", run.run_id)
 
+    @contextmanager
+    def reopened(self, run_id: str) -> Iterator[None]:
+        """Work that MLflow does inside a run that has ended; it stays as ended as it was.
+
+        Meanwhile it runs for MLflow, and the watcher ends it if this process dies.
+        """
+        status = self.client.get_run(run_id).info.status
+        self._tell_watcher("open", run_id)
+        try:
+            yield
+        finally:
+            self.client.set_terminated(run_id, status)
+            self._tell_watcher("close", run_id)
+
     def _tell_watcher(self, verb: str, run_id: str) -> None:
         if self._watcher is None:
             command = [sys.executable, "-m", "ray_jobs.tracking.watcher", self.uri]

@@ -5,12 +5,15 @@ from typing import Literal
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
     model_validator,
 )
 
+from ray_jobs.pairs import TextColumn
+from ray_jobs.training.plan import check_lanes, check_shares
 from ray_jobs.training.recipe import RecipeConfig
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.model.config import CONFIGS, CLIPConfig, named_config
@@ -98,13 +101,23 @@ class DataConfig(BaseConfig):
     )
 
 
+RecallMetric = Literal[
+    "text_to_image_recall_at_1",
+    "text_to_image_recall_at_5",
+    "text_to_image_recall_at_10",
+    "image_to_text_recall_at_1",
+    "image_to_text_recall_at_5",
+    "image_to_text_recall_at_10",
+]
+
+
 class ValidationConfig(BaseConfig):
     """How checkpoints are validated while training goes on, on pairs that it does not see."""
 
     pairs: PositiveInt = Field(2048, description="that are searched, the first of the data set")
-    text: str = Field("caption", description="the column of texts that images are searched by")
+    text: TextColumn = Field("caption", description="of the texts that images are searched by")
     batch: PositiveInt = Field(256, description="images or texts embedded at a time")
-    metric: str = Field(
+    metric: RecallMetric = Field(
         "text_to_image_recall_at_10", description="by which the best checkpoint is found"
     )
     cpus: PositiveFloat = Field(1.0, description="CPUs that the task holds")
@@ -140,7 +153,9 @@ class TrainConfig(BaseConfig):
     compile: bool = Field(False, description="compile the model")
     activation_checkpointing: bool = Field(False, description="less memory for a third more time")
     loss: Literal["contrastive"] = "contrastive"
-    seed: int = Field(0, description="of weights, order, augmentation and regularisation")
+    seed: NonNegativeInt = Field(
+        0, description="of weights, order, augmentation and regularisation"
+    )
     log_steps: PositiveInt = Field(10, description="steps between two records of metrics")
     checkpoint_steps: PositiveInt = Field(1000, description="steps between two checkpoints")
     keep_checkpoints: PositiveInt = Field(
@@ -165,4 +180,15 @@ class TrainConfig(BaseConfig):
     def _fewer_at_least(self) -> "TrainConfig":
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, more than workers")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> "TrainConfig":
+        """What no data is needed for to see that it is wrong."""
+        try:
+            self.model.clip_config()
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
+        check_lanes(self.batch, self.data.lanes)
+        check_shares(self.data.lanes, self.workers)
         return self

@@ -132,6 +132,7 @@ class Worker:
         self.optimizer = create_optimizer(self.model, self.config.recipe)
         self.loss: PairLoss = create_loss(self.config.loss)
         self.state = RunState()
+        self._left_out = 0  # of this worker's samples, since the last checkpoint
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the beginning, to the end."""
@@ -230,7 +231,7 @@ class Worker:
     def _to_device(self, batch: Batch) -> Inputs:
         """Normalised pixels [B, 3, S, S], tokens [B, T] and seeds [B] of the usable samples."""
         usable = batch["usable"]
-        self.state.left_out += int((~usable).sum())
+        self._left_out += int((~usable).sum())
         whole = bool(usable.all())
         pixels, tokens, seeds = (
             torch.from_numpy(np.ascontiguousarray(_kept(batch[name], usable, whole))).to(
@@ -318,6 +319,7 @@ class Worker:
         """Write the state and hand it to Ray Train, which uploads it while training goes on."""
         folder = Path(tempfile.mkdtemp(prefix="rwkv-clip-"))
         config = self.model.config
+        self._count_left_out()
         save_state(folder, self.model, self.optimizer, config, self.state, writes=self.rank == 0)
         checkpoint = None
         if self.rank == 0:
@@ -331,6 +333,14 @@ class Worker:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             validation=self._validation() if checkpoint else False,
         )
+
+    def _count_left_out(self) -> None:
+        """Add up all workers' samples, of which the first worker writes the number."""
+        more = torch.tensor(self._left_out, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(more)
+        self.state.left_out += int(more)
+        self._left_out = 0
 
     def _validation(self) -> ray.train.ValidationTaskConfig | bool:
         """What is asked of the task that validates the checkpoint of this step."""

@@ -16,6 +16,8 @@ Choices:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,24 @@ Rows = npt.NDArray[np.int64]
 
 class PlanError(ValueError):
     """A data set and a batch that do not go together."""
+
+
+def check_lanes(batch: int, lanes: int) -> None:
+    """Raises PlanError where a batch cannot be cut into equal lanes."""
+    if batch % lanes:
+        raise PlanError(
+            f"a batch of {batch} cannot be cut into {lanes} equal lanes; take a data.lanes that "
+            "divides it"
+        )
+
+
+def check_shares(lanes: int, workers: int) -> None:
+    """Raises PlanError where workers cannot share the lanes equally."""
+    if lanes % workers:
+        raise PlanError(
+            f"{lanes} lanes cannot be shared by {workers} workers; "
+            "take a data.lanes that is a multiple of the workers"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,14 +81,13 @@ class DataPlan:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.batch % self.lanes:
-            raise PlanError(f"a batch of {self.batch} cannot be cut into {self.lanes} equal lanes")
+        check_lanes(self.batch, self.lanes)
         if self.rows < self.batch:
             raise PlanError(
                 f"{self.rows:,} pairs do not fill a batch of {self.batch:,}; take a smaller batch"
             )
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Pairs in the data set."""
         return sum(self.row_groups)
@@ -91,14 +110,6 @@ class DataPlan:
         if workers > self.lanes:
             raise PlanError(f"{self.lanes} lanes are not enough for {workers} workers")
         return range(rank * self.lanes // workers, (rank + 1) * self.lanes // workers)
-
-    def check_shares(self, workers: int) -> None:
-        """Raises PlanError where the lanes cannot be shared equally."""
-        if self.lanes % workers:
-            raise PlanError(
-                f"{self.lanes} lanes cannot be shared by {workers} workers; "
-                "take a number of lanes that is a multiple of the workers"
-            )
 
     def windows(self, first_step: int, last_step: int) -> Iterator[Window]:
         """The work from a global step to before another one, in order; windows may be cut."""
@@ -130,10 +141,8 @@ class DataPlan:
 
     def _stretch(self, epoch: int, begin: int, count: int) -> Rows:
         """Some consecutive rows of the epoch's line."""
-        sizes = np.asarray(self.row_groups)
-        order = self._generator(epoch, 0, 0).permutation(len(sizes))
-        ends = np.cumsum(sizes[order])
-        starts_in_data = np.cumsum(sizes) - sizes
+        line = self._line(epoch)
+        sizes, order, ends, starts_in_data = line.sizes, line.order, line.ends, line.starts
         first, last = np.searchsorted(ends, [begin, begin + count - 1], side="right")
         pieces = []
         for at in range(first, last + 1):
@@ -144,8 +153,41 @@ class DataPlan:
             pieces.append(np.arange(low + offset, high + offset, dtype=np.int64))
         return np.concatenate(pieces)
 
+    def _line(self, epoch: int) -> "_Line":
+        """The order of an epoch's row groups; the last one is kept, for its other windows."""
+        held: _Line | None = self.__dict__.get("_held_line")
+        if held is None or held.epoch != epoch:
+            sizes = np.asarray(self.row_groups, dtype=np.int64)
+            order = self._generator(epoch, 0, 0).permutation(len(sizes))
+            held = _Line(epoch, sizes, order, np.cumsum(sizes[order]), np.cumsum(sizes) - sizes)
+            self.__dict__["_held_line"] = held
+        return held
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be computed again: plans travel to every task that makes batches."""
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])
+
+
+@dataclass(frozen=True)
+class _Line:
+    """An epoch's row groups, one after the other.
+
+    Attributes:
+        epoch: which.
+        sizes: rows of each group, by its place in the data set.
+        order: the groups' places in the data set, as they lie in the line.
+        ends: where in the line each of these ends.
+        starts: each group's first row in the data set.
+    """
+
+    epoch: int
+    sizes: Rows
+    order: Rows
+    ends: Rows
+    starts: Rows
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ answer is also written to the storage, where it outlives the run's processes:
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray.train
 import torch
 
-from ray_jobs.encoding import PairEncoder, named_metrics
+from ray_jobs.encoding import PairEncoder, named_metrics, with_text
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.config import ValidationConfig
@@ -57,7 +56,8 @@ class Validator:
         ]
         image_emb = torch.cat([batch.image_emb for batch in batches]).float().cpu().numpy()
         text_emb = torch.cat([batch.text_emb for batch in batches]).float().cpu().numpy()
-        result = retrieval(image_emb, text_emb, np.arange(len(image_emb)))
+        asked = with_text([text for batch in batches for text in batch.texts])
+        result = retrieval(image_emb, text_emb[asked], asked)
         metrics = {f"validation_{name}": value for name, value in named_metrics(result).items()}
         record = {"step": step, **metrics}
         self.files.storage.write_json(f"{self.folder}/validation/step-{step:09d}.json", record)

@@ -135,9 +135,11 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(name: str, images: Path)
 
 
 def test_files_that_are_not_there_are_rejected(images: Path) -> None:
-    names = ["img/77.png", "img", "", None, "img/\x00.png"]
+    names = ["img/77.png", "img", "", None, "img/\x00.png", "x" * 300, "img/\ud83d.png"]
+    (images / "img/round.png").symlink_to(images / "img/round.png")
+    names += ["img/round.png", "img/0.png"]
     write_jsonl(images / "metadata.jsonl", [{"file_name": name, "text": "hi"} for name in names])
-    assert texts_of(source(images)) == ["no_image"] * 4 + ["no_image"]
+    assert texts_of(source(images)) == ["no_image"] * (len(names) - 1) + ["hi"]
 
 
 def test_a_missing_column_is_found_before_work(images: Path) -> None:

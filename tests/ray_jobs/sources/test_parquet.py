@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
-from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source
+from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source, parquet
 from rwkv_clip.tokenizer import tokenize
 
 Png = Callable[[int], bytes]
@@ -192,6 +192,46 @@ def test_a_broken_page_loses_its_row_group_and_no_more(tmp_path: Path, png: Png)
     assert [isinstance(row, Rejected) for row in rows] == [False] * 4 + [True] * 4 + [False] * 4
     assert rows[4].reason == "unreadable"
     assert rows[4].origin == "a.parquet row 4"
+
+
+def test_large_row_groups_are_cut(tmp_path: Path, png: Png) -> None:
+    write(tmp_path / "a.parquet", pairs(png, 26), group=20)
+    for options, most in (({"unit_rows": 6}, 6), ({"unit_bytes": 1}, 1), ({"unit_rows": 7}, 7)):
+        one = source(tmp_path, **options)
+        units = one.units()
+        assert max(unit.rows for unit in units) <= most
+        assert len({unit.name for unit in units}) == len(units)
+        assert [row["id"] for row in rows_of(one)] == [f"p{i}" for i in range(26)]
+
+
+def test_a_broken_page_loses_its_row_group_in_every_unit(tmp_path: Path, png: Png) -> None:
+    path = tmp_path / "a.parquet"
+    write(path, pairs(png, 12), group=6)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+    rows = rows_of(source(tmp_path, unit_rows=2))
+    assert [isinstance(row, Rejected) for row in rows] == [True] * 6 + [False] * 6
+    assert [row.origin for row in rows[:6]] == [f"a.parquet row {at}" for at in range(6)]
+
+
+def test_what_fails_once_is_read_again(
+    tmp_path: Path, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.parquet", pairs(png, 12), group=12)
+    whole, failures = parquet._group_rows, iter([3, 7])
+
+    def shaky(file: Any, group: int, columns: Any, begin: int, stop: int) -> Any:
+        fails_at = next(failures, None)
+        for at, row in enumerate(whole(file, group, columns, begin, stop), begin):
+            if at == fails_at:
+                raise OSError("the network was away")
+            yield row
+
+    monkeypatch.setattr(parquet, "_group_rows", shaky)
+    assert [row["id"] for row in rows_of(source(tmp_path))] == [f"p{i}" for i in range(12)]
 
 
 def test_strings_that_are_no_utf8_are_still_read(tmp_path: Path, png: Png) -> None:

@@ -17,7 +17,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source
-from ray_jobs.sources.urls import retry_after
+from ray_jobs.sources.urls import OutageError, retry_after
 from rwkv_clip.addresses import is_public
 
 Png = Callable[[int], bytes]
@@ -240,6 +240,19 @@ def test_a_host_that_fails_again_and_again_is_given_up_on(tmp_path: Path, server
     assert [row.reason for row in rows] == ["download_failed"] * 30
     assert server.asked.total() <= 12
     assert "given up on after 10 failures" in rows[-1].detail
+
+
+DEAD = [f"http://127.0.{at // 200}.{at % 200 + 2}:9/a.png" for at in range(120)]
+
+
+def test_when_nothing_can_be_reached_no_row_is_to_blame(tmp_path: Path) -> None:
+    with pytest.raises(OutageError, match="the network is down here"):
+        download(tmp_path, DEAD, retries=0)
+
+
+def test_hosts_that_are_gone_are_no_outage(tmp_path: Path, server: Server) -> None:
+    rows = download(tmp_path, [server.url("/ok"), *DEAD], retries=0, concurrency=1)
+    assert [isinstance(row, Rejected) for row in rows] == [False] + [True] * len(DEAD)
 
 
 def test_names_are_resolved_to_public_addresses_only(tmp_path: Path, server: Server) -> None:

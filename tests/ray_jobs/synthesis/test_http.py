@@ -126,6 +126,24 @@ def test_a_server_that_stays_away_ends_the_job_and_says_so(pairs):
         synthesize(config, pairs)
 
 
+def test_many_clients_may_start_before_any_has_done_a_chunk(pairs):
+    with server(lambda *_: (200, {}, chat(ANSWER))) as url:
+        engine = {"kind": "http", "url": url, "model": "m", "clients": 6, "cpus": 0.05}
+        config = SynthesisConfig.model_validate({"engine": engine, "chunk_rows": 4})
+        assert synthesize(config, pairs).rows == ROWS
+
+
+def test_a_server_that_refuses_everything_ends_the_job_and_says_so(ray_cluster, tmp_path):
+    storage = Storage.at(tmp_path)
+    source = {"kind": "emoji", "limit": 240, "unit_rows": 240}
+    ingest(IngestConfig(source=source), storage)
+    with server(lambda *_: (400, {}, b"no json_schema here")) as url:
+        engine = {"kind": "http", "url": url, "model": "m", "cpus": 0.2}
+        config = SynthesisConfig.model_validate({"engine": engine, "chunk_rows": 240})
+        with pytest.raises(SynthesisError, match=r"refused 200 requests.*no json_schema"):
+            synthesize(config, storage)
+
+
 @pytest.fixture(scope="module")
 def vllm_server() -> Iterator[str]:
     """vLLM's own server with the small model; its base URL."""

@@ -15,6 +15,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
+from pydantic import ValidationError
 
 from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.tracking import Tracker, TrackingConfig, TrackingError
@@ -215,6 +216,33 @@ def test_only_a_better_model_becomes_the_champion(storage, checkpoint, capfd):
     told = "".join(capfd.readouterr())
     assert "egistered model" not in told  # MLflow's own words; our terminal has a line of its own
     assert "Created version" not in told
+
+
+def test_a_training_that_was_done_again_is_another_version(storage, checkpoint):
+    assert registered(storage, checkpoint, 0.25).version == "1"
+    torch.manual_seed(1)
+    save_checkpoint(create_model(named_config("RWKV-CLIP-Tiny")), storage.path(checkpoint))
+    again = registered(storage, checkpoint, 0.30)
+    assert (again.version, again.champion) == ("2", True)
+    assert registered(storage, checkpoint, 0.30).version == "2"
+
+
+def test_registering_leaves_the_training_as_it_ended(storage, checkpoint, monkeypatch):
+    def away(*_: Any, **__: Any) -> None:
+        raise OSError("the artifact store is away")
+
+    monkeypatch.setattr(mlflow.pyfunc, "log_model", away)
+    with pytest.raises(OSError, match="is away"):
+        registered(storage, checkpoint, 0.25)
+    client = MlflowClient(tracking_uri=store(storage))
+    experiment = client.get_experiment_by_name("rwkv-clip").experiment_id
+    (run,) = client.search_runs([experiment], "attributes.run_name = 'train'")
+    assert run.info.status == "FINISHED"
+
+
+def test_a_metric_that_is_better_when_smaller_cannot_make_champions():
+    with pytest.raises(ValidationError, match="better when it is smaller"):
+        TrackingConfig(champion_metric="text_to_image_median_rank")
 
 
 def test_the_registered_model_embeds_as_the_checkpoint_does(storage, checkpoint):

@@ -1,5 +1,6 @@
 """The order of the data: every row once an epoch, the same for any number of workers."""
 
+from copy import deepcopy
 from itertools import chain
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_jobs.training.plan import DataPlan, PlanError, RowAddress, Window
+from ray_jobs.training.plan import DataPlan, PlanError, RowAddress, Window, check_shares
 
 groups = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -69,9 +70,9 @@ def test_a_window_that_begins_in_the_middle_has_the_rows_of_the_whole_one():
 def test_workers_share_the_lanes():
     plan = plan_of()
     assert [list(plan.lanes_of(rank, 2)) for rank in range(2)] == [[0, 1], [2, 3]]
-    plan.check_shares(2)
+    check_shares(plan.lanes, 2)
     with pytest.raises(PlanError, match="4 lanes cannot be shared by 3 workers"):
-        plan.check_shares(3)
+        check_shares(plan.lanes, 3)
 
 
 @pytest.mark.parametrize("workers", range(1, 5))
@@ -109,3 +110,12 @@ def test_an_address_finds_each_row(parts):
         )
         for g, row in zip(found, rows, strict=True)
     ] == expected
+
+
+def test_a_plan_travels_without_what_it_has_computed():
+    plan = plan_of()
+    rows = plan.rows_of(Window(1, 0, 3), 0)
+    sent = deepcopy(plan)  # by what it would be sent as
+    assert sent == plan
+    assert set(vars(sent)) == {"row_groups", "batch", "lanes", "shuffle_steps", "seed"}
+    np.testing.assert_array_equal(sent.rows_of(Window(1, 0, 3), 0), rows)

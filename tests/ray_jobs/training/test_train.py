@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.encoding import TextsError
+from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.storage import Storage
 from ray_jobs.train import TrainError, TrainResult, _trainer, total_steps, train
 from ray_jobs.training.batches import PairFiles
@@ -115,9 +117,13 @@ def test_a_disk_that_fills_up_costs_no_checkpoint_that_was_there(
 def test_a_loss_that_is_no_number_names_the_pairs_and_the_checkpoint(own_storage):
     # The first step is taken, and with it the weights are so large that the second has no loss.
     recipe = {"learning_rate": 1e30, "clip_norm": 1e30}
-    told = r"at step 1 .*ids on worker 0 are noto-.*last good checkpoint is \S+/step-000000001\."
+    told = r"at step 1 .*ids are noto-.*\(32 in all.*last good checkpoint is \S+/step-000000001\."
     with pytest.raises(NonFiniteLossError, match=told):
-        train(config_of(recipe=recipe, checkpoint_steps=1), own_storage)
+        train(config_of(recipe=recipe, checkpoint_steps=1, workers=2), own_storage)
+    kept = own_storage.read_json("train/not-finite.json")
+    assert kept["step"] == 1
+    assert [(one["rank"], len(one["ids"])) for one in kept["workers"]] == [(0, 16), (1, 16)]
+    assert not [name for name in own_storage.names("train") if "not-finite-" in name]
     assert own_storage.exists("train/step-000000001/model.safetensors")
 
 
@@ -135,8 +141,34 @@ def test_another_configuration_is_refused_with_what_differs(undisturbed):
 def test_what_does_not_fit_is_refused_before_the_work(own_storage):
     with pytest.raises(TrainError, match=r"train\.batch.*do not fill a batch of 4,096"):
         train(config_of(batch=4096), own_storage)
-    with pytest.raises(TrainError, match="4 lanes cannot be shared by 3 workers"):
-        train(config_of(workers=3), own_storage)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"workers": 3}, "4 lanes cannot be shared by 3 workers"),
+        ({"batch": 30}, "30 cannot be cut into 4 equal lanes"),
+        ({"model": {"name": "RWKV-CLIP-Tiny", "image": {"heads": 7}}}, "model: .*heads"),
+        ({"seed": -1}, "seed"),
+        ({"validation": {"metric": "text_to_image_recal_at_10"}}, "validation.metric"),
+        ({"validation": {"text": "captoin"}}, "validation.text"),
+    ],
+)
+def test_what_needs_no_data_to_be_wrong_is_told_at_once(changes, told):
+    with pytest.raises(ValidationError, match=told):
+        config_of(**changes)
+
+
+def test_pairs_without_the_texts_to_validate_by_are_refused_before_the_work(own_storage):
+    source = {"kind": "emoji", "limit": 60, "unit_rows": 60}
+    ingest(IngestConfig(source=source), own_storage, "validation")
+    (part,) = Manifest.from_storage(own_storage, "validation").parts
+    table = own_storage.read_table(part.path)
+    at = table.schema.get_field_index("caption")
+    empty = pa.nulls(len(table), table.schema.field(at).type)
+    own_storage.write_table(part.path, table.set_column(at, table.schema.field(at), empty))
+    with pytest.raises(TextsError, match=r"train\.validation\.text: no pair .* set it to web_text"):
+        train(config_of(validation={"pairs": 20}), own_storage)
 
 
 class _Recorder:

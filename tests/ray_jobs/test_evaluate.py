@@ -1,0 +1,78 @@
+"""Pairs that are searched by their texts, some of which have none."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from ray_jobs.encoding import TextsError, named_metrics
+from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
+from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.storage import Storage
+from ray_jobs.training.batches import PairFiles
+from rwkv_clip import image_transform, tokenize
+from rwkv_clip.evaluation import retrieval
+from rwkv_clip.model import create_model, save_checkpoint
+from tests.serve.small import small_config
+
+PAIRS, WITHOUT = 40, 15
+
+
+@pytest.fixture
+def storage(ray_cluster: None, tmp_path) -> Storage:
+    """Pairs of which some have no caption."""
+    made = Storage.at(tmp_path)
+    source = {"kind": "emoji", "vendor": "twemoji", "limit": PAIRS, "unit_rows": PAIRS}
+    ingest(IngestConfig(source=source), made, "test")
+    without_captions(made, WITHOUT)
+    return made
+
+
+def without_captions(storage: Storage, count: int) -> None:
+    """Take the first captions away."""
+    (part,) = Manifest.from_storage(storage, "test").parts
+    table = storage.read_table(part.path)
+    at = table.schema.get_field_index("caption")
+    field = table.schema.field(at)
+    kept = [None] * count + table["caption"].to_pylist()[count:]
+    storage.write_table(part.path, table.set_column(at, field, pa.array(kept, field.type)))
+
+
+def run(storage: Storage, seed: int) -> tuple[EvaluationResult, dict[str, float]]:
+    """An evaluation of a model, and what it should find."""
+    torch.manual_seed(seed)
+    model = create_model(small_config()).eval()
+    save_checkpoint(model, storage.path("train/step-000000009"))
+    found = evaluate(
+        EvaluationConfig(cpus_per_worker=0.2, batch=16), storage, "train/step-000000009"
+    )
+    pairs = PairFiles.of(storage, "test").take(np.arange(PAIRS))
+    with torch.inference_mode():
+        images = image_transform(model.config).batch([pair["image"] for pair in pairs]).pixels
+        texts = tokenize([pair["caption"] for pair in pairs[WITHOUT:]], model.config.context_length)
+        expected = retrieval(
+            model.encode_image(images), model.encode_text(texts), np.arange(WITHOUT, PAIRS)
+        )
+    return found, named_metrics(expected)
+
+
+def test_images_are_searched_by_the_texts_that_there_are(storage):
+    found, expected = run(storage, 0)
+    told = {**expected, "pairs": PAIRS, "pairs_without_text": WITHOUT}
+    assert found.metrics == pytest.approx(told)
+    assert all(one["text"] for one in found.examples)
+
+
+def test_another_model_under_the_same_name_is_evaluated_anew(storage):
+    first, _ = run(storage, 0)
+    second, expected = run(storage, 1)
+    assert second.examples != first.examples
+    assert second.metrics == pytest.approx(
+        {**expected, "pairs": PAIRS, "pairs_without_text": WITHOUT}
+    )
+
+
+def test_without_any_text_nothing_is_searched(storage):
+    without_captions(storage, PAIRS)
+    with pytest.raises(TextsError, match=r"evaluation\.text: no pair of .* has a caption"):
+        run(storage, 0)
