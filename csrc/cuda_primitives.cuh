@@ -68,14 +68,15 @@ inline size_t shared_memory_limit() {
   return static_cast<size_t>(bytes);
 }
 
-// The opt-in above 48 KB is a property of the kernel on the current device; setting it again is
-// harmless and safe from several threads, and costs less than remembering where it was done.
+// The opt-in above 48 KB is a property of the kernel on the current device. It is always set to all
+// that there is, so that threads that launch the kernel for other shapes do not take it back from each
+// other; setting it again costs less than remembering where it was done.
 template <typename... Params, typename... Args>
 const char* launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
                    void* stream, Args... args) {
   if (shared > 48 * 1024) {
     const cudaError_t set = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_memory_limit()));
     if (set != cudaSuccess) return cudaGetErrorString(set);
   }
   kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared,

@@ -37,12 +37,20 @@ Tensor contiguous_and_aligned(const Tensor& x) {
   return aligned ? y : torch::stable::clone(y);
 }
 
+// A function of PyTorch's CUDA library. Python loads that library for PyTorch alone, and linkers drop
+// it from what ours names, so where the common scope lacks it, it is looked up in the library itself.
+void* find_in_torch_cuda(const char* name) {
+  if (void* found = dlsym(RTLD_DEFAULT, name)) return found;
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  return library == nullptr ? nullptr : dlsym(library, name);
+}
+
 // The current stream of a device. The typed way to its handle needs a newer PyTorch than we do, so
 // the C function behind it is looked up among what is loaded; a CPU build has none.
 void* current_stream(int32_t device) {
   using Getter = int32_t (*)(int32_t, void**);
   static const Getter getter =
-      reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+      reinterpret_cast<Getter>(find_in_torch_cuda("aoti_torch_get_current_cuda_stream"));
   STD_TORCH_CHECK(getter != nullptr, "wkv6: this PyTorch has no CUDA streams");
   void* stream = nullptr;
   STD_TORCH_CHECK(getter(device, &stream) == 0, "wkv6: cannot get the stream of device ", device);

@@ -164,7 +164,7 @@ def _ninja_file(tools: Toolchain, sources: Sequence[Path]) -> str:
         f"cxx = {tools.cxx}",
         f"flags = {' '.join(flags)}",
         f"nvcc = {tools.nvcc or 'nvcc'}",
-        f"nvcc_flags = {' '.join(_nvcc_flags(tools.cxx))}",
+        f"nvcc_flags = {' '.join(_nvcc_flags(tools)) if tools.nvcc else ''}",
         f"link = {' '.join(link)}",
         "rule cpp",
         "  command = $cxx -MMD -MF $out.d $flags $isa -c $in -o $out",
@@ -193,13 +193,27 @@ def _instructions(source: Path) -> tuple[str, ...]:
     return INSTRUCTIONS[suffix] if suffix else ()
 
 
-def _nvcc_flags(cxx: str) -> list[str]:
-    flags = ["-O3", "-std=c++17", "-ccbin", cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+def _nvcc_flags(tools: Toolchain) -> list[str]:
+    flags = ["-O3", "-std=c++17", "-ccbin", tools.cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     flags += ["-cudart", "static", "--threads", "0"]
-    for number in ARCHITECTURES:
+    architectures = _architectures(tools.nvcc or "nvcc")
+    for number in architectures:
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-    newest = ARCHITECTURES[-1]
+    newest = architectures[-1]
     return [*flags, "-gencode", f"arch=compute_{newest},code=compute_{newest}"]
+
+
+def _architectures(nvcc: str) -> list[str]:
+    """Those of ours that the compiler knows; an old one does not know the newest."""
+    told = subprocess.run([nvcc, "--list-gpu-arch"], check=False, capture_output=True, text=True)
+    known = set(re.findall(r"compute_(\d+)", told.stdout))
+    found = [number for number in ARCHITECTURES if number in known]
+    if not found:
+        raise BuildError(
+            f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHITECTURES)}: install CUDA 12 or 13, "
+            "or set RWKV_CLIP_CUDA=0"
+        )
+    return found
 
 
 def _cuda_libraries(nvcc: str) -> Path:

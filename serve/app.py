@@ -79,7 +79,8 @@ class Ingress:
         give_back_freed_memory()  # that of bodies
         self.config = config.serve
         limits, remote = self.config.limits, self.config.remote
-        self.towers = Towers(director, image, text)
+        self.ongoing = 0
+        self.towers = Towers(director, image, text, lambda: self.ongoing)
         self.searcher = Searcher(self.config.search, index)
         self.fetcher = Fetcher(remote, limits.image_bytes) if remote else None
         self.bodies = Bodies(limits.body_bytes, limits.bodies_bytes)
@@ -90,7 +91,6 @@ class Ingress:
                 "replica would take requests without a key; set it for `ray start` on every node"
             )
         self.metrics = RequestMetrics()
-        self.ongoing = 0
         self.proved = False  # that both towers gave an embedding
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -235,6 +235,8 @@ class Ingress:
         # The route, not the address: that begins with whatever the application is served under.
         if route.startswith("/v1/"):
             self.keys.check(request.headers.get("authorization"))
+            if self.towers.ending:
+                raise ApiError(503, "ending", "this server is being ended; ask another one")
             if self.ongoing > self.config.ingress.max_ongoing:
                 raise ApiError(
                     429, "overloaded", "too many requests are under way; send this one again later"

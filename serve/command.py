@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -90,16 +91,22 @@ def run(args: argparse.Namespace) -> int:
             _tell("no more requests are taken; those that came are answered")
     finally:
         if deployed:
-            _take_away()
+            _take_away(config.serve)
         if not shared:
             serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
     return 0
 
 
-def _take_away() -> None:
-    """Let replicas answer what they have, and end them; Serve's proxies stay until then."""
-    with suppress(TimeoutError):  # an answer that is not there by now will not be
+def _take_away(config: ServeConfig) -> None:
+    """End the application when what came is answered: Serve ends towers beside the ingress."""
+    with suppress(Exception):  # there may be no director yet, or none any more
+        director = serve.get_deployment_handle("director", APPLICATION)
+        until = time.monotonic() + config.request_seconds
+        pause = threading.Event()
+        while not director.end.remote().result(timeout_s=5) and time.monotonic() < until:
+            pause.wait(_POLL_SECONDS)
+    with suppress(TimeoutError):
         serve.delete(APPLICATION)
 
 

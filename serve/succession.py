@@ -14,7 +14,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from serve.config import ServeFile
@@ -70,12 +70,14 @@ class Standing:
         coming: the one that is being loaded.
         refused: reasons by version.
         trouble: why no other model can be looked for.
+        ending: whether the server takes no more requests.
     """
 
     current: ModelPlace
     coming: ModelPlace | None = None
     refused: tuple[tuple[str, str], ...] = ()
     trouble: str | None = None
+    ending: bool = False
 
 
 @dataclass
@@ -157,6 +159,8 @@ class Director:
         self.config = self.asked = config
         self.trouble: str | None = None
         self.misread: str | None = None  # of a user configuration
+        self.ending = False
+        self.ingresses: dict[str, tuple[int | None, float]] = {}  # what they said, and when
         self.threads = ThreadPoolExecutor(1, "registry")
         self.changed = asyncio.Event()
         self.succession = Succession(place, config.serve.request_seconds + 2 * REPORT_SECONDS)
@@ -185,9 +189,24 @@ class Director:
         """What a replica of a tower is to do."""
         return self.succession.report(report, time.monotonic())
 
-    async def standing(self) -> Standing:
-        """How things stand."""
-        return self.succession.standing(self.misread or self.trouble)
+    async def standing(self, ingress: str | None = None, ongoing: int | None = None) -> Standing:
+        """How things stand.
+
+        Args:
+            ingress: the replica that asks.
+            ongoing: requests that it still answers, if it has heard that the server ends.
+        """
+        if ingress is not None:
+            self.ingresses[ingress] = (ongoing, time.monotonic())
+        standing = self.succession.standing(self.misread or self.trouble)
+        return replace(standing, ending=self.ending)
+
+    async def end(self) -> bool:
+        """Let the ingresses take no more requests; whether those that came are answered."""
+        self.ending = True
+        now = time.monotonic()
+        heard = [ongoing for ongoing, at in self.ingresses.values() if now - at < _GONE_SECONDS]
+        return all(ongoing == 0 for ongoing in heard)
 
     async def check_health(self) -> None:
         """Fail where the registry is no longer watched; Serve then replaces the replica."""

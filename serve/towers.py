@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,14 +54,27 @@ class Towers:
     Args:
         director: says what is served.
         image, text: the towers' deployments.
+        ongoing: how many requests the ingress answers now.
     """
 
-    def __init__(self, director: DeploymentHandle[Director], image: Handle, text: Handle) -> None:
+    def __init__(
+        self,
+        director: DeploymentHandle[Director],
+        image: Handle,
+        text: Handle,
+        ongoing: Callable[[], int],
+    ) -> None:
         self.handles: dict[Tower, Handle] = dict(zip(TOWERS, (image, text), strict=True))
         self._director = director
+        self._ingress, self._ongoing = uuid.uuid4().hex, ongoing
         self._standing: Standing | None = None
         self._follower: asyncio.Task[None] | None = None
         self._cards: dict[ModelPlace, ModelCard] = {}
+
+    @property
+    def ending(self) -> bool:
+        """Whether no more requests are to be taken."""
+        return self._standing is not None and self._standing.ending
 
     async def standing(self) -> Standing:
         """How things stand; raises ApiError as long as nobody can tell."""
@@ -89,7 +103,10 @@ class Towers:
         return self._cards[place]
 
     async def _ask(self) -> Standing:
-        standing: Standing = await call(self._director, "director", "standing")
+        ongoing = self._ongoing() if self.ending else None
+        standing: Standing = await call(
+            self._director, "director", "standing", self._ingress, ongoing
+        )
         return standing
 
     async def _follow(self) -> None:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -108,20 +108,21 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
             one for one in psutil.net_connections() if one.laddr and one.laddr.port == port
         ]
         assert {one.laddr.ip for one in listening} == {"127.0.0.1"}
-        # What is under way when it is interrupted is answered; all of these wait for one tower.
+        # When it is interrupted, what came is answered, and what comes later is told.
         many = {"input": [f"text {at}" for at in range(100)]}
         with ThreadPoolExecutor(24) as clients:
 
-            def ask(_: int) -> int:
-                sent = httpx.post(
-                    f"{address}/v1/embeddings", json=many, headers=headers, timeout=60
-                )
-                return sent.status_code
+            def ask(_: int) -> tuple[int, str]:
+                place = f"{address}/v1/embeddings"
+                answer = httpx.post(place, json=many, headers=headers, timeout=60)
+                return answer.status_code, answer.json().get("error", {}).get("code", "")
 
             asked = [clients.submit(ask, at) for at in range(24)]
             wait(asked, return_when=FIRST_COMPLETED)
             process.send_signal(signal.SIGINT)
-            assert [one.result() for one in asked] == [200] * 24
+            answers = Counter(one.result() for one in asked)
+            assert {*answers} <= {(200, ""), (503, "ending")}
+            assert answers[200, ""] >= 1
         told = process.stderr.read()
         assert process.wait() == 0, told
     assert "those that came are answered" in told

@@ -35,11 +35,12 @@ def random_inputs(
     decays: tuple[float, float] = (-6.0, 1.5),
     device: str = "cuda",
 ) -> Tensors:
-    """r, k, v, w, u, gy with w uniform over `decays`."""
-    r, k, v, gy = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
+    """r, k, v, w, u, gy of a shape (B, T, H, N), with w uniform over `decays`."""
+    B, T, H, N = shape
+    r, k, v, gy = (torch.randn(B, T, H * N, device=device).to(dtype) for _ in range(4))
     low, high = decays
-    w = (low + (high - low) * torch.rand(shape, device=device)).to(w_dtype or dtype)
-    u = torch.randn(shape[2:], device=device)
+    w = (low + (high - low) * torch.rand(B, T, H * N, device=device)).to(w_dtype or dtype)
+    u = torch.randn(H, N, device=device)
     return [r, k, v, w, u, gy]
 
 
@@ -96,9 +97,7 @@ def test_extreme_decays_agree(dtype: torch.dtype, tokens: int, decays: tuple[flo
 def test_golden_values(golden: Callable[[str], Path]) -> None:
     values = load_file(golden("wkv6.safetensors"), device="cuda")
     for case in sorted({key.split("/")[0] for key in values}):
-        heads, size = values[f"{case}/u"].shape
         inputs = [values[f"{case}/{name}"] for name in ("r", "k", "v", "w", "u", "gy")]
-        inputs = [x if i == 4 else x.unflatten(2, (heads, size)) for i, x in enumerate(inputs)]
         for name, got in zip(NAMES, run(inputs), strict=True):
             want = values[f"{case}/{name}"].reshape(got.shape)
             limit = (2e-4 if name == "gw" else 1e-5) * want.abs().max()
@@ -193,5 +192,5 @@ def test_non_contiguous_and_odd_views_agree() -> None:
 
 def test_an_empty_batch_gives_empty_outputs_and_zero_for_u() -> None:
     outputs = run(random_inputs((0, 5, 3, 16)))
-    assert [tuple(x.shape) for x in outputs[:5]] == [(0, 5, 3, 16)] * 5
+    assert [tuple(x.shape) for x in outputs[:5]] == [(0, 5, 48)] * 5
     assert (outputs[5] == 0).all()

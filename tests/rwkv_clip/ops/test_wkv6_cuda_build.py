@@ -1,6 +1,7 @@
 """nvcc turns the CUDA kernels into machine code for every architecture we name, without spills.
 
-Runs where the CUDA compiler is, with or without a GPU.
+Runs where the CUDA compiler is, with or without a GPU. What needs neither is here too: that the
+code around the kernels compiles, and that the operator takes what the tests on a GPU give it.
 """
 
 import os
@@ -10,6 +11,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from rwkv_clip import _build
+from tests.rwkv_clip.ops import test_wkv6_cuda as on_a_gpu
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = ("80", "90", "100")
@@ -52,3 +57,33 @@ def test_kernels_compile_and_stay_in_registers(report, architecture):
         assert any(f"{kind}_kernel" in name for name, *_ in kernels), f"no {kind} kernel"
     spilled = [kernel for kernel in kernels if max(int(kernel[1]), int(kernel[2])) > MAX_STACK]
     assert not spilled, spilled
+
+
+def test_the_code_around_the_kernels_compiles():
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    include = Path(torch.__file__).parent / "include"
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Werror"]
+    command += ["-DRWKV_CLIP_WITH_CUDA", f"-DTORCH_TARGET_VERSION={_build.TORCH_TARGET}"]
+    command += ["-isystem", str(include), str(ROOT / "csrc" / "wkv6_cuda_register.cpp")]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_the_tests_on_a_gpu_ask_for_is_what_the_operator_takes(golden):
+    for shape in ((2, 17, 3, 16), (0, 5, 3, 16)):
+        inputs = on_a_gpu.random_inputs(shape, device="cpu")
+        on_a_gpu.check(on_a_gpu.run(inputs), inputs) if shape[0] else on_a_gpu.run(inputs)
+
+
+def test_a_compiler_that_knows_no_newer_gpus_compiles_for_those_it_knows(tmp_path):
+    nvcc = tmp_path / "nvcc"
+    for known, expected in (("compute_80\ncompute_90\ncompute_90a", ["80", "90"]), ("", None)):
+        nvcc.write_text(f"#!/bin/sh\nprintf '{known}\\n'\n")
+        nvcc.chmod(0o755)
+        if expected is None:
+            with pytest.raises(_build.BuildError, match="CUDA 12 or 13"):
+                _build._architectures(str(nvcc))
+        else:
+            assert _build._architectures(str(nvcc)) == expected
