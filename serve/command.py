@@ -104,7 +104,7 @@ def _take_away(config: ServeConfig) -> None:
         director = serve.get_deployment_handle("director", APPLICATION)
         until = time.monotonic() + config.request_seconds
         pause = threading.Event()
-        while not director.end.remote().result(timeout_s=5) and time.monotonic() < until:
+        while not director.end.remote().result(timeout_s=30) and time.monotonic() < until:
             pause.wait(_POLL_SECONDS)
     with suppress(TimeoutError):
         serve.delete(APPLICATION)
