@@ -164,7 +164,7 @@ def _ninja_file(tools: Toolchain, sources: Sequence[Path]) -> str:
         f"cxx = {tools.cxx}",
         f"flags = {' '.join(flags)}",
         f"nvcc = {tools.nvcc or 'nvcc'}",
-        f"nvcc_flags = {' '.join(_nvcc_flags(tools)) if tools.nvcc else ''}",
+        f"nvcc_flags = {' '.join(_nvcc_flags(tools.cxx, tools.nvcc)) if tools.nvcc else ''}",
         f"link = {' '.join(link)}",
         "rule cpp",
         "  command = $cxx -MMD -MF $out.d $flags $isa -c $in -o $out",
@@ -193,10 +193,10 @@ def _instructions(source: Path) -> tuple[str, ...]:
     return INSTRUCTIONS[suffix] if suffix else ()
 
 
-def _nvcc_flags(tools: Toolchain) -> list[str]:
-    flags = ["-O3", "-std=c++17", "-ccbin", tools.cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+def _nvcc_flags(cxx: str, nvcc: str) -> list[str]:
+    flags = ["-O3", "-std=c++17", "-ccbin", cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     flags += ["-cudart", "static", "--threads", "0"]
-    architectures = _architectures(tools.nvcc or "nvcc")
+    architectures = _architectures(nvcc)
     for number in architectures:
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
     newest = architectures[-1]

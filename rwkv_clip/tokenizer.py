@@ -161,9 +161,7 @@ def _prepare(batch: list[str], context_length: int) -> list[str]:
         return [_seen(text, context_length, longest) for text in batch]
     return [
         _seen(
-            text
-            if text.isascii() and not _ASCII_UNCLEAN.search(text)
-            else _first_words(clean_text(text), context_length),
+            text if text.isascii() and not _ASCII_UNCLEAN.search(text) else clean_text(text),
             context_length,
             longest,
         )
@@ -171,16 +169,13 @@ def _prepare(batch: list[str], context_length: int) -> list[str]:
     ]
 
 
-def _first_words(text: str, context_length: int) -> str:
-    """Every word gives at least one token, so those past the limit cannot be seen."""
-    return " ".join(text.split(maxsplit=context_length)[:context_length])
-
-
 def _seen(text: str, context_length: int, longest: int) -> str:
     """What a row of tokens can show of a text, which is not cut within a word's first `longest`."""
     if len(text) <= longest:
         return text
-    return " ".join(word[:longest] for word in _first_words(text, context_length).split(" "))
+    # Every word gives at least one token, so those past the limit cannot be seen.
+    words = text.split(maxsplit=context_length)[:context_length]
+    return " ".join(word[:longest] for word in words)
 
 
 def _fix_text(text: str) -> str:

@@ -71,10 +71,10 @@ def test_the_code_around_the_kernels_compiles():
     assert result.returncode == 0, result.stderr
 
 
-def test_what_the_tests_on_a_gpu_ask_for_is_what_the_operator_takes(golden):
-    for shape in ((2, 17, 3, 16), (0, 5, 3, 16)):
-        inputs = on_a_gpu.random_inputs(shape, device="cpu")
-        on_a_gpu.check(on_a_gpu.run(inputs), inputs) if shape[0] else on_a_gpu.run(inputs)
+def test_what_the_tests_on_a_gpu_ask_for_is_what_the_operator_takes():
+    inputs = on_a_gpu.random_inputs((2, 17, 3, 16), device="cpu")
+    on_a_gpu.check(on_a_gpu.run(inputs), inputs)
+    on_a_gpu.run(on_a_gpu.random_inputs((0, 5, 3, 16), device="cpu"))
 
 
 def test_a_compiler_that_knows_no_newer_gpus_compiles_for_those_it_knows(tmp_path):
