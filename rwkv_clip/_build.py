@@ -15,6 +15,7 @@ import fcntl
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -150,20 +151,20 @@ def _torch_has_cuda() -> bool:
 
 def _ninja_file(tools: Toolchain, sources: Sequence[Path]) -> str:
     include, libraries = _torch() / "include", _torch() / "lib"
-    torch_flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {_escape(include)}"
+    torch_flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {_argument(include)}"
     flags = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"]
     flags += [*WARNINGS, *ARITHMETIC, torch_flags]
-    link = ["-shared", "-pthread", f"-L{_escape(libraries)}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    link = ["-shared", "-pthread", f"-L{_argument(libraries)}", "-ltorch", "-ltorch_cpu", "-lc10"]
     if sys.platform == "linux":
         link.append("-Wl,--as-needed")
     if tools.nvcc:
         flags.append("-DRWKV_CLIP_WITH_CUDA")
-        link += [f"-L{_escape(_cuda_libraries(tools.nvcc))}", "-lcudart_static", "-lrt", "-ldl"]
+        link += [f"-L{_argument(_cuda_libraries(tools.nvcc))}", "-lcudart_static", "-lrt", "-ldl"]
     lines = [
         "ninja_required_version = 1.8",
         f"cxx = {tools.cxx}",
         f"flags = {' '.join(flags)}",
-        f"nvcc = {tools.nvcc or 'nvcc'}",
+        f"nvcc = {_argument(tools.nvcc or 'nvcc')}",
         f"nvcc_flags = {' '.join(_nvcc_flags(tools.cxx, tools.nvcc)) if tools.nvcc else ''}",
         f"link = {' '.join(link)}",
         "rule cpp",
@@ -228,7 +229,13 @@ def _cuda_libraries(nvcc: str) -> Path:
     raise BuildError(f"libcudart_static.a is not under {root}: install the CUDA runtime's files")
 
 
+def _argument(path: Path | str) -> str:
+    """A path for a variable, which reaches the shell as it stands."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
 def _escape(path: Path) -> str:
+    """A path for a build line; ninja itself quotes those for the shell."""
     text = str(path)
     for character in ("$", " ", ":"):
         text = text.replace(character, f"${character}")

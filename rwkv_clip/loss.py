@@ -372,6 +372,8 @@ class _WithKnownGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: gradients of these would be taken for constants
+            raise RuntimeError("the loss has first derivatives only: leave create_graph out")
         image, text, scale, bias = ctx.saved_tensors
         (factor,) = upstream
         shared = factor * ctx.world_size

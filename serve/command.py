@@ -14,6 +14,7 @@ from contextlib import suppress
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from rwkv_clip.config import add_config_options, config_from_args
 from serve.app import build, http_options
@@ -34,6 +35,8 @@ FEWER_HOPS = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(1 << 30),
 }
 _POLL_SECONDS = 0.2
+_ASK_SECONDS = 5.0  # for the director to answer
+_REPORTED_SECONDS = 5.0  # from when a request is answered to when its ingress has said so
 _FAILURE = re.compile(r"^[\w.]*(?:Error|Exception): .*$", re.MULTILINE)
 
 
@@ -80,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
         except RuntimeError as error:
             _tell(f"rwkv-clip serve: {_reason(error)}")
             return 1
+        except RayError as error:
+            _tell(f"rwkv-clip serve: Ray Serve does not come up here: {error}")
+            return 1
         if not stop.is_set():
             where = (
                 "at the address of the Serve that this cluster runs already"
@@ -100,14 +106,29 @@ def run(args: argparse.Namespace) -> int:
 
 def _take_away(config: ServeConfig) -> None:
     """End the application when what came is answered: Serve ends towers beside the ingress."""
-    with suppress(Exception):  # there may be no director yet, or none any more
-        director = serve.get_deployment_handle("director", APPLICATION)
-        until = time.monotonic() + config.request_seconds
-        pause = threading.Event()
-        while not director.end.remote().result(timeout_s=30) and time.monotonic() < until:
-            pause.wait(_POLL_SECONDS)
+    until = time.monotonic() + config.request_seconds + _REPORTED_SECONDS
+    pause = threading.Event()
+    while _director_runs() and time.monotonic() < until and not _ended():
+        pause.wait(_POLL_SECONDS)
     with suppress(TimeoutError):
         serve.delete(APPLICATION)
+
+
+def _director_runs() -> bool:
+    """Whether somebody can tell the ingresses; there is no director yet where deploying failed."""
+    application = serve.status().applications.get(APPLICATION)
+    director = application.deployments.get("director") if application else None
+    return director is not None and director.replica_states.get("RUNNING", 0) > 0
+
+
+def _ended() -> bool:
+    """Tell the ingresses to end; whether they have answered what came."""
+    director = serve.get_deployment_handle("director", APPLICATION)
+    try:
+        return bool(director.end.remote().result(timeout_s=_ASK_SECONDS))
+    except Exception as error:  # a busy machine is slow to answer, and a director may die: again
+        _tell(f"the director has not answered yet ({type(error).__name__})")
+        return False
 
 
 def fewer_hops() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from rwkv_clip.loss import (
     create_loss,
     sigmoid_loss,
 )
+from tests.processes import run_ranks
 
 Golden = Callable[[str], Path]
 # The golden features are stored in float32, hence its tolerances of 1e-7 and 1e-6.
@@ -62,20 +62,24 @@ def value_and_gradients(
 def worker(
     rank: int, folder: Path, name: str, sizes: list[int], image: Tensor, text: Tensor
 ) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(sizes)
-    )
     loss = create_loss(name, equal_batches=len(set(sizes)) == 1, chunk_elements=12)
     result = value_and_gradients(loss, image.split(sizes)[rank], text.split(sizes)[rank])
     torch.save(result, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def distributed(
     folder: Path, name: str, sizes: list[int], image: Tensor, text: Tensor
 ) -> list[tuple[Tensor, ...]]:
-    torch.multiprocessing.spawn(worker, (folder, name, sizes, image, text), nprocs=len(sizes))
+    run_ranks(worker, len(sizes), folder, name, sizes, image, text)
     return [torch.load(folder / f"{rank}.pt") for rank in range(len(sizes))]
+
+
+@pytest.mark.parametrize("name", ["contrastive", "sigmoid"])
+def test_second_derivatives_are_refused(name: str) -> None:
+    image, text = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+    value = create_loss(name)(image, text, 2.0, 0.0)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(value, image, create_graph=True)
 
 
 def golden_case(golden: Golden, case: str) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
@@ -78,8 +79,11 @@ def only_wheel(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    built = build_wheel(folder, RWKV_CLIP_CUDA="0")
+    # A checkout and a PyTorch whose paths need quoting, as users have them.
+    folder = tmp_path_factory.mktemp("$wheel's checkout")
+    (folder / "site packages").mkdir()
+    (folder / "site packages" / "torch").symlink_to(Path(torch.__file__).parent)
+    built = build_wheel(folder, RWKV_CLIP_CUDA="0", PYTHONPATH=str(folder / "site packages"))
     assert built.returncode == 0, built.stdout + built.stderr
     return only_wheel(folder)
 

@@ -1,13 +1,16 @@
 """`rwkv-clip serve`, and the file for Ray Serve's own command."""
 
+import http.client
+import json
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -60,6 +63,11 @@ def collector() -> Iterator[tuple[str, "queue.Queue[Span]"]]:
         server.shutdown()
 
 
+def _answer(response: http.client.HTTPResponse) -> tuple[int, str]:
+    """The status, and the error's code."""
+    return response.status, json.loads(response.read()).get("error", {}).get("code", "")
+
+
 def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
     port = free_port()
     tower = {"cpus": 0.1}
@@ -83,9 +91,12 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
         ) as process,
     ):
         assert process.stderr is not None
+        before = []
         for line in process.stderr:
+            before.append(line)
             if "serving at" in line:
                 break
+        assert "serving at" in before[-1], before
         processes = psutil.Process(process.pid).children(recursive=True)
         address = f"http://127.0.0.1:{port}"
         assert httpx.get(f"{address}/readyz", timeout=60).status_code == 200
@@ -107,7 +118,16 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
             one for one in psutil.net_connections() if one.laddr and one.laddr.port == port
         ]
         assert {one.laddr.ip for one in listening} == {"127.0.0.1"}
+        # When it is interrupted, what came is answered, and what comes later is told.
+        many = json.dumps({"input": [f"text {at}" for at in range(100)]})
+        asked = [http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(24)]
+        for one in asked:
+            one.request("POST", "/v1/embeddings", many, headers)
+        select.select([one.sock for one in asked], [], [], 60)
         process.send_signal(signal.SIGINT)
+        answers = Counter(_answer(one.getresponse()) for one in asked)
+        assert {*answers} <= {(200, ""), (503, "ending")}
+        assert answers[200, ""] >= 1
         told = process.stderr.read()
         assert process.wait() == 0, told
     assert "those that came are answered" in told

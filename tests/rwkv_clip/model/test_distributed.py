@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rwkv_clip.model import RWKVCLIP, CLIPConfig, ImageConfig, TextConfig, create_model
+from tests.processes import run_ranks
 
 PROCESSES = 2
 CONFIG = CLIPConfig(
@@ -42,10 +43,6 @@ def loss_of(model: torch.nn.Module, image: Tensor, text: Tensor, target: Tensor)
 
 
 def worker(rank: int, folder: Path, way: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES
-    )
     model = make()
     share = slice(2 * rank, 2 * rank + 2)
     if way == "replicated":
@@ -70,12 +67,11 @@ def worker(rank: int, folder: Path, way: str) -> None:
         gradients[name] = gradient
     if rank == 0:
         torch.save(gradients, folder / "gradients.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("way", ["replicated", "sharded"])
 def test_gradients_are_those_of_the_whole_batch(way, tmp_path):
-    torch.multiprocessing.spawn(worker, (tmp_path, way), nprocs=PROCESSES)
+    run_ranks(worker, PROCESSES, tmp_path, way)
     gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
     model = make()
     loss_of(model, *batch()).backward()
