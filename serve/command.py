@@ -15,6 +15,7 @@ from contextlib import suppress
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.common import ReplicaState
 
 from rwkv_clip.config import add_config_options, config_from_args
 from serve.app import build, http_options
@@ -118,7 +119,7 @@ def _director_runs() -> bool:
     """Whether somebody can tell the ingresses; there is no director yet where deploying failed."""
     application = serve.status().applications.get(APPLICATION)
     director = application.deployments.get("director") if application else None
-    return director is not None and director.replica_states.get("RUNNING", 0) > 0
+    return director is not None and director.replica_states.get(ReplicaState.RUNNING, 0) > 0
 
 
 def _ended() -> bool:
