@@ -32,6 +32,7 @@ LIBRARY_PACKAGES = (
     "instant-clip-tokenizer",
 )
 LARGEST_ERROR = 1e-5
+_LEAST_GPU = 8  # the compute capability from which on there are kernels
 
 logger = logging.getLogger(__name__)
 
@@ -160,11 +161,40 @@ def _operator() -> Finding:
         return Finding(
             "operator", "limited", f"runs through the reference, slowly: {reason}", BUILD
         )
-    cuda = "with CUDA" if info["cuda"] else "without CUDA"
-    return Finding("operator", "ok", f"{info['library']}, {info['cpu_capability']}, {cuda}")
+    detail = f"{info['library']}, {info['cpu_capability']}"
+    if info["cuda"]:
+        return Finding("operator", "ok", f"{detail}, with CUDA")
+    if not _gpus():
+        return Finding("operator", "ok", f"{detail}, without CUDA")
+    return Finding(
+        "operator",
+        "limited",
+        f"{detail}, without CUDA: on GPUs it runs through the reference, slowly",
+        f"with nvcc (CUDA_HOME) and a CUDA build of PyTorch: {BUILD}",
+    )
 
 
-def _operator_results() -> Finding:
+def _gpus() -> list[int]:
+    """Those that the kernels are made for."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [at for at in range(count) if torch.cuda.get_device_capability(at)[0] >= _LEAST_GPU]
+
+
+def _operator_results() -> Iterator[Finding]:
+    """On the CPU and on each GPU: one that fails hides no other."""
+    for name, device in (
+        ("operator's results", "cpu"),
+        *((f"operator's results on GPU {at}", f"cuda:{at}") for at in _gpus()),
+    ):
+        try:
+            yield _results_on(name, device)
+        except Exception as error:
+            yield _broken(name, error)
+
+
+def _results_on(name: str, device: str) -> Finding:
     """Output and every gradient against the reference in float64, on a shape with ragged edges."""
     import torch
 
@@ -175,18 +205,25 @@ def _operator_results() -> Finding:
     sequence = [torch.randn(2, 37, 2 * 24, generator=generator) for _ in range(5)]
     inputs = [*sequence[:4], torch.randn(2, 24, generator=generator)]
     results = {}
-    for operator, dtype in ((ops.wkv6, torch.float32), (reference.wkv6, torch.float64)):
-        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    for operator, dtype, place in (
+        (ops.wkv6, torch.float32, device),
+        (reference.wkv6, torch.float64, "cpu"),
+    ):
+        leaves = [tensor.detach().to(place, dtype).requires_grad_() for tensor in inputs]
         start = time.perf_counter()
         y = operator(*leaves)
-        gradients = torch.autograd.grad(y, leaves, sequence[4].to(dtype))
-        results[dtype] = [y.detach(), *gradients], time.perf_counter() - start
+        gradients = torch.autograd.grad(y, leaves, sequence[4].to(place, dtype))
+        # Waits for a GPU, too.
+        results[dtype] = (
+            [one.detach().cpu() for one in (y, *gradients)],
+            time.perf_counter() - start,
+        )
     (ours, seconds), (true, _) = results[torch.float32], results[torch.float64]
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, true, strict=True))
     detail = f"largest error {error:.1e} of the maximum, {seconds * 1e3:.1f} ms the first time"
     if error <= LARGEST_ERROR:
-        return Finding("operator's results", "ok", detail)
-    return Finding("operator's results", "broken", f"{detail}; at most {LARGEST_ERROR:.0e}", BUILD)
+        return Finding(name, "ok", detail)
+    return Finding(name, "broken", f"{detail}; at most {LARGEST_ERROR:.0e}", BUILD)
 
 
 def _library_packages() -> Finding:
@@ -222,7 +259,7 @@ def _cuda() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         detail = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-        if gpu.major >= 8:
+        if gpu.major >= _LEAST_GPU:
             yield Finding(f"GPU {index}", "ok", f"{detail}, CUDA {torch.version.cuda}")
         else:
             mend = "the operator's kernels need sm_80 or newer"

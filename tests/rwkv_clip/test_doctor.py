@@ -47,6 +47,23 @@ def test_without_the_built_operator_the_command_that_builds_it_is_named(monkeypa
     assert "python -m rwkv_clip._build" in found.mend
 
 
+def test_gpus_that_the_operator_was_not_built_for_are_told(monkeypatch):
+    info = {**rwkv_clip.ops.build_info(), "cuda": False}
+    monkeypatch.setattr(rwkv_clip.ops, "build_info", lambda: info)
+    monkeypatch.setattr(doctor, "_gpus", lambda: [0])
+    found = finding("operator")
+    assert found.status == "limited"
+    assert "on GPUs it runs through the reference" in found.detail
+    assert "CUDA_HOME" in found.mend
+
+
+def test_a_gpu_on_which_the_operator_fails_is_broken_beside_a_cpu_that_works(monkeypatch):
+    missing = torch.cuda.device_count()
+    monkeypatch.setattr(doctor, "_gpus", lambda: [missing])
+    assert finding("operator's results").status == "ok"
+    assert finding(f"operator's results on GPU {missing}").status == "broken"
+
+
 def test_a_missing_library_package_is_broken_and_named(monkeypatch):
     installed = doctor._version
     monkeypatch.setattr(
