@@ -33,6 +33,7 @@ from ray_jobs.memory import PeakMemory
 from ray_jobs.progress import Progress, duration
 from ray_jobs.report import Report, StageTime, collect, examples, loss_figure, render
 from ray_jobs.sources import SourceError
+from ray_jobs.sources.base import on_server
 from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.tracking import StageRun, Tracker, TrackingConfig, TrackingError
@@ -212,6 +213,7 @@ def run_stage(config: PipelineConfig, storage: Storage, stage: str) -> list[Stag
 @contextmanager
 def _opened(config: PipelineConfig, storage: Storage) -> Iterator["_Pipeline"]:
     """The pipeline with its runs."""
+    config = on_server(config, config.storage.s3)
     if config.tracking is None:
         yield _Pipeline(config, storage, None)
         return

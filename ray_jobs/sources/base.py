@@ -43,12 +43,26 @@ class FilesConfig(BaseSourceConfig):
     path: str | tuple[str, ...] = Field(
         description="a file, a folder, a pattern with * and **, or several of these; s3:// too"
     )
-    s3: S3Config = S3Config()
+    s3: S3Config = Field(S3Config(), description="in a pipeline, storage.s3 if absent")
     unit_rows: PositiveInt = Field(4096, description="rows a task reads, about")
 
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path,) if isinstance(self.path, str) else self.path
+
+
+def on_server(value: Any, s3: S3Config) -> Any:
+    """A configuration whose files are on this S3 server, where it names no other for them."""
+    if isinstance(value, tuple):
+        filled = tuple(on_server(one, s3) for one in value)
+        same = all(new is old for new, old in zip(filled, value, strict=True))
+        return value if same else filled
+    if not isinstance(value, BaseConfig):
+        return value
+    changes = {name: new for name, one in value if (new := on_server(one, s3)) is not one}
+    if isinstance(value, FilesConfig) and "s3" not in value.model_fields_set:
+        changes["s3"] = s3
+    return value.model_copy(update=changes) if changes else value
 
 
 class ColumnsConfig(BaseConfig):

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.ingest import IngestConfig
+from ray_jobs.pipeline import PipelineConfig
+from ray_jobs.sources import open_source
+from ray_jobs.sources.base import on_server
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 from tests.ray_jobs.s3_server import BUCKET, CREDENTIALS, Server, s3_server
 
@@ -62,6 +65,28 @@ def test_a_large_file_goes_in_parts_and_is_whole(server: Server) -> None:
     storage(server).write_bytes("large", data)
     assert storage(server).read_bytes("large") == data
     assert storage(server).names() == ["large"]
+
+
+def test_files_are_on_the_storage_s_server_unless_they_name_another(server: Server) -> None:
+    place = storage(server)
+    place.write_bytes("list.jsonl", b'{"file_name": "a.png", "caption": "a"}')
+    elsewhere = {"endpoint": "http://elsewhere:9000"}
+    files = {"kind": "folder", "path": f"{place.uri}/list.jsonl"}
+    config = PipelineConfig.model_validate(
+        {
+            "storage": {"uri": place.uri, "s3": {"endpoint": server.endpoint}},
+            "train_data": {"source": files},
+            "test_data": {"source": {**files, "s3": elsewhere}},
+            "evaluation": {
+                "retrieval": [{"name": "own", "test": {"path": files["path"]}}],
+            },
+        }
+    )
+    filled = on_server(config, config.storage.s3)
+    assert len(open_source(filled.train_data.source).units()) == 1
+    assert filled.evaluation.retrieval[0].test.s3.endpoint == server.endpoint
+    assert filled.test_data.source.s3.endpoint == elsewhere["endpoint"]
+    assert config.train_data.source.s3.endpoint is None
 
 
 def test_patience_does_not_tell_runs_apart(tmp_path: Path) -> None:
