@@ -77,7 +77,10 @@ const char* launch(void (*kernel)(Params...), int64_t blocks, int threads, size_
   if (shared > 48 * 1024) {
     const cudaError_t set = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_memory_limit()));
-    if (set != cudaSuccess) return cudaGetErrorString(set);
+    if (set != cudaSuccess) {
+      cudaGetLastError();  // or the next launch that succeeds would be told of it
+      return cudaGetErrorString(set);
+    }
   }
   kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared,
            static_cast<cudaStream_t>(stream)>>>(args...);

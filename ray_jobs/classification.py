@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from ray_jobs.encoding import fetch_checkpoint, matrix
-from ray_jobs.image_sets import EncoderConfig, ImageSet, ImageSetConfig, embed_set
+from ray_jobs.image_sets import SET_NAME, EncoderConfig, ImageSet, ImageSetConfig, embed_set
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig
@@ -55,7 +55,9 @@ class LabelledConfig(ImageSetConfig):
 class ClassificationConfig(BaseConfig):
     """A data set that a model is to classify."""
 
-    name: str = Field(description=f"of the data set; known are {', '.join(dataset_names())}")
+    name: str = Field(
+        pattern=SET_NAME, description=f"of the data set; known are {', '.join(dataset_names())}"
+    )
     test: LabelledConfig = Field(description="the images that are classified")
     train: LabelledConfig | None = Field(
         None, description="the images that a linear probe learns from; absent for zero-shot alone"
@@ -140,7 +142,9 @@ def open_sets(
     for at, config in enumerate(configs):
         key = f"evaluation.classification.{at}"
         if isinstance(config.class_names, str):
-            _named_in(config.class_names, f"{key}.class_names")
+            # The names themselves: who changes the file changes what is asked.
+            names = _named_in(config.class_names, f"{key}.class_names")
+            config = config.model_copy(update={"class_names": names})
         test = labelled(config.test, f"{key}.test")
         train = labelled(config.train, f"{key}.train") if config.train else None
         opened.append((config, test, train))

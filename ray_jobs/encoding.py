@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
+import ray
 import torch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class Encoded:
 
 
 class ImageEncoder:
-    """Embeds images with a model, on a GPU where there is one.
+    """Embeds images with a model, on this process's GPU, or on the CPU where it was given none.
 
     Args:
         model: the model.
@@ -44,7 +45,9 @@ class ImageEncoder:
     """
 
     def __init__(self, model: RWKVCLIP, threads: int = 1) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Ray hides no GPU from a task that holds none; training has the one that it would take.
+        given = torch.cuda.is_available() and ray.is_initialized() and bool(ray.get_gpu_ids())
+        self.device = torch.device("cuda" if given else "cpu")
         self.model = model.to(self.device).eval()
         self.transform = rwkv_clip.image_transform(self.model.config)
         self.threads = ThreadPoolExecutor(threads, "decode") if threads > 1 else None

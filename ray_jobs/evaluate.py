@@ -7,6 +7,7 @@ the embeddings. What is written, below `evaluation/NAME/`:
     clip_benchmark/*.json       the metrics in LAION's CLIP_benchmark's form, a file a task
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray.data
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from ray_jobs import job
 from ray_jobs.classification import (
@@ -64,6 +65,16 @@ class EvaluationConfig(EncoderConfig):
     retrieval: tuple[RetrievalConfig, ...] = Field(
         (), description="sets of captioned images that are searched"
     )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "EvaluationConfig":
+        for told, taken in (("classification", ()), ("retrieval", ("test",))):  # the pairs' own
+            names = [*taken, *(one.name for one in getattr(self, told))]
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(
+                    f"{told}: two sets are called {twice[0]!r}, and results are told apart by name"
+                )
+        return self
 
     @property
     def has_sets(self) -> bool:
@@ -131,7 +142,9 @@ def evaluate(
     digests += [images.digest for _, images in searched]
     digest = digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
     wanted = {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_copy(
+            update={"classification": tuple(one for one, *_ in sets)}
+        ).model_dump(mode="json"),
         "checkpoint": checkpoint,
         # Another training leaves its checkpoints under the same names.
         "weights": stored_model(storage, checkpoint).digest,

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _PARQUET = (".parquet", ".pq")
 _LOWER = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _IMAGES = (*_LOWER, *(suffix.upper() for suffix in _LOWER))
+SET_NAME = r"^[\w.-][\w. -]*$"  # what MLflow takes in a metric's name, and files in theirs
 _UNIT_BYTES = 1 << 29  # a task reads at most, about
 
 

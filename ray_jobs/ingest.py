@@ -59,6 +59,8 @@ from rwkv_clip.config import BaseConfig
 
 logger = logging.getLogger(__name__)
 
+_TEXTS = [name for name in PAIR_SCHEMA.names if name != "image"]
+_AT_ONCE = 256  # pairs whose images are copied
 _FORMAT = 1  # of parts and records; another number refuses to go on with what an older one wrote
 _EARLY_ROWS = 1000  # from here on a share of rejected rows means something
 _EXAMPLES = 3  # a reason
@@ -140,7 +142,7 @@ class Part:
         path: the Parquet file's name in the storage.
         row_groups: rows in each row group, in order.
         bytes: the Parquet file's size.
-        digest: over the ids in their order.
+        digest: over all that is in it, in its order.
     """
 
     name: str
@@ -162,7 +164,7 @@ class Manifest:
         duplicates: rows that repeat an earlier one's `id`, `image` or (nearly) `text`, whether or
             not they were dropped.
         config_digest: of the configuration that made it.
-        data_digest: over all ids in their order.
+        data_digest: over all pairs in their order: ids, images and texts.
     """
 
     name: str
@@ -493,7 +495,7 @@ class _PartWriter:
             rows=sum(row_groups),
             row_groups=row_groups,
             bytes=self.storage.size(self.path("pairs", index)),
-            digest=_digest(reading.ids),
+            digest=reading.content.hexdigest(),
             rejected=reading.reasons(),
             examples=reading.examples(),
         )
@@ -519,7 +521,7 @@ class _PartWriter:
             rows=len(kept),
             row_groups=row_groups,
             bytes=self.storage.size(path),
-            digest=_digest(kept["id"].to_pylist()),
+            digest=_content_of(kept).hexdigest(),
             dropped={one.reason: len(one.ids) for one in drops},
             drop_digest=_drop_digest(drops),
         )
@@ -545,7 +547,7 @@ class _Reading:
 
     def __init__(self, limits: RowLimits) -> None:
         self.limits = limits
-        self.ids: list[str] = []
+        self.content = _Content()
         self.rejected: list[Rejected] = []
         self._seen: set[int] = set()
         self._keys: list[tuple[int, int, int]] = []
@@ -587,8 +589,9 @@ class _Reading:
         if key in self._seen:
             raise RejectedRowError("duplicate_id", "the first one is in the same part")
         self._seen.add(key)
-        self.ids.append(pair["id"])
-        self._keys.append((key, hash_of(pair["image"]), hash_of_words(pair["web_text"])))
+        image = hash_of(pair["image"])
+        self.content.add(pair, image)
+        self._keys.append((key, image, hash_of_words(pair["web_text"])))
         return pair
 
 
@@ -756,6 +759,28 @@ def _part_name(index: int) -> str:
 
 def _hash_all(ids: Iterable[str]) -> Hashes:
     return np.array([hash_of(identity.encode()) for identity in ids], np.uint64)
+
+
+class _Content:
+    """A digest over pairs, in their order."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, pair: Mapping[str, Any], image: int) -> None:
+        """Take up a pair; `image` is the hash of its image."""
+        self._hash.update(json.dumps([image, *(pair[name] for name in _TEXTS)]).encode())
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _content_of(table: pa.Table) -> _Content:
+    content = _Content()
+    for batch in table.to_batches(max_chunksize=_AT_ONCE):
+        for pair in batch.to_pylist():
+            content.add(pair, hash_of(pair["image"]))
+    return content
 
 
 def _drop_digest(drops: Sequence[_Drop]) -> str:

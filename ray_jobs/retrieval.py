@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from ray_jobs.encoding import matrix, named_metrics
-from ray_jobs.image_sets import EncoderConfig, ImageSet, ImageSetConfig, embed_set
+from ray_jobs.image_sets import SET_NAME, EncoderConfig, ImageSet, ImageSetConfig, embed_set
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.evaluation import benchmark_result, retrieval
@@ -31,7 +31,7 @@ class CaptionedConfig(ImageSetConfig):
 class RetrievalConfig(BaseConfig):
     """A set that is searched in both directions."""
 
-    name: str = Field(description="of the set")
+    name: str = Field(pattern=SET_NAME, description="of the set")
     test: CaptionedConfig = Field(description="its images and captions")
 
 

@@ -127,6 +127,12 @@ def follow(client: JobSubmissionClient, job: str) -> int:
         try:
             details = client.get_job_info(job)
         except (requests.RequestException, RuntimeError) as error:  # a gateway's 502, for one
+            if f"{job} does not exist" in str(error):  # Ray's words, and no gateway's 404
+                _say(
+                    f"the cluster does not know {job} any more: its head began anew; the same "
+                    "command starts the job again, which goes on where it stopped"
+                )
+                return 1
             _say(f"the cluster does not answer ({error}); asking again")
             waiting.wait(_AWAY_SECONDS)
             continue

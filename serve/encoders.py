@@ -113,6 +113,7 @@ class Encoder:
         self.room = Room(_BATCHES_AHEAD * settings.batch)
         self.held: dict[ModelPlace, Held] = {}
         self.refused: dict[ModelPlace, str] = {}
+        self.broken: str | None = None
         orders: Orders = await director.orders.remote(Report(tower, self.replica))
         self.serving = orders.current
         await self._begin(orders)
@@ -168,9 +169,11 @@ class Encoder:
         )
 
     async def check_health(self) -> None:
-        """Fail where this replica takes no orders any more; Serve then replaces it."""
+        """Fail where this replica takes no orders or computes no more; Serve then replaces it."""
         if self.follower.done():
             raise RuntimeError("this replica no longer follows the director")
+        if self.broken is not None:
+            raise RuntimeError(f"the GPU computes nothing more in this process: {self.broken}")
 
     async def _part(self, held: Held, items: Sequence[bytes | str]) -> Encoded:
         """At most a batch of items."""
@@ -220,9 +223,14 @@ class Encoder:
 
     @torch.inference_mode()
     def _forward(self, held: Held, inputs: torch.Tensor) -> Vectors:
-        inputs = inputs.to(self.device)
         encode = held.model.encode_image if self.tower == "image" else held.model.encode_text
-        vectors: Vectors = encode(inputs).float().cpu().numpy()
+        try:
+            vectors: Vectors = encode(inputs.to(self.device)).float().cpu().numpy()
+        except (
+            torch.AcceleratorError
+        ) as error:  # CUDA's own: whatever comes after fails the same way
+            self.broken = str(error).partition("\n")[0]
+            raise
         check_vectors(vectors, held.card.dimensions, self.tower)
         return vectors
 

@@ -193,10 +193,15 @@ def _pictures(storage: Storage, manifest: Manifest, ids: Sequence[str]) -> dict[
 
 
 def data_uri(image: bytes) -> str:
-    """An encoded image as a small PNG in a data URI."""
-    with Image.open(BytesIO(image)) as opened:
-        opened.draft("RGB", (_PICTURE, _PICTURE))
-        small = opened.convert("RGBA")
+    """An encoded image as a small PNG in a data URI; an empty square if it cannot be decoded."""
+    try:
+        with Image.open(BytesIO(image)) as opened:
+            opened.draft("RGB", (_PICTURE, _PICTURE))
+            small = opened.convert("RGBA")
+    except (
+        Exception
+    ):  # whatever a decoder raises: where only headers were looked at, it is new here
+        small = Image.new("RGBA", (_PICTURE, _PICTURE))
     small.thumbnail((_PICTURE, _PICTURE))
     out = BytesIO()
     small.save(out, "PNG", optimize=True)

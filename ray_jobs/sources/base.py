@@ -50,6 +50,10 @@ class FilesConfig(BaseSourceConfig):
     def paths(self) -> tuple[str, ...]:
         return (self.path,) if isinstance(self.path, str) else self.path
 
+    def all_paths(self) -> tuple[str, ...]:
+        """Everything that is read by way of `s3`."""
+        return self.paths
+
 
 def on_server(value: Any, s3: S3Config) -> Any:
     """A configuration whose files are on this S3 server, where it names no other for them."""
@@ -60,7 +64,12 @@ def on_server(value: Any, s3: S3Config) -> Any:
     if not isinstance(value, BaseConfig):
         return value
     changes = {name: new for name, one in value if (new := on_server(one, s3)) is not one}
-    if isinstance(value, FilesConfig) and "s3" not in value.model_fields_set:
+    # What a source is made of tells runs apart, and a server that it does not use is no part of it.
+    if (
+        isinstance(value, FilesConfig)
+        and "s3" not in value.model_fields_set
+        and any(path.startswith("s3://") for path in value.all_paths())
+    ):
         changes["s3"] = s3
     return value.model_copy(update=changes) if changes else value
 

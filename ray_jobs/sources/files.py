@@ -3,8 +3,9 @@
 import posixpath
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,7 +23,8 @@ class File:
 
     Attributes:
         uri: as `open_file` takes it.
-        label: its name below what the configuration names: the same wherever the files lie.
+        label: its name below what the configuration names, or where several entries have folders
+            of one name, below what these share: the same wherever the files lie.
         size: in bytes.
     """
 
@@ -44,7 +46,18 @@ def find_files(config: FilesConfig, suffixes: Sequence[str]) -> list[File]:
     for path in config.paths:
         for file in _find(path, config.s3, suffixes):
             found.setdefault(file.uri, file)
-    return list(found.values())
+    files = list(found.values())
+    folders = {(posixpath.dirname(file.label), posixpath.dirname(file.uri)) for file in files}
+    if len({below for below, _ in folders}) == len(folders):
+        return files
+    # Data sets often hold the same names, and ids are made of them; then their folders' tell which.
+    parts = [file.uri.split("/") for file in files]
+    alike = takewhile(lambda names: len({*names}) == 1, zip(*parts, strict=False))
+    shared = min(len(list(alike)), min(map(len, parts)) - 1)
+    return [
+        replace(file, label="/".join(part[shared:]))
+        for file, part in zip(files, parts, strict=True)
+    ]
 
 
 def open_file(uri: str, s3: S3Config) -> pa.NativeFile:

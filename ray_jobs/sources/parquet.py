@@ -91,6 +91,9 @@ class ParquetConfig(FilesConfig):
     )
     unit_bytes: PositiveInt = Field(512_000_000, description="a task reads at most, about")
 
+    def all_paths(self) -> tuple[str, ...]:
+        return (*self.paths, *([self.beside.path] if self.beside else []))
+
 
 class HfParquetConfig(ParquetConfig):
     """Parquet files of the Hugging Face hub."""

@@ -76,6 +76,8 @@ def register(
     if version is None:
         with tracker.reopened(run_id):
             version = _log_model(tracker, storage, checkpoint, run_id, weights)
+    else:
+        tracker.finished(run_id)
     score = (metrics or {}).get(config.champion_metric)
     tags = {"checkpoint": storage.child_uri(checkpoint), "test_digest": test_digest or ""}
     if score is not None:
@@ -159,6 +161,11 @@ def _wins(
     against = f"champion version {champion.version}"
     if champion.tags.get("test_digest") != tags["test_digest"]:
         return False, f"{against} was evaluated on other test data and stays"
+    if math.isnan(held):
+        return False, (
+            f"{against} was not evaluated on {metric} and stays; to exchange it, point the alias "
+            f"{CHAMPION} at version {version.version}"
+        )
     if score > held:
         return True, f"{metric} {score:.4f} beats {against}'s {held:.4f}"
     return False, f"{metric} {score:.4f} does not beat {against}'s {held:.4f}"

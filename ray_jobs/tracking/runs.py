@@ -313,17 +313,21 @@ class Tracker:
 
     @contextmanager
     def reopened(self, run_id: str) -> Iterator[None]:
-        """Work that MLflow does inside a run that has ended; it stays as ended as it was.
+        """Work that MLflow does inside a run that has finished; afterwards it has again.
 
         Meanwhile it runs for MLflow, and the watcher ends it if this process dies.
         """
-        status = self.client.get_run(run_id).info.status
         self._tell_watcher("open", run_id)
         try:
             yield
         finally:
-            self.client.set_terminated(run_id, status)
+            self.client.set_terminated(run_id, "FINISHED")
             self._tell_watcher("close", run_id)
+
+    def finished(self, run_id: str) -> None:
+        """End a run whose work is done: whoever died while it was reopened left it otherwise."""
+        if self.client.get_run(run_id).info.status != "FINISHED":
+            self.client.set_terminated(run_id, "FINISHED")
 
     def _tell_watcher(self, verb: str, run_id: str) -> None:
         if self._watcher is None:

@@ -7,6 +7,7 @@ so what is open at its end was killed. MLflow is imported only then.
 """
 
 import sys
+from contextlib import suppress
 
 
 def main() -> int:
@@ -20,10 +21,12 @@ def main() -> int:
             held.pop(run, None)
     if held:
         from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
 
         client = MlflowClient(tracking_uri=uri)
         for run in reversed(held):
-            client.set_terminated(run, "KILLED")
+            with suppress(MlflowException):  # deleted meanwhile; the others are to be ended too
+                client.set_terminated(run, "KILLED")
     return 0
 
 

@@ -27,6 +27,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -161,10 +162,12 @@ class Worker:
         if self.world_size == 1:
             return model
         if self.config.sharding == "fsdp2":
+            # PyTorch would take GPUs that are there, and workers that were given none see them too.
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
             for block in (*model.image_model.layers, *model.text_model.blocks):
-                fully_shard(block)
+                fully_shard(block, mesh=mesh)
             # PyTorch shards no scalars: the logit scale stays whole on every worker.
-            fully_shard(model, ignored_params={model.logit_scale})
+            fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)

@@ -125,6 +125,32 @@ def test_parquet_files_carry_names_or_are_given_them(storage, tmp_path):
     assert given["top1"] == carried["top1"] == read["top1"]
 
 
+def test_names_that_were_corrected_in_their_file_are_asked_for_anew(storage, tmp_path):
+    plain, listed = write_parquet(tmp_path / "plain.parquet"), tmp_path / "names.json"
+    one = {"name": "corrected", "test": {"path": str(plain)}, "class_names": str(listed)}
+    for names in (list(COLOURS), [f"a {name}" for name in COLOURS]):
+        listed.write_text(json.dumps(names))
+        run(storage, "corrected", one)
+        (asked,) = storage.read_json("corrected/sets/result.json")["run"]["config"][
+            "classification"
+        ]
+        assert asked["class_names"] == names
+
+
+@pytest.mark.parametrize(
+    ("section", "names", "told"),
+    [
+        ("classification", ["twice", "twice"], "two sets are called 'twice'"),
+        ("retrieval", ["test"], "two sets are called 'test'"),
+        ("retrieval", ["Flickr30k (karpathy)"], "should match pattern"),
+    ],
+)
+def test_names_by_which_results_cannot_be_told_apart_are_refused(section, names, told):
+    sets = [{"name": name, "test": {"path": "/images"}} for name in names]
+    with pytest.raises(ValidationError, match=told):
+        EvaluationConfig.model_validate({section: sets})
+
+
 @pytest.mark.parametrize(
     ("class_names", "told"),
     [

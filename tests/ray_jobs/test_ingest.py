@@ -107,6 +107,20 @@ def test_what_is_done_is_done(storage: Storage, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("change", [{"image": png(99)}, {"caption": "of a corrected caption"}])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_pairs_of_the_same_ids_are_other_data(
+    repeated: bool, change: dict[str, Any], storage: Storage, tmp_path: Path
+) -> None:
+    def digest(name: str, *rows: dict[str, Any]) -> str:
+        write(tmp_path / name, [*rows, *rows[: int(repeated)]])
+        return ingest(config(tmp_path / name), storage, name).data_digest
+
+    first = digest("first", pair(0), pair(1), pair(2), pair(3), pair(4))
+    assert digest("same", pair(0), pair(1), pair(2), pair(3), pair(4)) == first
+    assert digest("other", pair(0), pair(1, **change), pair(2), pair(3), pair(4)) != first
+
+
 def test_two_data_sets_share_a_storage(storage: Storage, tmp_path: Path) -> None:
     write(tmp_path / "a", [pair(1)])
     write(tmp_path / "b", [pair(2)])

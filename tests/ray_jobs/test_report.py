@@ -15,6 +15,7 @@ from ray_jobs.evaluate import EvaluationResult
 from ray_jobs.ingest import Manifest, Part
 from ray_jobs.pairs import pair_table
 from ray_jobs.report import Report, StageTime, collect, examples, render
+from ray_jobs.report.collect import data_uri
 from ray_jobs.retrieval import RetrievalScore
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.describer import Describing
@@ -223,6 +224,13 @@ def test_search_examples_are_pictures_and_mark_the_right_one(page):
     assert re.findall(r"[✓✗] ?(?:right )?0\.\d\d", text_of(page)) == ["✗ 0.50", "✓ right 0.40"]
     pictures = re.findall(r'src="data:image/png;base64,[^"]+"', page)
     assert len(pictures) == 4 + 1 + 2
+
+
+def test_an_image_that_cannot_be_decoded_is_an_empty_square():
+    noise = io.BytesIO()
+    Image.effect_noise((256, 256), 90).save(noise, "JPEG")
+    for data in (noise.getvalue()[:4000], b"no image"):
+        assert data_uri(data).startswith("data:image/png;base64,")
 
 
 def test_a_run_without_anything_but_training_has_a_page_too(storage, manifest):

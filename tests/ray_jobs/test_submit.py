@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.job_submission import JobSubmissionClient
 from ray.runtime_env import RuntimeEnv
 
 from ray_jobs.parcel import LIMIT_BYTES, ParcelError, chosen_files, code_files, pack
 from ray_jobs.storage import Storage
-from ray_jobs.submit import configure, runtime_environment
+from ray_jobs.submit import configure, follow, runtime_environment
 from rwkv_clip.cli import CommandError, main
 from rwkv_clip.ops import build_info
 from tests.ray_jobs.clusters import ROOT, Cluster, cluster, free_port
@@ -60,6 +61,13 @@ def test_a_job_is_followed_to_its_end(guarded: Cluster, tmp_path: Path) -> None:
     assert "20 pairs to train, 0 rejected" in done.stdout
     assert "succeeded" in done.stderr
     assert Storage.at(tmp_path / "storage").exists("pairs/train/manifest.json")
+
+
+def test_a_job_that_the_cluster_has_forgotten_is_not_waited_for(guarded, capsys):
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    client = JobSubmissionClient(guarded.dashboard, headers=headers)
+    assert follow(client, "raysubmit_forgotten") == 1
+    assert "does not know raysubmit_forgotten any more" in "".join(capsys.readouterr())
 
 
 def test_a_job_that_fails_gives_its_words_and_its_status(guarded: Cluster, tmp_path: Path) -> None:

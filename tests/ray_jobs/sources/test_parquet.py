@@ -79,6 +79,18 @@ def test_made_up_ids_do_not_depend_on_where_the_files_lie(tmp_path: Path, png: P
     assert ids == [["data/a.parquet:0", "data/a.parquet:1"]] * 2
 
 
+def test_files_of_one_name_in_several_places_give_different_ids(tmp_path: Path, png: Png) -> None:
+    table = pairs(png, 1)
+    del table["id"]
+    for name in ("cc3m/a.parquet", "cc12m/a.parquet", "cc12m/b.parquet"):
+        write(tmp_path / name, table)
+    rows = rows_of(source([f"{tmp_path}/cc3m", f"{tmp_path}/cc12m"]))
+    wanted = ["cc3m/a.parquet:0", "cc12m/a.parquet:0", "cc12m/b.parquet:0"]
+    assert [row["id"] for row in rows] == wanted
+    rows = rows_of(source([f"{tmp_path}/cc3m/a.parquet", f"{tmp_path}/cc12m/b.parquet"]))
+    assert [row["id"] for row in rows] == ["cc3m/a.parquet:0", "cc12m/b.parquet:0"]
+
+
 def test_a_relative_path_is_that_of_the_driver(
     tmp_path: Path, png: Png, monkeypatch: pytest.MonkeyPatch
 ) -> None:

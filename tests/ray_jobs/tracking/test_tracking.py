@@ -240,6 +240,25 @@ def test_registering_leaves_the_training_as_it_ended(storage, checkpoint, monkey
     assert run.info.status == "FINISHED"
 
 
+def test_a_run_that_died_while_it_was_reopened_has_finished_all_the_same(storage, checkpoint):
+    registered(storage, checkpoint, 0.25)
+    client = MlflowClient(tracking_uri=store(storage))
+    experiment = client.get_experiment_by_name("rwkv-clip").experiment_id
+    (run,) = client.search_runs([experiment], "attributes.run_name = 'train'")
+    client.set_terminated(run.info.run_id, "KILLED")
+    registered(storage, checkpoint, 0.25)
+    assert client.get_run(run.info.run_id).info.status == "FINISHED"
+
+
+def test_a_champion_that_was_not_scored_so_stays_and_it_is_told(storage, checkpoint):
+    registered(storage, checkpoint, 0.25)
+    MlflowClient(tracking_uri=store(storage)).delete_model_version_tag("rwkv-clip", "1", METRIC)
+    other = registered(storage, checkpoint, 0.30, seed=1)
+    assert not other.champion
+    assert f"version 1 was not evaluated on {METRIC} and stays" in other.told
+    assert "point the alias champion at version 2" in other.told
+
+
 def test_a_metric_that_is_better_when_smaller_cannot_make_champions():
     with pytest.raises(ValidationError, match="better when it is smaller"):
         TrackingConfig(champion_metric="text_to_image_median_rank")
