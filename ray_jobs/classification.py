@@ -137,7 +137,7 @@ def _feature_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
 def open_sets(
     configs: Sequence[ClassificationConfig],
 ) -> list[tuple[ClassificationConfig, ImageSet, ImageSet | None]]:
-    """The data sets with their files; raises SourceError before any work."""
+    """The data sets with their files and class names; raises SourceError before any work."""
     opened = []
     for at, config in enumerate(configs):
         key = f"evaluation.classification.{at}"
@@ -165,6 +165,8 @@ def score_set(
     checkpoint: str,
 ) -> list[ClassificationScore]:
     """Classify a data set, zero-shot and, if there are images to learn from, by a linear probe.
+
+    Takes what `open_sets` gives, whose configuration has class names and no file of them.
 
     Raises:
         SourceError: labels and class names do not fit.
@@ -230,8 +232,6 @@ def _class_names(config: ClassificationConfig, found: set[str], images: ImageSet
     given = config.class_names
     if given is None and images.schema is not None:
         given = _feature_names(images.schema, images.column)
-    if isinstance(given, str):
-        given = _named_in(given, f"{key}.class_names")
     numbers = all(label.isdecimal() for label in found)
     if isinstance(given, Mapping):
         names = dict(given)

@@ -521,7 +521,7 @@ class _PartWriter:
             rows=len(kept),
             row_groups=row_groups,
             bytes=self.storage.size(path),
-            digest=_content_of(kept).hexdigest(),
+            digest=_content_of(kept),
             dropped={one.reason: len(one.ids) for one in drops},
             drop_digest=_drop_digest(drops),
         )
@@ -775,12 +775,13 @@ class _Content:
         return self._hash.hexdigest()
 
 
-def _content_of(table: pa.Table) -> _Content:
+def _content_of(table: pa.Table) -> str:
+    """The digest of pairs that were written."""
     content = _Content()
     for batch in table.to_batches(max_chunksize=_AT_ONCE):
         for pair in batch.to_pylist():
             content.add(pair, hash_of(pair["image"]))
-    return content
+    return content.hexdigest()
 
 
 def _drop_digest(drops: Sequence[_Drop]) -> str:

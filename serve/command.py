@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -16,10 +17,12 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private.common import ReplicaState
+from ray.serve.schema import DeploymentStatusOverview
 
 from rwkv_clip.config import add_config_options, config_from_args
 from serve.app import build, http_options
 from serve.config import ServeConfig, ServeFile
+from serve.towers import Handle
 from serve.traces import tracing
 
 SUMMARY = "serve image and text embeddings over HTTP"
@@ -109,7 +112,12 @@ def _take_away(config: ServeConfig) -> None:
     """End the application when what came is answered: Serve ends towers beside the ingress."""
     until = time.monotonic() + config.request_seconds + _REPORTED_SECONDS
     pause = threading.Event()
-    while _director_runs() and time.monotonic() < until and not _ended():
+    director: Handle | None = None
+    while _director_runs() and time.monotonic() < until:
+        # One handle for all looks: each has a router of its own.
+        director = director or serve.get_deployment_handle("director", APPLICATION)
+        if _ended(director):
+            break
         pause.wait(_POLL_SECONDS)
     with suppress(TimeoutError):
         serve.delete(APPLICATION)
@@ -117,14 +125,18 @@ def _take_away(config: ServeConfig) -> None:
 
 def _director_runs() -> bool:
     """Whether somebody can tell the ingresses; there is no director yet where deploying failed."""
-    application = serve.status().applications.get(APPLICATION)
-    director = application.deployments.get("director") if application else None
+    director = _deployments().get("director")
     return director is not None and director.replica_states.get(ReplicaState.RUNNING, 0) > 0
 
 
-def _ended() -> bool:
+def _deployments() -> Mapping[str, DeploymentStatusOverview]:
+    """How ours stand; empty where there is no application."""
+    application = serve.status().applications.get(APPLICATION)
+    return application.deployments if application else {}
+
+
+def _ended(director: Handle) -> bool:
     """Tell the ingresses to end; whether they have answered what came."""
-    director = serve.get_deployment_handle("director", APPLICATION)
     try:
         return bool(director.end.remote().result(timeout_s=_ASK_SECONDS))
     except Exception as error:  # a busy machine is slow to answer, and a director may die: again
@@ -167,8 +179,7 @@ def _come_up(application: serve.Application, stop: threading.Event) -> None:
         if deployed.done():
             deployed.result()
             return
-        status = serve.status().applications.get(APPLICATION)
-        for name, deployment in status.deployments.items() if status else ():
+        for name, deployment in _deployments().items():
             # One line says what it waits for; more are a failure's trace, which comes to us too.
             if deployment.message and "\n" not in deployment.message and name not in told:
                 told.add(name)
@@ -194,8 +205,7 @@ def _tell(line: str) -> None:
 
 def _reason(error: RuntimeError) -> str:
     """Why a deployment did not start, in the words of what failed in it."""
-    status = serve.status().applications.get(APPLICATION)
-    messages = [one.message for one in status.deployments.values()] if status else []
+    messages = (one.message for one in _deployments().values())
     failed = [found[-1] for one in messages if (found := _FAILURE.findall(one))]
     return failed[0] if failed else str(error)
 

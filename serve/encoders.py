@@ -226,9 +226,8 @@ class Encoder:
         encode = held.model.encode_image if self.tower == "image" else held.model.encode_text
         try:
             vectors: Vectors = encode(inputs.to(self.device)).float().cpu().numpy()
-        except (
-            torch.AcceleratorError
-        ) as error:  # CUDA's own: whatever comes after fails the same way
+        except torch.AcceleratorError as error:
+            # CUDA's own: whatever comes after fails the same way.
             self.broken = str(error).partition("\n")[0]
             raise
         check_vectors(vectors, held.card.dimensions, self.tower)

@@ -198,9 +198,8 @@ def data_uri(image: bytes) -> str:
         with Image.open(BytesIO(image)) as opened:
             opened.draft("RGB", (_PICTURE, _PICTURE))
             small = opened.convert("RGBA")
-    except (
-        Exception
-    ):  # whatever a decoder raises: where only headers were looked at, it is new here
+    except Exception:
+        # Whatever a decoder raises: where ingest looked at headers only, nobody has met it before.
         small = Image.new("RGBA", (_PICTURE, _PICTURE))
     small.thumbnail((_PICTURE, _PICTURE))
     out = BytesIO()
