@@ -153,7 +153,7 @@ def open_sets(
 
 def labelled(config: LabelledConfig, key: str) -> ImageSet:
     """Images with labels; raises SourceError."""
-    return ImageSet(config, config.label, key, "label", folders=True)
+    return ImageSet(config, config.label, key, "label", labels=True)
 
 
 def score_set(

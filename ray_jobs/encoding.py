@@ -42,11 +42,19 @@ class ImageEncoder:
     Args:
         model: the model.
         threads: that decode images, beside the model.
+
+    Raises:
+        RuntimeError: it was given a GPU that PyTorch does not see.
     """
 
     def __init__(self, model: RWKVCLIP, threads: int = 1) -> None:
         # Ray hides no GPU from a task that holds none; training has the one that it would take.
-        given = torch.cuda.is_available() and ray.is_initialized() and bool(ray.get_gpu_ids())
+        given = ray.is_initialized() and bool(ray.get_gpu_ids())
+        if given and not torch.cuda.is_available():
+            raise RuntimeError(
+                "gpus_per_worker: PyTorch sees no GPU on this node; install requirements/cuda.txt "
+                "there, or set it to 0"
+            )
         self.device = torch.device("cuda" if given else "cpu")
         self.model = model.to(self.device).eval()
         self.transform = rwkv_clip.image_transform(self.model.config)

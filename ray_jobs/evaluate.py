@@ -112,16 +112,8 @@ class EvaluationResult:
         return bool(self.chance)
 
 
-def evaluate(
-    config: EvaluationConfig,
-    storage: Storage,
-    checkpoint: str,
-    name: str | None = "test",
-    folder: str = "evaluation",
-) -> EvaluationResult:
-    """Evaluate a checkpoint of the storage on one of its data sets, and on sets of images.
-
-    Ray must be initialised. Returns at once if it was done already with the same settings.
+class Evaluation:
+    """A checkpoint of the storage, with the pairs and the sets of images that it is scored on.
 
     Args:
         config: how.
@@ -130,45 +122,82 @@ def evaluate(
         name: of the data set of pairs; None for sets of images alone.
         folder: of the storage, that gets embeddings and result.
 
+    Attributes:
+        held: what an earlier run with the same settings found.
+
     Raises:
-        SourceError: a set of images cannot be read, or its labels have no names.
-        TextsError: the pairs have no texts to search by.
+        SourceError: a set of images cannot be read.
     """
-    manifest = Manifest.from_storage(storage, name) if name else None
-    sets = open_sets(config.classification)
-    digests = [manifest.data_digest] if manifest else []
-    digests += [part.digest for _, test, train in sets for part in (test, train) if part]
-    searched = open_captioned(config.retrieval)
-    digests += [images.digest for _, images in searched]
-    digest = digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
-    wanted = {
-        "config": config.model_copy(
-            update={"classification": tuple(one for one, *_ in sets)}
-        ).model_dump(mode="json"),
-        "checkpoint": checkpoint,
-        # Another training leaves its checkpoints under the same names.
-        "weights": stored_model(storage, checkpoint).digest,
-        "data_digest": digest,
-    }
-    place = f"{folder}/{name or 'sets'}"
-    record = f"{place}/result.json"
-    if storage.exists(record) and (held := storage.read_json(record))["run"] == wanted:
-        return EvaluationResult(**held["result"])
-    result = EvaluationResult({}, 0.0, [], checkpoint, digest, {})
-    if manifest is not None:
-        check_texts(PairFiles.of(storage, manifest.name), config.text, "evaluation.text")
-        table = _embed(config, storage, checkpoint, manifest)
-        storage.write_table(f"{place}/embeddings/part-00000.parquet", table)
-        result = _score(config, table, checkpoint, manifest, digest)
-    for labelled, test, train in sets:
-        scores = score_set(labelled, test, train, config, storage, checkpoint)
-        _add(result, scores)
-    for captioned, images in searched:
-        _add_search(result, search_set(captioned, images, config, storage, checkpoint))
-    for file, value in result.clip_benchmark.items():
-        storage.write_json(f"{place}/clip_benchmark/{file}", value)
-    storage.write_json(record, {"run": wanted, "result": asdict(result)})
-    return result
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        storage: Storage,
+        checkpoint: str,
+        name: str | None = "test",
+        folder: str = "evaluation",
+    ) -> None:
+        self.config, self.storage, self.checkpoint = config, storage, checkpoint
+        self.manifest = Manifest.from_storage(storage, name) if name else None
+        self._sets = open_sets(config.classification)
+        digests = [self.manifest.data_digest] if self.manifest else []
+        digests += [part.digest for _, test, train in self._sets for part in (test, train) if part]
+        self._searched = open_captioned(config.retrieval)
+        digests += [images.digest for _, images in self._searched]
+        together = sha256("".join(digests).encode()).hexdigest()
+        self.digest = digests[0] if len(digests) == 1 else together
+        self._identity = {
+            "config": config.model_copy(
+                update={"classification": tuple(one for one, *_ in self._sets)}
+            ).model_dump(mode="json"),
+            "checkpoint": checkpoint,
+            # Another training leaves its checkpoints under the same names.
+            "weights": stored_model(storage, checkpoint).digest,
+            "data_digest": self.digest,
+        }
+        self._place = f"{folder}/{name or 'sets'}"
+        self._record = f"{self._place}/result.json"
+        self.held: EvaluationResult | None = None
+        if storage.exists(self._record):
+            found = storage.read_json(self._record)
+            if found["run"] == self._identity:
+                self.held = EvaluationResult(**found["result"])
+
+    def run(self) -> EvaluationResult:
+        """Embed and score, if that is not done; Ray must be initialised.
+
+        Raises:
+            SourceError: a set of images has no captions, or labels without names.
+            TextsError: the pairs have no texts to search by.
+        """
+        if self.held is not None:
+            return self.held
+        config, storage, checkpoint = self.config, self.storage, self.checkpoint
+        result = EvaluationResult({}, 0.0, [], checkpoint, self.digest, {})
+        if self.manifest is not None:
+            check_texts(PairFiles.of(storage, self.manifest.name), config.text, "evaluation.text")
+            table = _embed(config, storage, checkpoint, self.manifest)
+            storage.write_table(f"{self._place}/embeddings/part-00000.parquet", table)
+            result = _score(config, table, checkpoint, self.manifest, self.digest)
+        for labelled, test, train in self._sets:
+            _add(result, score_set(labelled, test, train, config, storage, checkpoint))
+        for captioned, images in self._searched:
+            _add_search(result, search_set(captioned, images, config, storage, checkpoint))
+        for file, value in result.clip_benchmark.items():
+            storage.write_json(f"{self._place}/clip_benchmark/{file}", value)
+        storage.write_json(self._record, {"run": self._identity, "result": asdict(result)})
+        return result
+
+
+def evaluate(
+    config: EvaluationConfig,
+    storage: Storage,
+    checkpoint: str,
+    name: str | None = "test",
+    folder: str = "evaluation",
+) -> EvaluationResult:
+    """Evaluate a checkpoint, as `Evaluation` does; returns at once if it was done already."""
+    return Evaluation(config, storage, checkpoint, name, folder).run()
 
 
 def check_sets(config: EvaluationConfig) -> None:

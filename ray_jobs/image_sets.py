@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.types as pt
 import ray.data
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -64,18 +65,20 @@ class ImageSet:
         column: what goes with the images, in Parquet files.
         key: of the configuration, for errors.
         field: of the configuration, that names the column.
-        folders: whether class folders will do in place of Parquet files.
+        labels: whether that is a class, a word or a number, for which class folders will do in
+            place of Parquet files; otherwise it is captions, a text or a list of them.
 
     Raises:
         SourceError: there are none, or they cannot be read.
     """
 
     def __init__(
-        self, config: ImageSetConfig, column: str, key: str, field: str, *, folders: bool
+        self, config: ImageSetConfig, column: str, key: str, field: str, *, labels: bool
     ) -> None:
         self.config, self.column, self.key, self.field = config, column, key, field
+        self.labels = labels
         self.schema: pa.Schema | None = None
-        files = find_files(config, (*_PARQUET, *_IMAGES) if folders else _PARQUET)
+        files = find_files(config, (*_PARQUET, *_IMAGES) if labels else _PARQUET)
         self.units: list[list[Unit]] = []
         rows = config.unit_rows
         parquet = [file for file in files if file.uri.endswith(_PARQUET)]
@@ -136,6 +139,25 @@ class ImageSet:
                     f"{self.key}.{field}: {where} has no column {column!r}; it has "
                     f"{', '.join(schema.names)}"
                 )
+        told = schema.field(self.column).type
+        if not (_is_label(told) if self.labels else _is_text(told)):
+            wanted = "a text or a whole number" if self.labels else "a text or a list of texts"
+            raise SourceError(
+                f"{self.key}.{self.field}: column {self.column!r} of {where} is of type {told}; "
+                f"each row takes {wanted}"
+            )
+
+
+def _is_label(told: pa.DataType) -> bool:
+    return bool(pt.is_integer(told)) or _is_text(told, listed=False)
+
+
+def _is_text(told: pa.DataType, *, listed: bool = True) -> bool:
+    if listed and (pt.is_list(told) or pt.is_large_list(told) or pt.is_fixed_size_list(told)):
+        told = told.value_type
+    if pt.is_dictionary(told):
+        told = told.value_type
+    return bool(pt.is_string(told) or pt.is_large_string(told) or pt.is_string_view(told))
 
 
 class SetEncoder(ImageEncoder):

@@ -23,11 +23,12 @@ from ray.train import TrainingFailedError
 
 import rwkv_clip
 from ray_jobs import job
+from ray_jobs.beside import CAPTIONS, DESCRIPTIONS, Beside
 from ray_jobs.caption import CaptionConfig, CaptionResult, caption
 from ray_jobs.cluster import RayConfig, connected, full_disk
 from ray_jobs.embed import EmbedConfig, EmbedError, EmbedResult, embed
 from ray_jobs.encoding import TextsError, check_texts
-from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, check_sets, evaluate
+from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult, check_sets
 from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
 from ray_jobs.memory import PeakMemory
 from ray_jobs.progress import Progress, duration
@@ -44,6 +45,7 @@ from ray_jobs.train import (
     VALIDATION,
     TrainError,
     TrainResult,
+    is_trained,
     total_steps,
     train,
     trained,
@@ -329,7 +331,8 @@ class _Pipeline:
         config = self.config.captioning
         if config is None:
             return None
-        with self._stage("caption") as told, self._tracked("captioning") as run:
+        done = self.storage.exists(Beside(CAPTIONS, data.name).manifest_file)
+        with self._stage("caption") as told, self._tracked("captioning", done) as run:
             run.params(config.identity(data))
             self._note_data(run, data, "captioning")
             result = caption(config, self.storage)
@@ -351,7 +354,8 @@ class _Pipeline:
         config = self.config.synthesis
         if config is None:
             return None
-        with self._stage("describe") as told, self._tracked("synthesis") as run:
+        done = self.storage.exists(Beside(DESCRIPTIONS, data.name).manifest_file)
+        with self._stage("describe") as told, self._tracked("synthesis", done) as run:
             run.params(config.identity(self.storage, data))
             self._note_data(run, data, "synthesis")
             result = synthesize(config, self.storage)
@@ -379,7 +383,7 @@ class _Pipeline:
         total = total_steps(config, PairFiles.of(self.storage)) * batch
         with (
             self._stage(folder) as told,
-            self._tracked(folder) as run,
+            self._tracked(folder, is_trained(self.storage, folder)) as run,
             Progress(folder, total, "pairs") as progress,
         ):
             run.params(config.model_dump(mode="json"))
@@ -413,12 +417,14 @@ class _Pipeline:
         config = self.config.evaluation
         if test is None and not config.has_sets:
             return None
-        with self._stage(folder) as told, self._tracked(folder) as run:
+        name = test.name if test is not None else None
+        evaluation = Evaluation(config, self.storage, trained.best, name, folder)
+        done = evaluation.held is not None
+        with self._stage(folder) as told, self._tracked(folder, done) as run:
             run.params({"checkpoint": trained.best, **config.model_dump(mode="json")})
             if test is not None:
                 self._note_data(run, test, "evaluation")
-            name = test.name if test is not None else None
-            result = evaluate(config, self.storage, trained.best, name, folder)
+            result = evaluation.run()
             run.metrics(result.metrics)
             for file, value in result.clip_benchmark.items():
                 run.json(f"clip_benchmark/{file}", value)
@@ -434,7 +440,7 @@ class _Pipeline:
                 f"{one['name']} R@1 {100 * one['found']['text_to_image_recall_at_1']:.1f} %"
                 for one in result.retrieval
             ]
-            told.append(", ".join(outcomes))
+            told.append(", ".join(outcomes) + _already(done))
         return result
 
     def _embed(self) -> EmbedResult:
@@ -460,7 +466,8 @@ class _Pipeline:
             metrics = evaluated.metrics if evaluated else None
             digest = evaluated.data_digest if evaluated else None
             try:
-                result = register(self.tracker, self.storage, trained.best, metrics, digest)
+                text = self.config.evaluation.text
+                result = register(self.tracker, self.storage, trained.best, metrics, digest, text)
             except STORE_ERRORS as error:
                 logger.warning("the model was not registered: %s; start again", error)
                 told.append("MLflow did not answer; start again to register")
@@ -492,8 +499,9 @@ class _Pipeline:
         self.stages.append(Stage(name, "".join(told), time.perf_counter() - start))
 
     @contextmanager
-    def _tracked(self, name: str) -> Iterator[StageRun]:
-        with self.tracker.stage(name) if self.tracker else nullcontext(StageRun(None, None)) as run:
+    def _tracked(self, name: str, done: bool) -> Iterator[StageRun]:
+        nowhere = nullcontext(StageRun(None, None))
+        with self.tracker.stage(name, done=done) if self.tracker else nowhere as run:
             yield run
 
     def _note_data(self, run: StageRun, data: Manifest, context: str) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from ray_jobs.encoding import matrix, named_metrics
 from ray_jobs.image_sets import SET_NAME, EncoderConfig, ImageSet, ImageSetConfig, embed_set
+from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.evaluation import benchmark_result, retrieval
@@ -70,7 +71,7 @@ def open_captioned(configs: Sequence[RetrievalConfig]) -> list[tuple[RetrievalCo
 
 def captioned(config: CaptionedConfig, key: str) -> ImageSet:
     """Images with captions; raises SourceError."""
-    return ImageSet(config, config.captions, key, "captions", folders=False)
+    return ImageSet(config, config.captions, key, "captions", labels=False)
 
 
 def search_set(
@@ -80,11 +81,20 @@ def search_set(
     storage: Storage,
     checkpoint: str,
 ) -> RetrievalScore:
-    """Search a set; images without a caption are distractors."""
+    """Search a set; images without a caption are distractors.
+
+    Raises:
+        SourceError: there are captions of no image.
+    """
     table = embed_set(f"search {config.name}", images, encoder, storage, checkpoint, texts=True)
     texts = table["text_embedding"].combine_chunks()
     counts = np.asarray(texts.value_lengths())
     owner = np.repeat(np.arange(len(table)), counts)
+    if not len(owner):
+        raise SourceError(
+            f"{images.key}.captions: column {images.column!r} has no caption of any image that can "
+            "be decoded"
+        )
     result = retrieval(matrix(table["image_embedding"]), matrix(texts.flatten()), owner)
     written = benchmark_result(
         result, dataset=config.name, model="RWKV-CLIP", pretrained=checkpoint

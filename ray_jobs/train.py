@@ -107,7 +107,7 @@ def train(
     files = PairFiles.of(storage, name)
     steps = total_steps(config, files)
     identity = {"config": config.model_dump(mode="json"), "steps": steps, **_data(storage, name)}
-    if storage.exists(f"{folder}/{_RESULT}"):
+    if is_trained(storage, folder):
         return _finished(storage, folder, identity)
     _claim(storage, folder, identity)
     task = WorkerTask(config, files, steps, on_record, folder=folder)
@@ -131,10 +131,15 @@ def _data(storage: Storage, name: str) -> dict[str, Any]:
     }
 
 
+def is_trained(storage: Storage, folder: str = FOLDER) -> bool:
+    """Whether a run has finished there."""
+    return storage.exists(f"{folder}/{_RESULT}")
+
+
 def trained(storage: Storage, folder: str = FOLDER) -> TrainResult:
     """What a finished run left; raises TrainError if there is none."""
     name = f"{folder}/{_RESULT}"
-    if not storage.exists(name):
+    if not is_trained(storage, folder):
         raise TrainError(
             f"{storage.child_uri(name)} does not exist: no training has ended there; run train"
         )

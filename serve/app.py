@@ -4,7 +4,6 @@
 """
 
 import asyncio
-import io
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -14,7 +13,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
-from PIL import Image
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from starlette.exceptions import HTTPException
@@ -33,6 +31,7 @@ from serve.inputs import EmbeddingsRequest, Reader, Shape, parse_request
 from serve.keys import VARIABLE, Keys
 from serve.metrics import RequestMetrics, gathered
 from serve.models import find_model
+from serve.readiness import Readiness
 from serve.remote import Fetcher
 from serve.searching import Searcher, SearchRequest
 from serve.succession import TOWERS, Director
@@ -91,7 +90,7 @@ class Ingress:
                 "replica would take requests without a key; set it for `ray start` on every node"
             )
         self.metrics = RequestMetrics()
-        self.proved = False  # that both towers gave an embedding
+        self.readiness = Readiness(self.towers, self.config.request_seconds)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The routes."""
@@ -151,26 +150,10 @@ class Ingress:
         """Whether this process answers."""
         return JSONResponse({"status": "ok"})
 
-    async def readyz(self, _: Request) -> Response:
+    async def readyz(self, request: Request) -> Response:
         """Whether both towers give embeddings, or did and are busy, and how the model stands."""
-
-        async def try_out(served: Served) -> Served:
-            text, image = await asyncio.gather(
-                served.encode("text", ["ready"]), served.encode("image", [_dot()])
-            )
-            if not len(text.vectors) or not len(image.vectors):
-                raise ApiError(
-                    503, "not_ready", "the model gives no embeddings; see the server's log"
-                )
-            return served
-
-        try:
-            card = (await self.towers.through_one_model(try_out)).card
-            self.proved = True
-        except ApiError as error:
-            # Who turns away a server that is busy makes the others busier.
-            if error.status != 429 or not self.proved:
-                raise
+        card = await self.readiness.card()
+        if card is None:
             return JSONResponse({"status": "busy"})
         standing = await self.towers.standing()
         told: dict[str, Any] = {
@@ -180,12 +163,15 @@ class Ingress:
         }
         if standing.coming is not None:
             told["loading"] = standing.coming.version
-        if standing.refused:
-            told["refused"] = [
-                {"model_version": version, "reason": reason} for version, reason in standing.refused
-            ]
-        if standing.trouble is not None:
-            told["trouble"] = standing.trouble
+        # Probes have no key, and the reasons may name hosts and files.
+        if self.keys.good(request.headers.get("authorization")):
+            if standing.refused:
+                told["refused"] = [
+                    {"model_version": version, "reason": reason}
+                    for version, reason in standing.refused
+                ]
+            if standing.trouble is not None:
+                told["trouble"] = standing.trouble
         return JSONResponse(told)
 
     async def tell_metrics(self, _: Request) -> Response:
@@ -365,10 +351,3 @@ async def _http_error(request: Request, error: Exception) -> Response:  # noqa: 
     status = getattr(error, "status_code", 500)
     told = f"{getattr(error, 'detail', 'error')}; /docs lists what there is"
     return error_response(ApiError(status, "not_found" if status == 404 else "bad_method", told))
-
-
-def _dot() -> bytes:
-    """A picture of one pixel."""
-    out = io.BytesIO()
-    Image.new("RGB", (1, 1), "red").save(out, "PNG")
-    return out.getvalue()

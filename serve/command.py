@@ -50,7 +50,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; 2 where it cannot start."""
+    """Serve until SIGINT or SIGTERM; 2 where it cannot start.
+
+    What came before is answered first, unless a second SIGINT comes meanwhile.
+    """
     try:
         config = config_from_args(ServeFile, args)
         application = build(config)
@@ -62,8 +65,15 @@ def run(args: argparse.Namespace) -> int:
         return 2
     stop = threading.Event()
     address = os.environ.get("RAY_ADDRESS")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+
+    def interrupted(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    signal.signal(signal.SIGINT, interrupted)
+    # Programs that stop others may send this one to the process and to its group.
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
     fewer_hops()
     ray.init(
@@ -98,13 +108,21 @@ def run(args: argparse.Namespace) -> int:
             )
             _tell(f"serving {where}; stop with Ctrl-C")
             stop.wait()
-            _tell("no more requests are taken; those that came are answered")
+            _tell(
+                "no more requests are taken; those that came are answered; Ctrl-C ends it at once"
+            )
     finally:
-        if deployed:
-            _take_away(config.serve)
-        if not shared:
-            serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+        try:
+            if deployed:
+                _take_away(config.serve)
+            if not shared:
+                serve.shutdown()  # type: ignore[no-untyped-call]
+        except KeyboardInterrupt:
+            _tell("ended at once; what was under way gets no answer")
+            if address:  # a cluster that stays
+                serve.delete(APPLICATION, _blocking=False)
+        finally:
+            ray.shutdown()
     return 0
 
 

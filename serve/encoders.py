@@ -92,6 +92,10 @@ class Encoder:
         tower: which.
         config: of the endpoint.
         director: says which models those are.
+
+    Raises:
+        ModelError: there is none that can be served.
+        ValueError: it is to be on a GPU, and there is none.
     """
 
     async def __init__(  # type: ignore[misc]
@@ -100,7 +104,7 @@ class Encoder:
         self.tower, self.config, self.director = tower, config, director
         settings: EncoderConfig = getattr(config.serve, tower)
         self.batch = settings.batch
-        self.device = torch.device("cuda" if settings.gpus and torch.cuda.is_available() else "cpu")
+        self.device = _device(tower, settings)
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.workers = ThreadPoolExecutor(
             settings.decode_threads, "preprocess", initializer=_work_alone
@@ -305,6 +309,15 @@ class Encoder:
             model.config, exif_orientation=True, max_pixels=self.config.serve.limits.image_pixels
         )
         return Held(place, card, model, transform)
+
+
+def _device(tower: Tower, settings: EncoderConfig) -> torch.device:
+    if settings.gpus and not torch.cuda.is_available():
+        raise ValueError(
+            f"serve.{tower}.gpus: is {settings.gpus:g}, and PyTorch sees no GPU on this node; "
+            "install requirements/cuda.txt there, or set it to 0"
+        )
+    return torch.device("cuda" if settings.gpus else "cpu")
 
 
 def _work_alone() -> None:

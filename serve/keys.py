@@ -42,18 +42,22 @@ class Keys:
 
     def check(self, authorization: str | None) -> None:
         """Raise ApiError unless the header Authorization shows a good key."""
+        if not self.good(authorization):
+            raise ApiError(
+                401, "invalid_api_key", "send a key of this server as Authorization: Bearer KEY"
+            )
+
+    def good(self, authorization: str | None) -> bool:
+        """Whether the header Authorization shows a good key, or none is needed."""
         if not self.needed:
-            return
+            return True
         if self._file is not None:
             self._read(self._file)
         kind, _, key = (authorization or "").partition(" ")
         shown = _digest(key.strip())
         # All are compared, so that the time tells nothing of which one is near.
         good = sum(hmac.compare_digest(shown, digest) for digest in self._digests)
-        if kind.lower() != "bearer" or not good:
-            raise ApiError(
-                401, "invalid_api_key", "send a key of this server as Authorization: Bearer KEY"
-            )
+        return kind.lower() == "bearer" and bool(good)
 
     def _read(self, file: Path) -> None:
         """The file's keys, if it has changed; a file that is away or empty changes nothing."""

@@ -51,6 +51,7 @@ def register(
     checkpoint: str,
     metrics: Mapping[str, float] | None,
     test_digest: str | None,
+    test_text: str,
 ) -> Registered:
     """Register a checkpoint as the model of the tracker's training run; once, however often called.
 
@@ -62,7 +63,8 @@ def register(
         storage: holds the checkpoint.
         checkpoint: the checkpoint folder's name in the storage.
         metrics: of the evaluation, if there was one.
-        test_digest: of the pairs it was evaluated on.
+        test_digest: of what it was evaluated on.
+        test_text: which of the pairs' texts images were searched by.
 
     Raises:
         MlflowException: MLflow does not answer.
@@ -79,7 +81,11 @@ def register(
     else:
         tracker.finished(run_id)
     score = (metrics or {}).get(config.champion_metric)
-    tags = {"checkpoint": storage.child_uri(checkpoint), "test_digest": test_digest or ""}
+    tags = {
+        "checkpoint": storage.child_uri(checkpoint),
+        "test_digest": test_digest or "",
+        "test_text": test_text,
+    }
     if score is not None:
         tags[config.champion_metric] = repr(score)
     for key, value in tags.items():
@@ -161,6 +167,8 @@ def _wins(
     against = f"champion version {champion.version}"
     if champion.tags.get("test_digest") != tags["test_digest"]:
         return False, f"{against} was evaluated on other test data and stays"
+    if (text := champion.tags.get("test_text", tags["test_text"])) != tags["test_text"]:
+        return False, f"{against} was evaluated by {text} and not by {tags['test_text']}, and stays"
     if math.isnan(held):
         return False, (
             f"{against} was not evaluated on {metric} and stays; to exchange it, point the alias "

@@ -233,11 +233,19 @@ class Tracker:
         return held
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[StageRun]:
-        """The child run of a stage, which ends as the block does; nowhere if it is all there."""
+    def stage(self, name: str, done: bool = True) -> Iterator[StageRun]:
+        """The child run of a stage, which ends as the block does; nowhere if it is all there.
+
+        Args:
+            name: of the stage.
+            done: whether its results are in the storage. A run that has those of before, which are
+                not there any more, stays as it is, and another one begins.
+        """
         if self.logged(name):
-            yield StageRun(None, None)
-            return
+            if done:
+                yield StageRun(None, None)
+                return
+            del self._record["stages"][name]
         run = self._begin(self.run_id(name), name, self.parent.run_id)
         self._record["stages"][name] = {"run_id": run.run_id, "complete": False}
         self._remember()
@@ -331,7 +339,9 @@ class Tracker:
 
     def _tell_watcher(self, verb: str, run_id: str) -> None:
         if self._watcher is None:
-            command = [sys.executable, "-m", "ray_jobs.tracking.watcher", self.uri]
+            # As a file: as a module it would import its package, and MLflow for the whole run.
+            file = Path(__file__).with_name("watcher.py")
+            command = [sys.executable, "-P", str(file), self.uri]
             # A session of its own: what ends this program's process group shall not end it.
             self._watcher = subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.PIPE, text=True, start_new_session=True

@@ -1,9 +1,10 @@
 """Marks runs as killed when the process that held them is gone without a word.
 
-    python -m ray_jobs.tracking.watcher TRACKING_URI
+    python -P ray_jobs/tracking/watcher.py TRACKING_URI
 
 Reads `open RUN` and `close RUN` lines. A pipe ends whatever way its writer died, kill -9 included,
-so what is open at its end was killed. MLflow is imported only then.
+so what is open at its end was killed. MLflow, which takes seconds and hundreds of megabytes, is
+imported only then.
 """
 
 import sys

@@ -124,6 +124,9 @@ def pods(documents: Sequence[Document]) -> Iterator[Pod]:
         elif one["kind"] in ("Deployment", "StatefulSet"):
             template = one["spec"]["template"]
             yield Pod(where, "other", _labels(template), template["spec"], one["spec"]["replicas"])
+        elif one["kind"] == "CronJob":
+            template = one["spec"]["jobTemplate"]["spec"]["template"]
+            yield Pod(where, "other", _labels(template), template["spec"])
 
 
 def _ray_pods(document: Document, where: str) -> Iterator[Pod]:

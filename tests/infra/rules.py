@@ -219,6 +219,13 @@ def ports(documents: Sequence[Document]) -> Iterator[str]:
     for pod in _ray_pods(documents):
         if "metrics" not in {port["name"] for port in pod.main.get("ports", [])}:
             yield f"{pod.where}: no port named metrics"
+    for one in of_kind(documents, "PodMonitor"):
+        for pod in pods(documents):
+            found = {port["name"] for port in pod.main.get("ports", [])}
+            wanted = {read["port"] for read in one["spec"]["podMetricsEndpoints"]}
+            if matches(one["spec"]["selector"], pod.labels) and wanted - found:
+                lacking = ", ".join(sorted(wanted - found))
+                yield f"{pod.where}: {identity(one)} reads {lacking}, which no port is named"
 
 
 def _ray_pods(documents: Sequence[Document]) -> Iterator[Pod]:

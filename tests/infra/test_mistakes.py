@@ -214,6 +214,10 @@ RULES: dict[str, tuple[Change, str]] = {
         lambda d: head(d, "RayService")["containers"][0]["ports"].pop(3),
         "no port named serve",
     ),
+    "a port that nobody opens": (
+        lambda d: head(d)["containers"][0]["ports"].pop(4),
+        "PodMonitor/ray-heads reads as-metrics, which no port is named",
+    ),
     "no port for metrics": (
         lambda d: worker(d)["containers"][0].pop("ports"),
         "no port named metrics",

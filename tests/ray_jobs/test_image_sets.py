@@ -17,6 +17,7 @@ import rwkv_clip
 from ray_jobs.classification import ClassificationConfig, LabelledConfig, labelled
 from ray_jobs.encoding import named_metrics
 from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
+from ray_jobs.retrieval import CaptionedConfig, captioned
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
 from ray_jobs.training.config import ModelConfig
@@ -177,6 +178,47 @@ def test_a_missing_column_is_told(tmp_path):
     path = write_parquet(tmp_path / "plain.parquet")
     with pytest.raises(SourceError, match=r"test\.label: .* has no column 'class'"):
         labelled(LabelledConfig(path=str(path), label="class"), "evaluation.classification.0.test")
+
+
+@pytest.mark.parametrize(
+    ("values", "label", "captions"),
+    [
+        (pa.array([1, 2]), True, False),
+        (pa.array(["a", "b"]).dictionary_encode(), True, True),
+        (pa.array(["a", None], pa.large_string()), True, True),
+        (pa.array([["a"], ["b", "c"]]), False, True),
+        (pa.array([b"a", b"b"]), False, False),
+        (pa.array([1.5, 2.5]), False, False),
+        (pa.array([{"raw": "a"}, {"raw": "b"}]), False, False),
+        (pa.array([[{"raw": "a"}], []]), False, False),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else str(value),
+)
+def test_columns_of_other_types_are_told(tmp_path, values, label, captions):
+    path = tmp_path / "set.parquet"
+    pq.write_table(pa.table({"image": [picture((1, 2, 3), 0)] * 2, "it": values}), path)
+    as_label, as_captions = (
+        (lambda: labelled(LabelledConfig(path=str(path), label="it"), "set")),
+        (lambda: captioned(CaptionedConfig(path=str(path), captions="it"), "set")),
+    )
+    for opened, good in ((as_label, label), (as_captions, captions)):
+        if good:
+            assert opened().rows == 2
+        else:
+            with pytest.raises(SourceError, match=r"'it' of .* is of type .*; each row takes"):
+                opened()
+
+
+def test_captions_of_no_image_are_told(storage, tmp_path):
+    path = tmp_path / "captioned.parquet"
+    captions = pa.array([[], [None], None], pa.list_(pa.string()))
+    pq.write_table(pa.table({"image": [picture((1, 2, 3), 0)] * 3, "caption": captions}), path)
+    one = {"name": "mute", "test": {"path": str(path)}}
+    config = EvaluationConfig.model_validate({"cpus_per_worker": 0.2, "retrieval": [one]})
+    with pytest.raises(
+        SourceError, match=r"test\.captions: column 'caption' has no caption of any"
+    ):
+        evaluate(config, storage, "model", None, "mute")
 
 
 def test_published_data_sets_have_their_prompts():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+from ray_jobs import memory
 from ray_jobs.memory import PeakMemory, memory_of_tree
 
 MEGABYTES = 200
@@ -17,16 +18,40 @@ sys.stdin.read()
 
 def test_the_peak_counts_what_a_process_further_down_held():
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {PROGRAM!r}])"
-    with PeakMemory() as memory:
+    with PeakMemory() as watched:
         before = memory_of_tree()
         command = [sys.executable, "-c", nested]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "holds it\n"
-            during = memory.peak
+            during = watched.peak
             child.communicate()
         after = memory_of_tree()
     assert during > before + 0.9 * MEGABYTES * 10**6
     assert after < during - 0.9 * MEGABYTES * 10**6
-    assert memory.peak == during
+    assert watched.peak == during
+
+
+def test_the_watcher_looks_exactly_when_there_is_more_than_before(monkeypatch):
+    looks = []
+    resident = iter([100, 101, 99, 150, 150])
+    watched = PeakMemory(seconds=0.0)
+
+    def look() -> int:
+        looks.append(1)
+        return 7
+
+    def sizes(_process) -> int:
+        try:
+            return next(resident)
+        except StopIteration:
+            watched._ended.set()
+            return 0
+
+    monkeypatch.setattr(memory, "_tree", lambda: [None])
+    monkeypatch.setattr(memory, "_resident", sizes)
+    monkeypatch.setattr(memory, "memory_of_tree", look)
+    with watched:
+        watched._thread.join()
+    assert len(looks) == 2

@@ -66,6 +66,10 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster
     names = ["RWKV-CLIP", "baseline", "baseline-evaluation", "evaluation", "train"]
     assert sorted(run.info.run_name for run in runs) == names
     assert {run.info.status for run in runs} == {"FINISHED"}
+    storage.delete("evaluation/test/result.json")
+    assert pipeline(config, storage).evaluation == first.evaluation
+    runs = client.search_runs([client.get_experiment_by_name("rwkv-clip").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == sorted([*names, "evaluation"])
     page = storage.read_bytes("report.html").decode()
     assert "with web text alone" in page
     assert f"at most {second.peak_memory / 1e9:.1f} GB of memory" in page

@@ -135,6 +135,35 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
     assert not alive
 
 
+# `rwkv-clip serve` where no request under way is ever answered.
+NEVER_ANSWERED = """
+import sys
+from rwkv_clip.cli import main
+from serve import command
+command._ended = lambda director: False
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_second_interrupt_ends_it_at_once(checkpoint, tmp_path):
+    tower = {"cpus": 0.1}
+    file = config_file(tmp_path, model=str(checkpoint), port=free_port(), image=tower, text=tower)
+    command = [sys.executable, "-c", NEVER_ANSWERED, "serve", "--config", str(file)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        told = []
+        for line in process.stderr:
+            told.append(line)
+            if "serving at" in line:
+                processes = psutil.Process(process.pid).children(recursive=True)
+            if "serving at" in line or "no more requests are taken" in line:
+                process.send_signal(signal.SIGINT)
+        assert process.wait() == 0, told
+    assert "ended at once" in told[-1], told
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

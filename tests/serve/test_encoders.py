@@ -1,4 +1,4 @@
-"""A tower's replica whose GPU is gone."""
+"""A tower's replica whose GPU is gone, or never was there."""
 
 import asyncio
 from types import SimpleNamespace
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from serve.encoders import Encoder
+from serve.config import EncoderConfig
+from serve.encoders import Encoder, _device
 
 
 def failing(error: Exception) -> Any:
@@ -45,3 +46,10 @@ def test_it_is_replaced_when_its_gpu_fails_and_not_for_one_request(error, health
                 await Encoder.check_health(replica)
 
     asyncio.run(check())
+
+
+def test_a_gpu_that_pytorch_does_not_see_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _device("text", EncoderConfig(gpus=0)).type == "cpu"
+    with pytest.raises(ValueError, match=r"serve\.text\.gpus: is 0\.3, and PyTorch sees no GPU"):
+        _device("text", EncoderConfig(gpus=0.3))

@@ -117,6 +117,20 @@ def test_a_run_that_is_started_again_goes_on_and_logs_no_step_twice(storage):
         assert run.run_id is None  # all of it is there
 
 
+def test_work_whose_results_are_gone_gets_a_run_of_its_own(storage):
+    first: list[str] = []
+    for done, records in ((False, RECORDS), (True, []), (False, RECORDS[:2]), (True, [])):
+        with tracker(storage) as tracked, tracked.stage("train", done) as run:
+            run.history(records)
+            first += [run.run_id] if run.run_id else []
+    before, after = first
+    client = MlflowClient(tracking_uri=store(storage))
+    steps = [[one.step for one in client.get_metric_history(run, "loss")] for run in first]
+    assert steps == [[1, 2, 3, 4, 5], [1, 2]]
+    parents = {client.get_run(run).data.tags["mlflow.parentRunId"] for run in (before, after)}
+    assert len(parents) == 1
+
+
 def test_another_configuration_is_another_run(storage):
     with tracker(storage) as tracked:
         first = tracked.parent.run_id
@@ -194,7 +208,8 @@ def registered(storage: Storage, checkpoint: str, score: float, **settings: Any)
         with tracked.stage("train"):
             pass
         digest = settings.get("digest", "of the test data")
-        return register(tracked, storage, checkpoint, {METRIC: score}, digest)
+        text = settings.get("text", "caption")
+        return register(tracked, storage, checkpoint, {METRIC: score}, digest, text)
 
 
 def test_only_a_better_model_becomes_the_champion(storage, checkpoint, capfd):
@@ -208,6 +223,9 @@ def test_only_a_better_model_becomes_the_champion(storage, checkpoint, capfd):
     elsewhere = registered(storage, checkpoint, 0.90, seed=2, digest="of other data")
     assert not elsewhere.champion
     assert "other test data" in elsewhere.told
+    by_others = registered(storage, checkpoint, 0.95, seed=4, text="web_text")
+    assert not by_others.champion
+    assert "was evaluated by caption and not by web_text" in by_others.told
     better = registered(storage, checkpoint, 0.30, seed=3)
     assert better.champion
     client = MlflowClient(tracking_uri=store(storage))
