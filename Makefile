@@ -53,7 +53,7 @@ demo: setup ## run the main job on emoji: describe, train, evaluate, register, r
 comparison: setup ## the same, and a second training on web texts alone to compare it with
 	$(BIN)/rwkv-clip pipeline --config configs/emoji-comparison.yaml
 
-test: setup ## run every test
+test: setup ## run every test but those of chaos
 	$(BIN)/python -m pytest
 
 chaos: setup ## kill nodes, workers, jobs and servers, and print what each fault cost

@@ -63,6 +63,7 @@ _TEXTS = [name for name in PAIR_SCHEMA.names if name != "image"]
 _AT_ONCE = 256  # pairs whose images are copied
 _FORMAT = 1  # of parts and records; another number refuses to go on with what an older one wrote
 _EARLY_ROWS = 1000  # from here on a share of rejected rows means something
+_EARLY_PARTS = 3  # with too many of them; one may be a broken file, whichever comes first
 _EXAMPLES = 3  # a reason
 _TOLD = 500  # characters, of what was wrong with a row
 _ATTEMPTS = 3  # to read a unit whose file cannot be reached
@@ -285,6 +286,7 @@ class _Ingestion:
         # Kept up to date, because counting the records anew after each would take their square.
         self.seen = 0
         self.rejected: Counter[str] = Counter()
+        self.bad_parts = 0
         self.writer = _PartWriter(
             storage, name, config.limits.row_limits(), config.row_group_rows, self.config_digest
         )
@@ -341,6 +343,8 @@ class _Ingestion:
         self.records[index] = record
         self.seen += record.seen
         self.rejected.update(record.rejected)
+        bad = sum(record.rejected.values())
+        self.bad_parts += bad > self.config.max_rejected_share * record.seen
 
     def _read(self, units: Sequence[Unit]) -> None:
         missing = [index for index in range(len(units)) if index not in self.records]
@@ -348,12 +352,14 @@ class _Ingestion:
         total = None if None in sizes else sum(size or 0 for size in sizes)
         items = [{"index": index, "unit": json.dumps(units[index].as_dict())} for index in missing]
         task = partial(_read_unit, source=self.source, writer=self.writer)
-        self._check_share(early=bool(missing))
+        few = min(_EARLY_PARTS, len(units))
+        if missing:
+            self._check_share(few)
         with Progress(f"ingest {self.name}", total, done=self.seen) as progress:
             for index, record in self._run(items, task):
                 self._add(index, record)
                 progress.update(record.seen, f"{self.rejected.total():,} rejected")
-                self._check_share(early=True)
+                self._check_share(few)
         self._check_share()
 
     def _drop_duplicates(self) -> dict[str, int]:
@@ -406,11 +412,15 @@ class _Ingestion:
                 "wait longer (hang_seconds), and start again"
             ) from error
 
-    def _check_share(self, early: bool = False, duplicate_ids: int = 0) -> None:
-        """Raises IngestError if too many rows cannot be used; `early` asks for enough rows."""
+    def _check_share(self, parts: int = 0, duplicate_ids: int = 0) -> None:
+        """Raises IngestError if too many rows cannot be used.
+
+        Before all are there, that takes rows enough, and so many `parts` with too many of them.
+        """
         seen, bad = self.seen, self.rejected.total() + duplicate_ids
         share = self.config.max_rejected_share
-        if (early and seen < _EARLY_ROWS) or bad <= share * seen:
+        too_early = parts and (seen < _EARLY_ROWS or self.bad_parts < parts)
+        if too_early or bad <= share * seen:
             return
         raise IngestError(
             f"{bad:,} of {seen:,} rows ({100 * bad / seen:.1f} %) cannot be used, over "

@@ -25,6 +25,7 @@ from serve.files import open_filesystem
 
 logger = logging.getLogger(__name__)
 
+_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -70,6 +71,9 @@ def find_model(config: ServeFile) -> ModelPlace:
         else:
             client.get_model_version(name, version)
     except MlflowException as error:
+        if error.error_code not in _NOT_THERE:
+            why = str(error).partition("\n")[0]
+            raise ModelError(f"the registry {uri} does not tell what {asked} is: {why}") from error
         raise ModelError(
             f"{asked} is not in the registry {uri} ({error.error_code}); train one "
             "with test_data, by which it becomes the champion, or set serve.model to "

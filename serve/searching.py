@@ -82,7 +82,8 @@ def _lacking(lacking: Lacking) -> ApiError:
             503,
             "index_of_another_model",
             "the vectors were made by another model than the one that is served; run `rwkv-clip "
-            "embed` for it, and they are taken when they are complete",
+            "embed --set embed.replace=true --set embed.model=MODEL` with what serve.model names, "
+            "such as models:/NAME@champion, and they are taken when they are complete",
         )
     return ApiError(
         404,

@@ -64,7 +64,7 @@ class HttpConfig(BaseConfig):
     url: str = Field(description="base URL, such as http://llm.example.com:8000/v1")
     model: str = Field(description="the model's name there")
     api_key_env: str = Field(
-        "OPENAI_API_KEY", description="variable that holds the key, on the machine that starts"
+        "OPENAI_API_KEY", description="variable that holds the key, where the job's driver runs"
     )
     clients: PositiveInt = Field(1, description="processes that send requests")
     cpus: PositiveFloat = Field(0.5, description="CPUs that Ray reserves for each")

@@ -53,7 +53,8 @@ class ChunkEngine(vLLMEngineStageUDF):
         yield {name: [value] for name, value in counts.items()}
 
     async def _complete(self, messages: Messages, seed: int) -> str:
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         # Not through Ray's wrapper, which checks and copies each request and each answer.
         answers = self.llm.engine.generate(
@@ -65,8 +66,13 @@ class ChunkEngine(vLLMEngineStageUDF):
                     return str(answer.outputs[0].text)
         except EngineDeadError as error:
             raise EngineDiedError(str(error)) from error
-        except ValueError as error:  # vLLM's word for a request that it does not take
+        except VLLMClientError as error:  # a request that it does not take, as it is too long
             raise GenerationError(str(error)) from error
+        except EngineGenerateError as error:  # says nothing itself
+            cause = f"{type(error.__cause__).__name__}: {error.__cause__}"
+            if self.llm.engine.errored:
+                raise EngineDiedError(cause) from error
+            raise GenerationError(cause) from error
         raise GenerationError("the engine ended without an answer")
 
     def _parameters(self, seed: int) -> Any:

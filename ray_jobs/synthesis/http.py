@@ -6,6 +6,7 @@ patience ends; then the job stops, and what is done is kept.
 """
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -68,7 +69,8 @@ class ChatClient:
             "seed": seed,
             "response_format": {"type": "json_schema", "json_schema": schema},
         }
-        until = time.monotonic() + self.config.patience_seconds
+        # From the first refusal on: before, the request may have waited long for its own turn.
+        until = math.inf
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -76,6 +78,7 @@ class ChatClient:
                     return await self._ask(request)
             except _AskAgainError as error:
                 wait = error.after or pause * random.uniform(0.5, 1.5)  # noqa: S311
+                until = min(until, time.monotonic() + self.config.patience_seconds)
                 if time.monotonic() + wait > until:
                     raise ServerError(f"{self.config.url} {error}; gave up") from error
             await asyncio.sleep(wait)

@@ -65,9 +65,11 @@ def load() -> None:
     _define_fallback()
     if _reason is not None:
         logger.warning(
-            "WKV6 runs through its reference, correct but slow: %s. To build it: "
-            "python -m rwkv_clip._build",
+            "WKV6 runs through its reference, correct but slow: %s. %s",
             _reason,
+            "Unset that to use the compiled one"
+            if _is_left_alone()
+            else "To build it: python -m rwkv_clip._build",
         )
 
 
@@ -87,10 +89,14 @@ def build_info() -> BuildInfo:
     )
 
 
+def _is_left_alone() -> bool:
+    return os.environ.get("RWKV_CLIP_NO_LIBRARY") == "1"
+
+
 def _try_library() -> str | None:
     """None once the library is loaded, otherwise why it is not."""
     global _library
-    if os.environ.get("RWKV_CLIP_NO_LIBRARY") == "1":
+    if _is_left_alone():
         return "RWKV_CLIP_NO_LIBRARY is 1"
     if not _library.is_file():
         _library = next(filter(Path.is_file, _hidden()), _library)

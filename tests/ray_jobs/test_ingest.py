@@ -314,6 +314,16 @@ def test_it_stops_early(storage: Storage, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(storage.names("pairs/train", ".json")) < 30
 
 
+def test_one_broken_part_does_not_stop_it_whichever_comes_first(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_EARLY_ROWS", 5)
+    broken = [pair(i, image=b"") for i in range(9)]
+    good = [[pair(9 * part + i) for i in range(9)] for part in range(1, 25)]
+    write(tmp_path / "data", broken, *good)
+    assert ingest(config(tmp_path / "data", max_rejected_share=0.05), storage).rows == 9 * 24
+
+
 def test_a_source_without_rows_is_an_error(storage: Storage, tmp_path: Path) -> None:
     write(tmp_path / "data", [])
     with pytest.raises(IngestError, match="the parquet source is empty"):
