@@ -34,6 +34,24 @@ FOLDER = "train"
 VALIDATION = "validation"
 _RESULT = "result.json"
 _NOT_FINITE = "not-finite.json"
+# What a run may go on with another value of: batches and gradients are the same.
+_RUNTIME = frozenset(
+    f"train.{key}"
+    for key in (
+        "cpus_per_worker",
+        "threads",
+        "activation_checkpointing",
+        "log_steps",
+        "checkpoint_steps",
+        "keep_checkpoints",
+        "max_failures",
+        "data.cpus_per_task",
+        "data.tasks",
+        "validation.cpus",
+        "validation.gpus",
+        "validation.batch",
+    )
+)
 
 SUMMARY = "train on the pairs and their descriptions"
 configure = job.configure
@@ -185,23 +203,23 @@ def _claim(storage: Storage, folder: str, identity: Mapping[str, Any]) -> None:
     name = f"{folder}/run.json"
     if not storage.exists(name):
         storage.write_json(name, identity)
-    elif (held := storage.read_json(name)) != identity:
+    elif told := _differences(storage.read_json(name), identity):
         raise TrainError(
-            f"{storage.child_uri(folder)} holds a run with other settings "
-            f"({_differences(held, identity)}); choose another storage.uri, or delete that folder"
+            f"{storage.child_uri(folder)} holds a run with other settings ({told}); choose another "
+            "storage.uri, or delete that folder"
         )
 
 
 def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
-    """The keys whose values differ, with both."""
+    """The keys whose values differ and decide what is learnt, with both."""
     found = []
     for key in sorted({*held, *wanted}):
-        old, new = held.get(key), wanted.get(key)
+        old, new, name = held.get(key), wanted.get(key), f"{prefix}{key}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            inner = _differences(old, new, f"{prefix}{key}.")
+            inner = _differences(old, new, "train." if name == "config" else f"{name}.")
             found += [inner] if inner else []
-        elif old != new:
-            found.append(f"{prefix}{key}: {old!r} there, {new!r} now")
+        elif old != new and name not in _RUNTIME:
+            found.append(f"{name}: {old!r} there, {new!r} now")
     return ", ".join(found)
 
 
@@ -231,6 +249,12 @@ def _conclude(
     """Read the run's end from its last checkpoint, and note it."""
     if checkpoint is None:
         raise TrainError("training ended without a checkpoint")
+    records = validations(storage, folder)
+    if score and not records:
+        logger.warning(
+            "no checkpoint could be validated, so the last one counts as the best; the errors are "
+            "in Ray's logs, under `Validation failed`"
+        )
     name = f"{folder}/{checkpoint.path.rstrip('/').rpartition('/')[2]}"
     state = storage.read_json(f"{name}/{STATE_FILE}")
     value = {
@@ -239,7 +263,7 @@ def _conclude(
         "left_out": state["left_out"],
         "seconds": sum(record["seconds"] for record in state["history"]),
         "history": state["history"],
-        "validations": (records := validations(storage, folder)),
+        "validations": records,
         "best": _best(storage, folder, records, score) or name,
     }
     storage.write_json(f"{folder}/{_RESULT}", {"run": identity, "result": value})
@@ -260,11 +284,10 @@ def _best(
 
 def _finished(storage: Storage, folder: str, identity: Mapping[str, Any]) -> TrainResult:
     value = storage.read_json(f"{folder}/{_RESULT}")
-    if value["run"] != identity:
+    if told := _differences(value["run"], identity):
         raise TrainError(
-            f"{storage.child_uri(folder)} holds a finished run with other settings "
-            f"({_differences(value['run'], identity)}); choose another storage.uri, or delete "
-            "that folder"
+            f"{storage.child_uri(folder)} holds a finished run with other settings ({told}); "
+            "choose another storage.uri, or delete that folder"
         )
     return TrainResult(**value["result"], resumed=True)
 

@@ -39,6 +39,8 @@ _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK = 1 << 16
 _HOST_FAILURES = 10  # in a row
+# No connection: refused, without an address, or without an answer.
+_UNCONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _SILENT_HOSTS = 50  # one after the other, that nothing but a network that is down explains
 
 
@@ -215,7 +217,7 @@ class Downloader:
             content = await self._attempt(url)
         except (TimeoutError, aiohttp.ClientError) as error:
             self._failures[url.host] += 1
-            if isinstance(error, aiohttp.ClientConnectorError):
+            if isinstance(error, _UNCONNECTED):
                 await self._note_silence(url, error)
             raise
         except (_RetryError, DownloadError):
@@ -229,7 +231,7 @@ class Downloader:
         self._answering = url
         self._silent.clear()
 
-    async def _note_silence(self, url: URL, error: aiohttp.ClientConnectorError) -> None:
+    async def _note_silence(self, url: URL, error: Exception) -> None:
         """Raise OutageError if it is not the hosts that are gone."""
         self._silent.add(url.host)
         if len(self._silent) < _SILENT_HOSTS:

@@ -3,6 +3,7 @@
 import email.utils
 import json
 import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -248,6 +249,23 @@ DEAD = [f"http://127.0.{at // 200}.{at % 200 + 2}:9/a.png" for at in range(120)]
 def test_when_nothing_can_be_reached_no_row_is_to_blame(tmp_path: Path) -> None:
     with pytest.raises(OutageError, match="the network is down here"):
         download(tmp_path, DEAD, retries=0)
+
+
+def test_a_network_that_drops_what_is_sent_is_no_rows_fault(tmp_path: Path) -> None:
+    with socket.socket() as full:
+        # On every address of this machine; whoever comes when its queue is full gets no answer.
+        full.bind(("", 0))
+        full.listen(0)
+        port = full.getsockname()[1]
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", port))
+        urls = [url.replace(":9/", f":{port}/") for url in DEAD]
+        with pytest.raises(OutageError, match=r"could not be connected to.*the network is down"):
+            download(tmp_path, urls, retries=0, connect_seconds=0.2)
+        for one in waiting:
+            one.close()
 
 
 def test_hosts_that_are_gone_are_no_outage(tmp_path: Path, server: Server) -> None:

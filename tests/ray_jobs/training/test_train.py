@@ -56,6 +56,8 @@ def test_a_finished_run_is_not_run_again(undisturbed):
     again = train(config_of(), storage)
     assert again.resumed
     assert again.history == result.history
+    elsewhere = config_of(threads=1, max_failures=0, keep_checkpoints=5, checkpoint_steps=7)
+    assert train(elsewhere, storage).history == result.history
 
 
 def test_a_run_goes_on_from_its_last_checkpoint_with_the_same_curve(undisturbed, own_storage):
@@ -134,7 +136,7 @@ def test_a_loss_that_needs_what_the_model_lacks_is_refused():
 
 def test_another_configuration_is_refused_with_what_differs(undisturbed):
     storage, _ = undisturbed
-    with pytest.raises(TrainError, match=r"config.seed: 0 there, 7 now"):
+    with pytest.raises(TrainError, match=r"\(train\.seed: 0 there, 7 now\)"):
         train(config_of(seed=7), storage)
 
 
