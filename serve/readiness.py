@@ -26,9 +26,8 @@ class Readiness:
         self._towers, self._limit = towers, limit
         self._trial: asyncio.Task[ModelCard | ApiError] | None = None
         self._began = 0.0
-        self._proved: float | None = (
-            None  # when the towers gave an embedding, or were full after one
-        )
+        # When the towers last gave an embedding, or were full after one.
+        self._proved: float | None = None
 
     async def card(self) -> ModelCard | None:
         """The model's that gives embeddings; None for towers that did and are busy now.
