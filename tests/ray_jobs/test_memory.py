@@ -1,36 +1,50 @@
 """The peak of memory is that of all processes, and stays when they are gone."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 from ray_jobs import memory
-from ray_jobs.memory import PeakMemory, memory_of_tree
+from ray_jobs.memory import PeakMemory
+
+ROOT = Path(__file__).parents[2]
 
 MEGABYTES = 200
-PROGRAM = f"""
-import subprocess, sys
+HOLDER = f"""
+import sys
 held = bytearray({MEGABYTES} * 10**6)
 held[::4096] = b"x" * len(held[::4096])
 print("holds it", flush=True)
 sys.stdin.read()
 """
+PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HOLDER!r}])"
+# In a process of its own: beside the tests' cluster, other processes end while this one looks.
+WATCHER = f"""
+import json, subprocess, sys
+from ray_jobs.memory import PeakMemory, memory_of_tree
+
+with PeakMemory() as watched:
+    before = memory_of_tree()
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", {PARENT!r}]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as child:
+        assert child.stdout.readline() == "holds it\\n"
+        during = watched.peak
+        child.communicate()
+    after = memory_of_tree()
+print(json.dumps([before, during, after, watched.peak]))
+"""
 
 
 def test_the_peak_counts_what_a_process_further_down_held():
-    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {PROGRAM!r}])"
-    with PeakMemory() as watched:
-        before = memory_of_tree()
-        command = [sys.executable, "-c", nested]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == "holds it\n"
-            during = watched.peak
-            child.communicate()
-        after = memory_of_tree()
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHER], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    before, during, after, peak = json.loads(done.stdout)
     assert during > before + 0.9 * MEGABYTES * 10**6
     assert after < during - 0.9 * MEGABYTES * 10**6
-    assert watched.peak == during
+    assert peak == during
 
 
 def test_the_watcher_looks_exactly_when_there_is_more_than_before(monkeypatch):
