@@ -58,7 +58,7 @@ test: setup ## run every test but those of chaos
 
 chaos: setup ## kill nodes, workers, jobs and servers, and print what each fault cost
 	$(BIN)/python -m pytest -m 'chaos or not chaos' tests/ray_jobs/chaos \
-		tests/ray_jobs/training/test_killed.py \
+		tests/ray_jobs/synthesis/test_caption.py tests/ray_jobs/training/test_killed.py \
 		tests/ray_jobs/training/test_train.py::test_a_compiled_model_in_bfloat16_has_nearly_the_same_curve
 
 test-cuda: ## build and test the operator and the model on a GPU, with PYTHON's own packages

@@ -4,26 +4,34 @@
       engine: {kind: python, model: "my_models.blip:load", arguments: {device: cuda}, gpus: 1}
 
 `load(**arguments)` is called once in each worker and gives a function from images (Pillow, RGB) to
-as many `rwkv_clip.descriptions.Caption(caption, tags)`.
+as many `rwkv_clip.descriptions.Caption(caption, tags)`. An image that it raises an exception for
+has no caption; if it then fails at a plain grey picture too, which it is shown first of all, its
+process is ended and started anew. So it is when it hangs, or ends itself.
 """
 
+import asyncio
 import importlib
 import logging
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray.data
+from PIL import Image
 
 from ray_jobs.synthesis.captioner import MODEL, Captioner, captioned, is_given
 from ray_jobs.synthesis.chunks import Chunk
 from ray_jobs.synthesis.config import PythonConfig
-from ray_jobs.synthesis.task import Row
-from ray_jobs.synthesis.worker import Work
+from ray_jobs.synthesis.task import GIVEN, Row
+from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
 from rwkv_clip.descriptions import Caption
 from rwkv_clip.transforms import ImageDecodeError, small_picture
 
 logger = logging.getLogger(__name__)
+
+MODEL_ERROR = "model_error"
+
+_Shown = tuple[Row, Image.Image]
 
 
 def check_python(config: PythonConfig) -> None:
@@ -50,69 +58,115 @@ class PythonCaptioner:
         config: of the function.
         image_side: longer side of what it is shown, in pixels.
         work: what is to be done.
+
+    Raises:
+        RuntimeError: it has no caption for a plain picture.
     """
 
-    def __init__(self, config: PythonConfig, image_side: int, work: Work) -> None:
-        self.config, self.image_side, self.work = config, image_side, work
-        self.captioner: Captioner = find(config)(**config.arguments)
+    def __init__(self, *, config: PythonConfig, image_side: int, work: Work) -> None:
+        self.config, self.image_side = config, image_side
+        self.worker = ChunkWorker(work)
+        # One thread makes and calls the captioner, because many a library wants that.
+        self._thread = ThreadPoolExecutor(1, "captioner")
+        self.captioner: Captioner = self._thread.submit(
+            lambda: find(config)(**config.arguments)
+        ).result()
+        if (error := self._thread.submit(self._trouble).result()) is not None:
+            raise RuntimeError(
+                f"{config.model} fails at a plain grey picture, and so at any: {error}"
+            )
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Do a chunk; gives its counts, as `ChunkWorker.run`."""
-        began = time.time()
-        chunk = Chunk.of(batch)
-        rows = self.work.read(chunk)
-        done = {row["id"]: captioned(row, None, "given") for row in rows if is_given(row)}
-        shown: list[tuple[Row, Any]] = []
-        for row in rows:
-            if row["id"] in done:
-                continue
-            try:
-                shown.append((row, small_picture(row["image"], self.image_side, row["id"])))
-            except ImageDecodeError as error:
-                done[row["id"]] = captioned(row, None, "none: image", refused_text=str(error))
-        for at in range(0, len(shown), self.config.batch):
-            for one in self._caption(shown[at : at + self.config.batch]):
+    async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
+        """Do a chunk; gives its counts."""
+        counts = await self.worker.do(Chunk.of(batch), self._caption)
+        yield {name: [value] for name, value in counts.items()}
+
+    async def _caption(self, rows: Sequence[Row]) -> list[Row]:
+        done = {row["id"]: captioned(row, None, GIVEN) for row in rows if is_given(row)}
+        rest = [row for row in rows if row["id"] not in done]
+        for at in range(0, len(rest), self.config.batch):
+            shown: list[_Shown] = []
+            for row in rest[at : at + self.config.batch]:
+                try:
+                    picture = await asyncio.to_thread(
+                        small_picture, row["image"], self.image_side, row["id"]
+                    )
+                except ImageDecodeError as error:
+                    done[row["id"]] = captioned(row, None, "none: image", refused_text=str(error))
+                else:
+                    shown.append((row, picture))
+            for one in await self._ask(shown):
                 done[one["id"]] = one
-        self.work.write(chunk, [done[row["id"]] for row in rows])
-        counts = {"part": chunk.part, "index": chunk.index, "rows": chunk.rows, "began": began}
-        return {name: [value] for name, value in counts.items()}
+        return [done[row["id"]] for row in rows]
 
-    def _caption(self, shown: Sequence[tuple[Row, Any]]) -> list[Row]:
+    async def _ask(self, shown: Sequence[_Shown]) -> list[Row]:
         """A batch; one by one if it fails, so that one image costs no other."""
+        if not shown:
+            return []
         try:
-            found = list(self.captioner([image for _, image in shown]))
-            if len(found) != len(shown):
-                raise ValueError(f"{len(found)} captions for {len(shown)} images")
-            captions = [Caption(str(one[0]), tuple(map(str, one[1]))) for one in found]
-        except Exception as error:  # somebody else's code, which fails as it likes
+            captions = await self._call([picture for _, picture in shown])
+        except _CaptionerError as error:
             if len(shown) > 1:
-                return [row for one in shown for row in self._caption([one])]
-            logger.exception("no caption for %s", shown[0][0]["id"])
-            told = f"{type(error).__name__}: {error}"
-            reason = "model_error"
+                return [row for one in shown for row in await self._ask([one])]
+            row, told = shown[0][0], str(error)
+            logger.warning("%s: %s", row["id"], told)
+            source, reason = f"none: {MODEL_ERROR}", MODEL_ERROR
             return [
-                captioned(
-                    shown[0][0],
-                    None,
-                    f"none: {reason}",
-                    attempts=1,
-                    refused_reason=reason,
-                    refused_text=told,
-                )
+                captioned(row, None, source, attempts=1, refused_reason=reason, refused_text=told)
             ]
         pairs = zip(shown, captions, strict=True)
         return [captioned(row, one, MODEL, attempts=1) for (row, _), one in pairs]
+
+    async def _call(self, pictures: Sequence[Image.Image]) -> list[Caption]:
+        loop = asyncio.get_running_loop()
+        with self.worker.asking():
+            return await loop.run_in_executor(self._thread, self._captions, pictures)
+
+    def _captions(self, pictures: Sequence[Image.Image]) -> list[Caption]:
+        """Raises _CaptionerError, or EngineDiedError where no other picture has captions either."""
+        try:
+            return self._found(pictures)
+        except Exception as error:  # somebody else's code, which fails as it likes
+            told = f"{type(error).__name__}: {error}"
+            # One picture alone is to blame if another has a caption still. If not, as after an
+            # error of a GPU, all that follow would be found without one.
+            if len(pictures) == 1 and self._trouble() is not None:
+                raise EngineDiedError(told) from error
+            raise _CaptionerError(told) from error
+
+    def _trouble(self) -> str | None:
+        """Why a plain picture has no caption, if it has none."""
+        side = min(self.image_side, 224)
+        try:
+            self._found([Image.new("RGB", (side, side), "grey")])
+        except Exception as error:  # as above
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _found(self, pictures: Sequence[Image.Image]) -> list[Caption]:
+        found = list(self.captioner(pictures))
+        if len(found) != len(pictures):
+            raise ValueError(f"{len(found)} captions for {len(pictures)} images")
+        return [Caption(str(one[0]), tuple(map(str, one[1]))) for one in found]
+
+
+class _CaptionerError(Exception):
+    """The captioner has nothing for what it was shown; the message says what it raised."""
 
 
 def python_stream(
     config: PythonConfig, image_side: int, chunks: ray.data.Dataset, work: Work
 ) -> ray.data.Dataset:
     """Counts of the chunks, as the function does them."""
+    at_a_time = 2  # chunks, so that one is read and shrunk while another is captioned
     return chunks.map_batches(
         PythonCaptioner,
-        fn_constructor_args=(config, image_side, work),
+        fn_constructor_kwargs={"config": config, "image_side": image_side, "work": work},
         batch_size=1,
         num_cpus=config.cpus,
         num_gpus=config.gpus or None,
-        compute=ray.data.ActorPoolStrategy(size=config.workers),
+        compute=ray.data.ActorPoolStrategy(
+            size=config.workers, max_tasks_in_flight_per_actor=at_a_time
+        ),
+        max_concurrency=at_a_time,
     )

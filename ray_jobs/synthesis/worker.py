@@ -9,7 +9,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -23,6 +24,9 @@ from ray_jobs.synthesis.watch import MAX_STARTS, Watch
 
 # No row of these was to blame, or data would have to be very odd; what is wrong is the engine.
 MOST_REFUSALS = 200
+
+# The rows for pairs, in their order.
+Together = Callable[[Sequence[Row]], Awaitable[list[Row]]]
 
 
 @dataclass(frozen=True)
@@ -90,16 +94,29 @@ class ChunkWorker:
             )
 
     async def run(self, chunk: Chunk, complete: Complete) -> dict[str, Any]:
-        """Do a chunk; gives its counts, and when it began, in seconds since 1970."""
+        """Do a chunk by asking a model; gives its counts, as `do`."""
+        asked = self._alive(complete)
+
+        async def together(rows: Sequence[Row]) -> list[Row]:
+            return list(await asyncio.gather(*(self.work.task(row, asked) for row in rows)))
+
+        return await self.do(chunk, together)
+
+    async def do(self, chunk: Chunk, together: Together) -> dict[str, Any]:
+        """Do a chunk; gives its counts, and when it began, in seconds since 1970.
+
+        Args:
+            chunk: what is to be done.
+            together: gives the rows for pairs, in their order.
+        """
         began, started = time.time(), time.monotonic()
         file = chunk.file(self.work.beside)
         begun = await self.watch.begin(file, self.identity)
         rows = await asyncio.to_thread(self.work.read, chunk)
-        asked = self._alive(complete)
         if begun.careful:
-            done = await self._carefully(file, rows, asked, begun.poison)
+            done = await self._carefully(file, rows, together, begun.poison)
         else:
-            done = list(await asyncio.gather(*(self.work.task(row, asked) for row in rows)))
+            done = await together(rows)
         await asyncio.to_thread(self.work.write, chunk, done)
         await self.watch.end(file)
         return {
@@ -110,12 +127,18 @@ class ChunkWorker:
             "seconds": time.monotonic() - started,
         }
 
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Around what the engine answers: ends the process if it hangs, or with the engine."""
+        try:
+            with self._pulse:
+                yield
+        except EngineDiedError as error:
+            self.watch.last_words(self.identity, "engine_died", str(error))
+            end_process()
+
     async def _carefully(
-        self,
-        file: str,
-        rows: Sequence[Mapping[str, Any]],
-        complete: Complete,
-        poison: frozenset[str],
+        self, file: str, rows: Sequence[Row], together: Together, poison: frozenset[str]
     ) -> list[Row]:
         """Row by row, one on this engine at a time, so that the row that kills it is known."""
         if self._one_at_a_time is None:
@@ -127,7 +150,7 @@ class ChunkWorker:
                 continue
             async with self._one_at_a_time:
                 await self.watch.row(file, row["id"])
-                done.append(await self.work.task(row, complete))
+                done += await together([row])
                 await self.watch.row(file, None)
         return done
 
@@ -136,7 +159,7 @@ class ChunkWorker:
 
         async def asked(messages: Messages, seed: int) -> str:
             try:
-                with self._pulse:
+                with self.asking():
                     answer = await complete(messages, seed)
             except GenerationError as error:
                 self._refusals += 1
@@ -146,9 +169,6 @@ class ChunkWorker:
                         f"{error}"
                     ) from error
                 raise
-            except EngineDiedError as error:
-                self.watch.last_words(self.identity, "engine_died", str(error))
-                end_process()
             self._refusals = 0
             return answer
 

@@ -164,6 +164,37 @@ def test_any_model_can_caption_and_what_it_fails_at_costs_no_other(storage):
     assert caption(config, storage).resumed
 
 
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        ("fails", "engine_died"),
+        pytest.param("hangs", "engine_hung", marks=pytest.mark.chaos),
+        pytest.param("exits", "engine_lost", marks=pytest.mark.chaos),
+    ],
+)
+def test_a_captioner_that_an_image_is_the_end_of_costs_that_image_alone(storage, end, kind):
+    model = "tests.ray_jobs.synthesis.captioners:fragile"
+    engine = {"kind": "python", "model": model, "arguments": {"deadly": 4, "end": end}}
+    config = CaptionConfig.model_validate(
+        {"engine": {**engine, "cpus": 0.2}, "chunk_rows": 9, "hang_seconds": 2}
+    )
+    result = caption(config, storage)
+    sources = {name: row["caption_source"] for name, row in written(storage).items()}
+    assert sources.pop("pair-4") == "none: engine_failed"
+    assert set(sources.values()) == {"given", "model"}
+    assert {one["kind"] for one in result.incidents} == {kind}
+
+
+def test_a_captioner_that_has_none_for_anything_stops_the_job_before_any_pair(storage):
+    model = "tests.ray_jobs.synthesis.captioners:broken"
+    config = CaptionConfig.model_validate(
+        {"engine": {"kind": "python", "model": model, "cpus": 0.2}}
+    )
+    with pytest.raises(SynthesisError, match=r"fails at a plain grey picture.*server is away"):
+        caption(config, storage)
+    assert not storage.names(Beside(CAPTIONS, "train").folder, suffix=".parquet", recursive=True)
+
+
 def test_descriptions_and_training_read_the_captions(storage):
     engine = {"kind": "python", "model": "tests.ray_jobs.synthesis.captioners:load", "cpus": 0.2}
     settings = {"engine": {**engine, "arguments": {"prefix": "tone"}}}
