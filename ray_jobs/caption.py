@@ -15,6 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from ray_jobs import job
 from ray_jobs.beside import Beside
 from ray_jobs.ingest import Manifest
+from ray_jobs.room import warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.captioner import Captioning
 from ray_jobs.synthesis.chunks import tables
@@ -125,6 +126,7 @@ def caption(config: CaptionConfig, storage: Storage, name: str = "train") -> Cap
     else:
         check_engine(engine, "captioning")
         stream = engine_stream(engine)
+    warn_without_room(*engine.needs("captioning.engine"))
     task.claim()
     effort = task.run(stream)
     sources: Counter[str] = Counter()

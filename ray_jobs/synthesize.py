@@ -15,6 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from ray_jobs import job
 from ray_jobs.beside import CAPTIONS, Beside
 from ray_jobs.ingest import Manifest
+from ray_jobs.room import warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.chunks import tables
 from ray_jobs.synthesis.config import HttpConfig, VllmConfig
@@ -127,6 +128,7 @@ def synthesize(config: SynthesisConfig, storage: Storage, name: str = "train") -
     if (held := task.finished()) is not None:
         return SynthesisResult(**held, resumed=True)
     check_engine(config.engine, "synthesis")
+    warn_without_room(*config.engine.needs("synthesis.engine"))
     task.claim()
     effort = task.run(engine_stream(config.engine))
     result = _count(config, storage, manifest, effort)

@@ -11,6 +11,7 @@ from pydantic import (
     field_validator,
 )
 
+from ray_jobs.room import Need
 from rwkv_clip.config import BaseConfig
 
 
@@ -33,6 +34,17 @@ class VllmConfig(BaseConfig):
     def count(self) -> int:
         """Workers at a time."""
         return self.engines
+
+    def needs(self, key: str) -> tuple[Need, ...]:
+        """What one of them holds, which GPUs of several nodes may be."""
+        devices = self.devices
+        more = (Need(f"{key}.gpus", 0.0, 1.0, devices - 1),) if devices > 1 else ()
+        return (Need(key, self.cpus, min(devices, 1)), *more)
+
+    @property
+    def devices(self) -> int:
+        """GPUs of an engine, over all its stages where it is a pipeline."""
+        return self.gpus * int(self.engine_kwargs.get("pipeline_parallel_size", 1))
 
     def arguments(self) -> dict[str, Any]:
         """What vLLM is started with."""
@@ -79,6 +91,10 @@ class HttpConfig(BaseConfig):
         """Workers at a time."""
         return self.clients
 
+    def needs(self, key: str) -> tuple[Need, ...]:
+        """What one of them holds."""
+        return (Need(key, self.cpus),)
+
     @field_validator("url")
     @classmethod
     def _is_url(cls, url: str) -> str:
@@ -104,3 +120,7 @@ class PythonConfig(BaseConfig):
     def count(self) -> int:
         """Workers at a time."""
         return self.workers
+
+    def needs(self, key: str) -> tuple[Need, ...]:
+        """What one of them holds."""
+        return (Need(key, self.cpus, self.gpus),)

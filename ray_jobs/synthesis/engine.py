@@ -7,8 +7,9 @@ engine's own process, with all requests of the chunks in flight in the engine's 
 """
 
 import itertools
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from ray._common.usage.usage_lib import usage_stats_enabled
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.llm._internal.batch.observability.usage_telemetry import usage
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_jobs.cluster import quieten
 from ray_jobs.models import resolve_model
@@ -146,8 +148,11 @@ def _end_telemetry() -> None:
         ray.kill(ray.get_actor(actor, usage.LLM_BATCH_TELEMETRY_NAMESPACE))
 
 
-def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray.data.Dataset:
-    """Counts of the chunks, as engines do them.
+@contextmanager
+def vllm_stream(
+    config: VllmConfig, chunks: ray.data.Dataset, work: Work
+) -> Iterator[ray.data.Dataset]:
+    """Counts of the chunks, as engines do them; in the block, the engines may run.
 
     Args:
         config: of the engines.
@@ -155,7 +160,6 @@ def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray
         work: what is done with them.
     """
     quieten()  # after the import of ray.data.llm
-    bundles = [{"CPU": config.cpus, **({"GPU": 1} if config.gpus else {})}] * max(1, config.gpus)
     model = resolve_model(config.model)
     processor: Any = build_processor(
         vLLMEngineProcessorConfig(
@@ -165,7 +169,7 @@ def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray
             batch_size=1,
             max_concurrent_batches=config.chunks_in_flight,
             engine_kwargs=config.arguments(),
-            placement_group_config={"bundles": bundles},
+            placement_group_config={"bundles": _bundles(config)},
             runtime_env={"env_vars": environment(config)},
             log_engine_metrics=False,
             chat_template_stage={"enabled": False},
@@ -179,6 +183,7 @@ def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray
     processor.preprocess = processor.postprocess = None
     name = "vLLMEngineStage"
     stage = processor.get_stage_by_name(name)
+    places = Places(_bundles(config))
     # A copy, because assigning to a stage works out its resources anew, and wrongly.
     processor.stages[name] = stage.model_copy(
         update={
@@ -188,7 +193,54 @@ def vllm_stream(config: VllmConfig, chunks: ray.data.Dataset, work: Work) -> ray
                 "work": work,
                 "source": config.model,
             },
+            "map_batches_kwargs": {
+                **stage.map_batches_kwargs,
+                **(places.arguments() if config.devices > 1 else {}),
+            },
         }
     )
-    done: ray.data.Dataset = processor(chunks)
-    return done
+    try:
+        yield processor(chunks)
+    finally:
+        places.free()
+
+
+def _bundles(config: VllmConfig) -> list[dict[str, float]]:
+    """What an engine holds: a GPU in each, and the CPUs where its own process is."""
+    if not config.devices:
+        return [{"CPU": config.cpus}]
+    return [{"CPU": config.cpus, "GPU": 1.0}] + [{"GPU": 1.0}] * (config.devices - 1)
+
+
+class Places:
+    """Where engines of several GPUs run: placement groups, which Ray's own stage leaves behind.
+
+    Whatever waits for GPUs after it would then wait until the job ends.
+
+    Args:
+        bundles: of an engine, the first with the CPUs of its own process.
+    """
+
+    def __init__(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        self.bundles = [dict(bundle) for bundle in bundles]
+        self.prefix = f"engine-{uuid.uuid4().hex}-"
+
+    def arguments(self) -> dict[str, Any]:
+        """What `map_batches` takes, so that each engine has one."""
+        return {"ray_remote_args_fn": self.take, "num_cpus": self.bundles[0]["CPU"]}
+
+    def take(self) -> dict[str, Any]:
+        """A new one; the arguments of an actor that runs in it."""
+        # By their names, because Ray Data may call this on a copy.
+        name = f"{self.prefix}{uuid.uuid4().hex}"
+        group = ray.util.placement_group(self.bundles, strategy="PACK", name=name)
+        strategy = PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+        )
+        return {"scheduling_strategy": strategy}
+
+    def free(self) -> None:
+        """Give all of them back, with what runs there still."""
+        for one in ray.util.placement_group_table().values():
+            if one["name"].startswith(self.prefix) and one["state"] != "REMOVED":
+                ray.util.remove_placement_group(ray.util.get_placement_group(one["name"]))

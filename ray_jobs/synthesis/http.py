@@ -9,7 +9,8 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
@@ -153,9 +154,10 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
     return min(float(value), _LONGEST_PAUSE) if value.isdecimal() else None
 
 
+@contextmanager
 def http_stream(
     config: HttpConfig, key: str | None, chunks: ray.data.Dataset, work: Work
-) -> ray.data.Dataset:
+) -> Iterator[ray.data.Dataset]:
     """Counts of the chunks, as the server's answers for them are complete.
 
     Args:
@@ -165,7 +167,7 @@ def http_stream(
         work: what is done with them.
     """
     at_a_time = 4  # chunks, so that a slow answer does not leave the server without work
-    return chunks.map_batches(
+    yield chunks.map_batches(
         HttpChunks,
         fn_constructor_kwargs={"config": config, "key": key, "work": work},
         batch_size=1,

@@ -12,8 +12,9 @@ process is ended and started anew. So it is when it hangs, or ends itself.
 import asyncio
 import importlib
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import ray.data
@@ -154,12 +155,13 @@ class _CaptionerError(Exception):
     """The captioner has nothing for what it was shown; the message says what it raised."""
 
 
+@contextmanager
 def python_stream(
     config: PythonConfig, image_side: int, chunks: ray.data.Dataset, work: Work
-) -> ray.data.Dataset:
+) -> Iterator[ray.data.Dataset]:
     """Counts of the chunks, as the function does them."""
     at_a_time = 2  # chunks, so that one is read and shrunk while another is captioned
-    return chunks.map_batches(
+    yield chunks.map_batches(
         PythonCaptioner,
         fn_constructor_kwargs={"config": config, "image_side": image_side, "work": work},
         batch_size=1,

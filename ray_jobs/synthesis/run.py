@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,8 +32,9 @@ from ray_jobs.synthesis.worker import Work
 
 _ERROR_LINE = re.compile(r"(?!ray\.exceptions\.)[\w.]*(?:Error|Exception|Exit)\b(?:\([\w.]*\))?: ")
 
-# Counts of chunks as they are done, for the chunks that are given as rows.
-Stream = Callable[[ray.data.Dataset, Work], ray.data.Dataset]
+# Counts of chunks as they are done, for the chunks that are given as rows; in its block, what does
+# them may run.
+Stream = Callable[[ray.data.Dataset, Work], AbstractContextManager[ray.data.Dataset]]
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,10 @@ class TaskRun:
         with (
             Progress(f"{self.verb} {name}", rows, "pairs", done=done) as progress,
             ThreadPoolExecutor(4) as pool,
+            stream(chunks, work) as counted,
         ):
             sealing = []
-            for counts in self._counts(arrange(stream(chunks, work), slow=True), watch):
+            for counts in self._counts(arrange(counted, slow=True), watch):
                 part = counts["part"]
                 left[part] -= 1
                 if not left[part]:

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from ray_jobs.synthesis.engine import ChunkEngine
+from ray_jobs.synthesis.config import VllmConfig
+from ray_jobs.synthesis.engine import ChunkEngine, Places, _bundles
 from ray_jobs.synthesis.task import GenerationError
 from ray_jobs.synthesis.worker import EngineDiedError
 
@@ -43,3 +45,42 @@ def test_a_request_that_is_refused_is_not_the_engines_end(error, errored, kind, 
     )
     with pytest.raises(kind, match=told):
         asyncio.run(ChunkEngine._complete(engine, [], 0))
+
+
+class Doubler:
+    """What runs in a placement group, as an engine does."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"doubled": 2 * batch["item"]}
+
+
+def test_what_engines_of_several_gpus_hold_is_given_back(ray_cluster):
+    places = Places([{"CPU": 0.5}, {"CPU": 0.1}])
+    others = Places([{"CPU": 0.1}])
+    others.take()
+    rows = ray.data.from_items([1, 2, 3]).map_batches(
+        Doubler, compute=ray.data.ActorPoolStrategy(size=1), **places.arguments()
+    )
+    assert sorted(row["doubled"] for row in rows.iter_rows()) == [2, 4, 6]
+    assert states(places) == {"CREATED"}
+    places.free()
+    places.free()  # where an error came between
+    assert states(places) == {"REMOVED"}
+    assert states(others) != {"REMOVED"}
+    others.free()
+
+
+def states(places: Places) -> set[str]:
+    table = ray.util.placement_group_table().values()
+    return {one["state"] for one in table if one["name"].startswith(places.prefix)}
+
+
+def test_an_engine_of_several_gpus_holds_its_cpus_once():
+    config = VllmConfig.model_validate({"kind": "vllm", "model": "m", "gpus": 2, "cpus": 4})
+    assert _bundles(config) == [{"CPU": 4, "GPU": 1}, {"GPU": 1}]
+    piped = config.model_copy(update={"engine_kwargs": {"pipeline_parallel_size": 2}})
+    assert len(_bundles(piped)) == 4
+    assert [str(one) for one in piped.needs("synthesis.engine")] == [
+        "synthesis.engine: 4 CPUs and 1 GPUs",
+        "synthesis.engine.gpus: 3 x 0 CPUs and 1 GPUs",
+    ]
