@@ -138,9 +138,7 @@ def ray_rate(storage: Storage, workers: int, batches: int) -> float:
     plan = DataPlan(files.flat_row_groups, BATCH, 2 * workers, 4, 0)
     transform = image_transform(named_config("RWKV-CLIP-B-32"), train=True)
     maker = BatchMaker(files, plan, plan.lanes_of(0, 1), transform, CONTEXT)
-    dataset = stream(maker, 0, batches + WARM_BATCHES + 8, 1.0, workers)
-    (share,) = dataset.streaming_split(1, equal=False)
-    arrived = share.iter_batches(batch_size=BATCH, batch_format="numpy", prefetch_batches=4)
+    arrived = stream(maker, 0, batches + WARM_BATCHES + 8, 1.0, workers)
 
     mean, scale = (255 * _MEAN)[None], (1 / (255 * _STD))[None]
 

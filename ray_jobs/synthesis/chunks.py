@@ -9,8 +9,10 @@ become one table beside the part, with the same rows in the same order:
     descriptions/NAME/manifest.json                      when all are done
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -20,9 +22,12 @@ from ray_jobs.ingest import Manifest, Part
 from ray_jobs.storage import Storage
 
 _ROW_GROUP = 4096  # of a sealed table: what a reader of a few rows reads at least
+_MOST_CHUNKS = 64  # of an item of work
+_CHUNKS = "chunks"  # the column of an item's
+_READERS = 16  # of tables, which an object store takes its time to give
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are millions of them
 class Chunk:
     """Rows first .. first + rows of a part.
 
@@ -38,17 +43,6 @@ class Chunk:
     first: int
     rows: int
 
-    @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> "Chunk":
-        """The chunk of a batch of one row."""
-        return cls(
-            part=str(batch["part"][0]),
-            path=str(batch["path"][0]),
-            index=int(batch["index"][0]),
-            first=int(batch["first"][0]),
-            rows=int(batch["rows"][0]),
-        )
-
     def file(self, beside: Beside) -> str:
         """Where what is written for it goes."""
         return f"{beside.part_folder(self.part)}/chunk-{self.index:05d}.parquet"
@@ -60,6 +54,35 @@ def chunks_of(part: Part, rows: int) -> list[Chunk]:
         Chunk(part.name, part.path, index, first, min(rows, part.rows - first))
         for index, first in enumerate(range(0, part.rows, rows))
     ]
+
+
+def work_of(chunks: Sequence[Chunk], least: int) -> list[dict[str, str]]:
+    """Chunks as items of work: each one by itself, or runs of a part where there are very many.
+
+    An item costs the driver a millisecond or two before the first can start, and memory.
+
+    Args:
+        chunks: in the order of their parts.
+        least: items that there shall be, so that all who work have some until the end.
+    """
+    most = max(1, min(_MOST_CHUNKS, len(chunks) // least))
+    runs: list[list[Chunk]] = []
+    for chunk in chunks:
+        if runs and len(runs[-1]) < most and runs[-1][0].part == chunk.part:
+            runs[-1].append(chunk)
+        else:
+            runs.append([chunk])
+    return [{_CHUNKS: json.dumps([asdict(chunk) for chunk in run])} for run in runs]
+
+
+def chunks_in(batch: Mapping[str, Any]) -> list[Chunk]:
+    """The chunks of a batch of one item."""
+    return [Chunk(**fields) for fields in json.loads(batch[_CHUNKS][0])]
+
+
+def counts_of(done: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """What was counted of an item's chunks, as a batch."""
+    return {name: [counts[name] for counts in done] for name in done[0]}
 
 
 def open_work(
@@ -110,5 +133,10 @@ def tables(
     storage: Storage, manifest: Manifest, beside: Beside, columns: list[str]
 ) -> Iterator[pa.Table]:
     """The sealed tables, part by part."""
-    for part in manifest.parts:
-        yield storage.read_table(beside.part_file(part.name), columns=columns)
+
+    def read(part: Part) -> pa.Table:
+        return storage.read_table(beside.part_file(part.name), columns=columns)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for at in range(0, len(manifest.parts), _READERS):
+            yield from pool.map(read, manifest.parts[at : at + _READERS])

@@ -23,7 +23,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_jobs.cluster import quieten
 from ray_jobs.models import resolve_model
 from ray_jobs.synthesis.captioner import see
-from ray_jobs.synthesis.chunks import Chunk
 from ray_jobs.synthesis.config import VllmConfig
 from ray_jobs.synthesis.task import GenerationError, Messages
 from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
@@ -50,9 +49,8 @@ class ChunkEngine(vLLMEngineStageUDF):
         self.template = _chat_template(self.model_folder, self.shows_images)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
-        """Do a chunk; gives its counts."""
-        counts = await self.worker.run(Chunk.of(batch), self._complete)
-        yield {name: [value] for name, value in counts.items()}
+        """Do an item's chunks; gives their counts."""
+        yield await self.worker.run(batch, self._complete)
 
     async def _complete(self, messages: Messages, seed: int) -> str:
         from vllm.exceptions import VLLMClientError
@@ -150,13 +148,13 @@ def _end_telemetry() -> None:
 
 @contextmanager
 def vllm_stream(
-    config: VllmConfig, chunks: ray.data.Dataset, work: Work
+    config: VllmConfig, items: ray.data.Dataset, work: Work
 ) -> Iterator[ray.data.Dataset]:
     """Counts of the chunks, as engines do them; in the block, the engines may run.
 
     Args:
         config: of the engines.
-        chunks: rows with the fields of Chunk.
+        items: of work; see `ray_jobs.synthesis.chunks.work_of`.
         work: what is done with them.
     """
     quieten()  # after the import of ray.data.llm
@@ -200,7 +198,7 @@ def vllm_stream(
         }
     )
     try:
-        yield processor(chunks)
+        yield processor(items)
     finally:
         places.free()
 

@@ -16,7 +16,6 @@ from typing import Any
 import aiohttp
 import ray.data
 
-from ray_jobs.synthesis.chunks import Chunk
 from ray_jobs.synthesis.config import HttpConfig
 from ray_jobs.synthesis.task import GenerationError, Messages, SamplingConfig
 from ray_jobs.synthesis.worker import ChunkWorker, Work
@@ -135,9 +134,8 @@ class HttpChunks:
         self.client = ChatClient(config, key, work.task.sampling, work.task.answers)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
-        """Do a chunk; gives its counts."""
-        counts = await self.worker.run(Chunk.of(batch), self.client.complete)
-        yield {name: [value] for name, value in counts.items()}
+        """Do an item's chunks; gives their counts."""
+        yield await self.worker.run(batch, self.client.complete)
 
 
 class _AskAgainError(Exception):
@@ -156,18 +154,18 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
 
 @contextmanager
 def http_stream(
-    config: HttpConfig, key: str | None, chunks: ray.data.Dataset, work: Work
+    config: HttpConfig, key: str | None, items: ray.data.Dataset, work: Work
 ) -> Iterator[ray.data.Dataset]:
     """Counts of the chunks, as the server's answers for them are complete.
 
     Args:
         config: of the server.
         key: its API key, if it wants one.
-        chunks: rows with the fields of Chunk.
+        items: of work; see `ray_jobs.synthesis.chunks.work_of`.
         work: what is done with them.
     """
     at_a_time = 4  # chunks, so that a slow answer does not leave the server without work
-    yield chunks.map_batches(
+    yield items.map_batches(
         HttpChunks,
         fn_constructor_kwargs={"config": config, "key": key, "work": work},
         batch_size=1,

@@ -21,7 +21,6 @@ import ray.data
 from PIL import Image
 
 from ray_jobs.synthesis.captioner import MODEL, Captioner, captioned, is_given
-from ray_jobs.synthesis.chunks import Chunk
 from ray_jobs.synthesis.config import PythonConfig
 from ray_jobs.synthesis.task import GIVEN, Row
 from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
@@ -78,9 +77,8 @@ class PythonCaptioner:
             )
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
-        """Do a chunk; gives its counts."""
-        counts = await self.worker.do(Chunk.of(batch), self._caption)
-        yield {name: [value] for name, value in counts.items()}
+        """Do an item's chunks; gives their counts."""
+        yield await self.worker.do(batch, self._caption)
 
     async def _caption(self, rows: Sequence[Row]) -> list[Row]:
         done = {row["id"]: captioned(row, None, GIVEN) for row in rows if is_given(row)}
@@ -157,11 +155,11 @@ class _CaptionerError(Exception):
 
 @contextmanager
 def python_stream(
-    config: PythonConfig, image_side: int, chunks: ray.data.Dataset, work: Work
+    config: PythonConfig, image_side: int, items: ray.data.Dataset, work: Work
 ) -> Iterator[ray.data.Dataset]:
     """Counts of the chunks, as the function does them."""
     at_a_time = 2  # chunks, so that one is read and shrunk while another is captioned
-    yield chunks.map_batches(
+    yield items.map_batches(
         PythonCaptioner,
         fn_constructor_kwargs={"config": config, "image_side": image_side, "work": work},
         batch_size=1,

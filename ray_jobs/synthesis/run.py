@@ -24,7 +24,7 @@ from ray_jobs.ingest import Manifest
 from ray_jobs.models import ModelError, check_model
 from ray_jobs.progress import Progress
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis.chunks import open_work, seal
+from ray_jobs.synthesis.chunks import open_work, seal, work_of
 from ray_jobs.synthesis.config import HttpConfig, VllmConfig
 from ray_jobs.synthesis.task import Task
 from ray_jobs.synthesis.watch import Watch
@@ -32,9 +32,12 @@ from ray_jobs.synthesis.worker import Work
 
 _ERROR_LINE = re.compile(r"(?!ray\.exceptions\.)[\w.]*(?:Error|Exception|Exit)\b(?:\([\w.]*\))?: ")
 
-# Counts of chunks as they are done, for the chunks that are given as rows; in its block, what does
-# them may run.
+# Counts of chunks as they are done, for items of work; in its block, what does them may run.
 Stream = Callable[[ray.data.Dataset, Work], AbstractContextManager[ray.data.Dataset]]
+
+
+# Items of work for each engine, where there are chunks enough: the last of them are a small part.
+_ITEMS = 250
 
 
 @dataclass(frozen=True)
@@ -159,12 +162,11 @@ class TaskRun:
         done = rows - sum(chunk.rows for chunk in todo)
         others = tuple(one for one in written(self.storage, name) if one != self.beside)
         work = Work(self.storage, name, others, self.task, watch, self.hang_seconds, self.engines)
-        # One chunk to a task: a task that is lost is done again whole.
-        chunks = work_items([asdict(chunk) for chunk in todo])
+        items = work_of(todo, _ITEMS * self.engines)
         with (
             Progress(f"{self.verb} {name}", rows, "pairs", done=done) as progress,
             ThreadPoolExecutor(4) as pool,
-            stream(chunks, work) as counted,
+            stream(work_items(items), work) as counted,
         ):
             sealing = []
             for counts in self._counts(arrange(counted, slow=True), watch):
@@ -204,10 +206,10 @@ def engine_stream(engine: VllmConfig | HttpConfig) -> Stream:
         from ray_jobs.synthesis.http import http_stream
 
         key = os.environ.get(engine.api_key_env)
-        return lambda chunks, work: http_stream(engine, key, chunks, work)
+        return lambda items, work: http_stream(engine, key, items, work)
     from ray_jobs.synthesis.engine import vllm_stream  # and with it vLLM
 
-    return lambda chunks, work: vllm_stream(engine, chunks, work)
+    return lambda items, work: vllm_stream(engine, items, work)
 
 
 def check_engine(engine: VllmConfig | HttpConfig, section: str) -> None:

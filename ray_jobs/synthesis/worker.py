@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -18,13 +18,14 @@ import psutil
 
 from ray_jobs.beside import Beside
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis.chunks import Chunk, read_chunk, write_chunk
+from ray_jobs.synthesis.chunks import Chunk, chunks_in, counts_of, read_chunk, write_chunk
 from ray_jobs.synthesis.task import ENGINE_FAILED, Complete, GenerationError, Messages, Row, Task
 from ray_jobs.synthesis.watch import MAX_STARTS, Watch
 
 # No row of these was to blame, or data would have to be very odd; what is wrong is the engine.
 MOST_REFUSALS = 200
 
+Counts = dict[str, list[Any]]
 # The rows for pairs, in their order.
 Together = Callable[[Sequence[Row]], Awaitable[list[Row]]]
 
@@ -93,24 +94,33 @@ class ChunkWorker:
                 "logs say why"
             )
 
-    async def run(self, chunk: Chunk, complete: Complete) -> dict[str, Any]:
-        """Do a chunk by asking a model; gives its counts, as `do`."""
+    async def run(self, batch: Mapping[str, Any], complete: Complete) -> Counts:
+        """Do an item's chunks by asking a model; gives their counts, as `do`."""
         asked = self._alive(complete)
 
         async def together(rows: Sequence[Row]) -> list[Row]:
             return list(await asyncio.gather(*(self.work.task(row, asked) for row in rows)))
 
-        return await self.do(chunk, together)
+        return await self.do(batch, together)
 
-    async def do(self, chunk: Chunk, together: Together) -> dict[str, Any]:
-        """Do a chunk; gives its counts, and when it began, in seconds since 1970.
+    async def do(self, batch: Mapping[str, Any], together: Together) -> Counts:
+        """Do an item's chunks, one after the other.
 
         Args:
-            chunk: what is to be done.
+            batch: of one item of work.
             together: gives the rows for pairs, in their order.
+
+        Returns:
+            Of each chunk its part, index and rows, and when it began, in seconds since 1970.
         """
-        began, started = time.time(), time.monotonic()
+        return counts_of([await self._chunk(chunk, together) for chunk in chunks_in(batch)])
+
+    async def _chunk(self, chunk: Chunk, together: Together) -> dict[str, Any]:
+        counts = {"part": chunk.part, "index": chunk.index, "rows": chunk.rows}
+        counts["began"] = time.time()
         file = chunk.file(self.work.beside)
+        if await asyncio.to_thread(self.work.storage.exists, file):
+            return counts  # done before the process ended in another of the item's chunks
         begun = await self.watch.begin(file, self.identity)
         rows = await asyncio.to_thread(self.work.read, chunk)
         if begun.careful:
@@ -119,13 +129,7 @@ class ChunkWorker:
             done = await together(rows)
         await asyncio.to_thread(self.work.write, chunk, done)
         await self.watch.end(file)
-        return {
-            "part": chunk.part,
-            "index": chunk.index,
-            "rows": len(done),
-            "began": began,
-            "seconds": time.monotonic() - started,
-        }
+        return counts
 
     @contextmanager
     def asking(self) -> Iterator[None]:

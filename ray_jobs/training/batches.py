@@ -1,8 +1,8 @@
 """Batches for a training worker: read, decoded, augmented and tokenized on Ray Data's CPU workers.
 
 Choices:
-- A worker has a stream of its own: a Ray Data execution whose work items are the plan's windows,
-  in order, across epochs, so that the pipeline never drains at an epoch's end.
+- A worker has a stream of its own: Ray Data executions whose work items are the plan's windows, in
+  order, across epochs, so that the pipeline does not drain at an epoch's end.
 - Images are encoded files until the last stage. What travels to the worker are uint8 pixels, plane
   by plane as the resize gives them and the model takes them, and int32 tokens; the worker
   normalises, which on a GPU is free.
@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 TEXTS = ("web_text", "caption", "description")
 _COLUMNS = ["id", "image", "web_text", "caption", "tags", "description"]
 _SAID = ("caption", "tags", "description", "alternatives")
+
+# Handed to Ray Data at a time: each costs the worker a millisecond or two before the first batch,
+# and between one lot and the next the pipeline drains, once in hours.
+_WINDOWS = 2000
 
 Batch = dict[str, npt.NDArray[Any]]
 
@@ -219,17 +223,29 @@ def stream(
     last_step: int,
     cpus_per_task: float,
     tasks: int | None = None,
-) -> ray.data.Dataset:
-    """The worker's batches from one global step to before another, as a Ray Data stream in order.
+    windows: int = _WINDOWS,
+) -> Iterator[Batch]:
+    """The worker's share of each batch from one global step to before another, in order.
 
-    Rows come out in the batches' order, `plan.slice_rows * len(lanes)` rows a step.
+    Args:
+        maker: of the batches.
+        first_step, last_step: counted over all epochs.
+        cpus_per_task: that a task making batches holds.
+        tasks: that make batches at a time; as many as fit if absent.
+        windows: of the plan, that Ray Data is given at a time.
     """
-    windows = list(maker.plan.windows(first_step, last_step))
-    dataset = work_items([asdict(window) for window in windows]).map_batches(
-        maker,
-        batch_size=1,
-        num_cpus=cpus_per_task,
-        zero_copy_batch=True,
-        compute=ray.data.TaskPoolStrategy(tasks),
-    )
-    return arrange(dataset, ordered=True)
+    rows = maker.plan.slice_rows * len(maker.lanes)
+    stretch = windows * maker.plan.shuffle_steps
+    for first in range(first_step, last_step, stretch):
+        todo = maker.plan.windows(first, min(first + stretch, last_step))
+        dataset = work_items([asdict(window) for window in todo]).map_batches(
+            maker,
+            batch_size=1,
+            num_cpus=cpus_per_task,
+            zero_copy_batch=True,
+            compute=ray.data.TaskPoolStrategy(tasks),
+        )
+        (share,) = arrange(dataset, ordered=True).streaming_split(1, equal=False)
+        yield from share.iter_batches(
+            batch_size=rows, batch_format="numpy", prefetch_batches=4, drop_last=False
+        )

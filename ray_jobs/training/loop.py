@@ -182,15 +182,8 @@ class Worker:
 
     def _batches(self, last: int) -> Iterator[Batch]:
         """The worker's share of each batch from where the run stands."""
-        if self.state.step >= last:
-            return
-        maker, data = self._maker(), self.config.data
-        dataset = stream(maker, self.state.step, last, data.cpus_per_task, data.tasks)
-        rows = maker.plan.slice_rows * len(maker.lanes)
-        (share,) = dataset.streaming_split(1, equal=False)
-        yield from share.iter_batches(
-            batch_size=rows, batch_format="numpy", prefetch_batches=4, drop_last=False
-        )
+        data = self.config.data
+        return stream(self._maker(), self.state.step, last, data.cpus_per_task, data.tasks)
 
     def _maker(self) -> BatchMaker:
         """What makes this worker's batches."""

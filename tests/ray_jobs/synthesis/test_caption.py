@@ -18,6 +18,7 @@ from ray_jobs.caption import CaptionConfig, caption
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.pairs import pair_table
 from ray_jobs.storage import Storage
+from ray_jobs.synthesis import run
 from ray_jobs.synthesis.captioner import Captioning, see, shown
 from ray_jobs.synthesis.chunks import open_work, read_chunk
 from ray_jobs.synthesis.describer import Describing
@@ -172,17 +173,21 @@ def test_any_model_can_caption_and_what_it_fails_at_costs_no_other(storage):
         pytest.param("exits", "engine_lost", marks=pytest.mark.chaos),
     ],
 )
-def test_a_captioner_that_an_image_is_the_end_of_costs_that_image_alone(storage, end, kind):
+def test_a_captioner_that_an_image_is_the_end_of_costs_that_image_alone(
+    storage, end, kind, monkeypatch
+):
+    monkeypatch.setattr(run, "_ITEMS", 1)  # so that all chunks are one item
     model = "tests.ray_jobs.synthesis.captioners:fragile"
     engine = {"kind": "python", "model": model, "arguments": {"deadly": 4, "end": end}}
     config = CaptionConfig.model_validate(
-        {"engine": {**engine, "cpus": 0.2}, "chunk_rows": 9, "hang_seconds": 2}
+        {"engine": {**engine, "cpus": 0.2}, "chunk_rows": 3, "hang_seconds": 2}
     )
     result = caption(config, storage)
     sources = {name: row["caption_source"] for name, row in written(storage).items()}
     assert sources.pop("pair-4") == "none: engine_failed"
     assert set(sources.values()) == {"given", "model"}
     assert {one["kind"] for one in result.incidents} == {kind}
+    assert {Path(one["chunk"]).name for one in result.incidents} == {"chunk-00001.parquet"}
 
 
 def test_a_captioner_that_has_none_for_anything_stops_the_job_before_any_pair(storage):

@@ -1,0 +1,89 @@
+"""Chunks as items of work, one or many to an item."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ray_jobs.beside import DESCRIPTIONS, Beside
+from ray_jobs.storage import Storage
+from ray_jobs.synthesis.chunks import Chunk, chunks_in, work_of
+from ray_jobs.synthesis.worker import ChunkWorker, Work
+
+
+def chunks(*counts: int) -> list[Chunk]:
+    """So many of each part."""
+    return [
+        Chunk(f"part-{part}", f"pairs/part-{part}.parquet", at, 8 * at, 8)
+        for part, count in enumerate(counts)
+        for at in range(count)
+    ]
+
+
+def batches(items: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """As Ray Data hands them over."""
+    return [{name: np.array([value]) for name, value in item.items()} for item in items]
+
+
+@pytest.mark.parametrize(
+    ("counts", "least", "lengths"),
+    [
+        ((3, 2), 250, [1, 1, 1, 1, 1]),  # of few, each by itself
+        ((5, 1, 4), 5, [2, 2, 1, 1, 2, 2]),  # of many, runs that end with their part
+        ((200,), 1, [64, 64, 64, 8]),
+        ((), 250, []),
+    ],
+)
+def test_items_hold_every_chunk_once_and_in_order(counts, least, lengths):
+    todo = chunks(*counts)
+    held = [chunks_in(batch) for batch in batches(work_of(todo, least))]
+    assert [len(one) for one in held] == lengths
+    assert [chunk for one in held for chunk in one] == todo
+
+
+def test_chunks_of_an_item_that_were_done_before_its_engine_ended_are_not_done_again(tmp_path):
+    class Begun:
+        careful, poison = False, frozenset[str]()
+
+    async def begin(file: str, _worker: str) -> type[Begun]:
+        begun.append(file)
+        return Begun
+
+    async def end(_file: str) -> None:
+        return None
+
+    async def together(rows: Any) -> Any:
+        return rows
+
+    begun: list[str] = []
+    watch: Any = SimpleNamespace(start=lambda: 1, begin=begin, end=end)
+    task: Any = SimpleNamespace(kind=DESCRIPTIONS)
+    storage = Storage.at(tmp_path)
+    work = Work(storage, "train", (), task, watch, 60.0, 1)
+    first, second = chunks(2)
+    beside = Beside(DESCRIPTIONS, "train")
+    storage.write_bytes(first.file(beside), b"done")
+    worker = ChunkWorker(SimpleWork(work))  # type: ignore[arg-type]
+    (batch,) = batches(work_of([first, second], 1))
+    counts = asyncio.run(worker.do(batch, together))
+    assert (counts["index"], counts["rows"]) == ([0, 1], [8, 8])
+    assert begun == [second.file(beside)]
+    assert storage.read_bytes(first.file(beside)) == b"done"
+
+
+class SimpleWork:
+    """Reads and writes nothing; everything else is the work's."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.work, name)
+
+    def read(self, chunk: Chunk) -> list[dict[str, Any]]:
+        return [{"id": str(at)} for at in range(chunk.rows)]
+
+    def write(self, chunk: Chunk, rows: Any) -> None:
+        assert len(rows) == chunk.rows

@@ -1,0 +1,23 @@
+"""Batches as a training worker gets them from Ray Data."""
+
+from ray_jobs.training.batches import BatchMaker, PairFiles, stream
+from ray_jobs.training.plan import DataPlan
+from rwkv_clip.model.config import named_config
+from rwkv_clip.transforms import image_transform
+
+
+def test_a_run_of_many_lots_of_windows_has_the_batches_of_one(emoji_storage):
+    files = PairFiles.of(emoji_storage)
+    plan = DataPlan(files.flat_row_groups, 32, 4, 4, 0)
+    transform = image_transform(named_config("RWKV-CLIP-Tiny"), train=True)
+    maker = BatchMaker(files, plan, plan.lanes_of(0, 2), transform, 16)
+    last = plan.steps_per_epoch + 5
+    assert plan.steps_per_epoch % plan.shuffle_steps  # an epoch's last window is cut
+
+    def ids(**windows: int) -> list[list[str]]:
+        arrived = stream(maker, 1, last, 0.2, **windows)
+        return [batch["id"].tolist() for batch in arrived]
+
+    at_once = ids()
+    assert [len(batch) for batch in at_once] == [16] * (last - 1)
+    assert at_once == ids(windows=1)
