@@ -18,7 +18,7 @@ PYTHON := $(shell for python in python3.11 python3.12 python3; do \
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo comparison test chaos test-cuda lint bench wheel lock clean python
+.PHONY: help setup demo comparison test chaos test-cuda lint docs bench wheel lock clean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -71,6 +71,9 @@ lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup ## write docs/configuration.md from the models that check a run's file
+	$(BIN)/python docs/configuration.py
 
 bench: setup ## run every benchmark: results verified first, then a table against the baselines
 	@for benchmark in benchmarks/[!_]*.py; do \

@@ -22,22 +22,26 @@ from rwkv_clip.model.config import CONFIGS, CLIPConfig, named_config
 class ImageTowerConfig(BaseConfig):
     """The image encoder; what is absent is as in the named model."""
 
-    depth: PositiveInt | None = None
-    heads: PositiveInt | None = None
-    hidden_dim: PositiveInt | None = None
-    patch_size: PositiveInt | None = None
-    image_size: PositiveInt | None = None
-    drop_path: float | None = Field(None, ge=0, lt=1)
+    depth: PositiveInt | None = Field(None, description="blocks")
+    heads: PositiveInt | None = Field(None, description="of a block's time mix")
+    hidden_dim: PositiveInt | None = Field(None, description="channels inside the channel mix")
+    patch_size: PositiveInt | None = Field(None, description="side of a patch, in pixels")
+    image_size: PositiveInt | None = Field(None, description="side of an image, in pixels")
+    drop_path: float | None = Field(
+        None, ge=0, lt=1, description="chance of dropping a branch in the last block"
+    )
 
 
 class TextTowerConfig(BaseConfig):
     """The text encoder; what is absent is as in the named model."""
 
-    depth: PositiveInt | None = None
-    heads: PositiveInt | None = None
-    hidden_dim: PositiveInt | None = None
-    context_length: int | None = Field(None, ge=3)
-    dropout: float | None = Field(None, ge=0, lt=1)
+    depth: PositiveInt | None = Field(None, description="blocks")
+    heads: PositiveInt | None = Field(None, description="of a block's time mix")
+    hidden_dim: PositiveInt | None = Field(None, description="channels inside the channel mix")
+    context_length: int | None = Field(None, ge=3, description="tokens of a text")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="chance of zeroing a channel after each branch"
+    )
 
 
 class ModelConfig(BaseConfig):
@@ -72,9 +76,9 @@ class ModelConfig(BaseConfig):
 class TextWeights(BaseConfig):
     """How often each of a pair's texts is chosen, among those that it has."""
 
-    web_text: NonNegativeFloat = 1.0
-    caption: NonNegativeFloat = 1.0
-    description: NonNegativeFloat = 1.0
+    web_text: NonNegativeFloat = Field(1.0, description="weight of what the web said")
+    caption: NonNegativeFloat = Field(1.0, description="weight of the synthetic caption")
+    description: NonNegativeFloat = Field(1.0, description="weight of the generated description")
 
 
 class JitterConfig(BaseConfig):
@@ -152,7 +156,7 @@ class TrainConfig(BaseConfig):
     sharding: Literal["none", "fsdp2"] = Field("none", description="of parameters over workers")
     compile: bool = Field(False, description="compile the model")
     activation_checkpointing: bool = Field(False, description="less memory for a third more time")
-    loss: Literal["contrastive"] = "contrastive"
+    loss: Literal["contrastive"] = Field("contrastive", description="CLIP's, over a global batch")
     seed: NonNegativeInt = Field(
         0, description="of weights, order, augmentation and regularisation"
     )

@@ -22,8 +22,8 @@ class RecipeConfig(BaseConfig):
 
     learning_rate: PositiveFloat = Field(1e-3, description="peak of the schedule")
     weight_decay: NonNegativeFloat = Field(0.2, description="of matrices")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.98, ge=0, lt=1)
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's, for gradients")
+    beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's, for their squares")
     epsilon: PositiveFloat = Field(1e-6, description="AdamW's")
     warmup_share: float = Field(0.1, ge=0, lt=1, description="of the steps")
     clip_norm: PositiveFloat = Field(1.0, description="of the whole gradient")
