@@ -53,7 +53,16 @@ from ray_jobs.pairs import (
     rejected_table,
 )
 from ray_jobs.progress import Progress
-from ray_jobs.sources import Raw, Rejected, Source, SourceConfig, Unit, open_source
+from ray_jobs.room import Need, warn_without_room
+from ray_jobs.sources import (
+    Raw,
+    Rejected,
+    Source,
+    SourceConfig,
+    SourceError,
+    Unit,
+    open_source,
+)
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig
 
@@ -112,7 +121,7 @@ class LimitsConfig(BaseConfig):
 class IngestConfig(BaseConfig):
     """What is ingested, and how."""
 
-    source: SourceConfig
+    source: SourceConfig = Field(description="where the pairs come from")
     limits: LimitsConfig = LimitsConfig()
     max_rejected_share: float = Field(
         0.2, ge=0, le=1, description="with a larger share of unusable rows the job stops"
@@ -292,8 +301,10 @@ class _Ingestion:
         )
 
     def run(self) -> Manifest:
-        _check_cluster(self.config.cpus_per_task)
-        units = self.source.units()
+        if not ray.is_initialized():
+            raise IngestError("Ray is not initialised; call ray.init() first")
+        warn_without_room(Need("cpus_per_task", self.config.cpus_per_task))
+        units = self._units()
         if not units:
             raise IngestError(f"the {self.config.source.kind} source is empty: it lists no units")
         for index, record in self._find_records(units).items():
@@ -310,6 +321,18 @@ class _Ingestion:
             *(manifest.rejected, manifest.duplicates),
         )
         return manifest
+
+    def _units(self) -> list[Unit]:
+        """The source's; raises IngestError where it cannot be reached, SourceError as it does."""
+        try:
+            return self.source.units()
+        except SourceError:
+            raise
+        except OSError as error:
+            raise IngestError(
+                f"the {self.config.source.kind} source cannot be listed ({error}). What is done is "
+                "kept; when it can be reached, start the same command again"
+            ) from error
 
     def _find_records(self, units: Sequence[Unit]) -> dict[int, _Record]:
         """The records of parts that are complete; raises IngestError if they do not fit."""
@@ -717,6 +740,9 @@ def _answer(index: int, name: str, work: Callable[[int], _Record]) -> dict[str, 
             )
             if attempt < _ATTEMPTS - 1:
                 time.sleep(4**attempt)
+        except SourceError as error:  # found when it was listed, had it been so then
+            problem = f"{error}. What is done is kept"
+            break
     return {"index": [index], "record": [record], "error": [problem]}
 
 
@@ -736,20 +762,6 @@ def _explain(index: int, ids: pa.ChunkedArray, hashes: Hashes, drops: Sequence[_
             if key in owners
         ]
     return rejected_table(rows)
-
-
-def _check_cluster(cpus: float) -> None:
-    """Raises IngestError without a cluster; warns where tasks might never start."""
-    if not ray.is_initialized():
-        raise IngestError("Ray is not initialised; call ray.init() first")
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    largest = max((node["Resources"].get("CPU", 0.0) for node in nodes), default=0.0)
-    if cpus > largest:
-        logger.warning(
-            "cpus_per_task is %g, but no node has more than %g CPUs now: unless the cluster grows, "
-            "this waits for ever",
-            *(cpus, largest),
-        )
 
 
 def _mismatch(storage: Storage, name: str, problem: str) -> IngestError:

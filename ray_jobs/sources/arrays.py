@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.lib import format as npy
 
-from ray_jobs.sources.base import SourceError
+from ray_jobs.sources.base import SourceError, UnreachableError
 from ray_jobs.sources.files import open_file
 from ray_jobs.storage import S3Config
 
@@ -45,7 +44,12 @@ class ArrayFile:
 
     @classmethod
     def open(cls, uri: str, s3: S3Config) -> "ArrayFile":
-        """Read a file's header; raises SourceError if it holds anything but rows of numbers."""
+        """Read a file's header.
+
+        Raises:
+            UnreachableError: the file cannot be reached.
+            SourceError: it holds anything but rows of numbers.
+        """
         try:
             with open_file(uri, s3) as stream:
                 version = _read_magic(stream)
@@ -53,7 +57,11 @@ class ArrayFile:
                     raise ValueError(f"its version is {version}")
                 shape, by_columns, dtype = _HEADERS[version](stream)
                 begin, size = stream.tell(), stream.size()
-        except (ValueError, OSError, pa.ArrowInvalid) as error:
+        except OSError as error:
+            raise UnreachableError(
+                f"source.beside.path: {uri} cannot be reached: {error}"
+            ) from error
+        except ValueError as error:
             raise SourceError(
                 f"source.beside.path: {uri} cannot be read as a .npy file: {error}"
             ) from error

@@ -26,6 +26,14 @@ class SourceError(ValueError):
     """A source that cannot be used; says which key or file, what was found, and what to do."""
 
 
+class UnreachableError(SourceError, OSError):
+    """A file of a source that cannot be reached now; what it holds is not to blame.
+
+    Before work starts it is the source that cannot be used; in a task it is an outage, after which
+    the unit may be read again.
+    """
+
+
 class BaseSourceConfig(BaseConfig):
     """The base of the sources' configurations.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -64,6 +65,56 @@ def open_file(uri: str, s3: S3Config) -> pa.NativeFile:
     """Open a file for random access."""
     filesystem, path = locate(uri, s3)
     return filesystem.open_input_file(path)
+
+
+class WatchedFile:
+    """A file that remembers that it could not be read.
+
+    Arrow's decoders raise the same errors for content that is broken and for a server that is away;
+    what tells them apart is whether the bytes came.
+
+    Attributes:
+        size: in bytes.
+        outage: why they did not come; None if they did, whatever was made of them.
+    """
+
+    def __init__(self, uri: str, s3: S3Config) -> None:
+        """Open it; raises OSError."""
+        self.outage: OSError | None = None
+        self._file = open_file(uri, s3)
+        self.size = int(self._file.size())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._file.closed)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        return int(self._file.seek(position, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def read(self, size: int = -1) -> pa.Buffer:
+        """So many bytes, fewer at the file's end; raises OSError."""
+        left = max(0, self.size - self.tell())
+        wanted = left if size < 0 else min(size, left)
+        try:
+            data = self._file.read_buffer(wanted)
+            if len(data) < wanted:
+                raise OSError(f"{len(data):,} bytes came where {wanted:,} were asked for")
+        except OSError as error:
+            self.outage = error
+            raise
+        return data
 
 
 def locate(uri: str, s3: S3Config) -> tuple[pafs.FileSystem, str]:

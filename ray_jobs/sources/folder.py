@@ -5,11 +5,16 @@ Choices:
   `imagefolder` of Hugging Face's data sets does: `metadata.jsonl` with `file_name` and texts.
 - A list is data, and data may be hostile: a name that leads out of the list's folder, also by a
   symbolic link, is refused and not read.
+- An image that may not be read costs its pair. S3 says the same of one object and of credentials
+  that have run out, so it counts only while the list itself can be read.
 """
 
 import errno
+import math
 import posixpath
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +27,11 @@ from ray_jobs.sources.base import (
     FilesConfig,
     Raw,
     Rejected,
+    SourceError,
     Unit,
     require_text,
 )
-from ray_jobs.sources.files import locate
+from ray_jobs.sources.files import locate, open_file
 from ray_jobs.sources.lists import column_names, list_units, read_list
 from ray_jobs.sources.parquet import id_text
 from ray_jobs.storage import S3Config
@@ -55,6 +61,7 @@ class FolderSource:
         units = list_units(self.config)
         for unit in {unit.path: unit for unit in units}.values():
             self._present(unit)
+        self._check_rights(units)
         return units
 
     def read(self, unit: Unit) -> Iterator[Raw | Rejected]:
@@ -69,6 +76,8 @@ class FolderSource:
             made_up = posixpath.join(posixpath.dirname(unit.label), name)
             identity = str(id_text(raw.get("id", made_up)) or "")
             problem, image = self._image(folder, name)
+            if problem == "image_forbidden":
+                problem, image = self._image_again(unit, folder, name)
             if problem:
                 yield Rejected(identity, origin, problem, f"{name!r}: {_EXPLAINED[problem]}")
             else:
@@ -94,7 +103,28 @@ class FolderSource:
         except OSError as error:
             if error.errno in _NEVER:
                 return "no_image", b""
+            if _is_forbidden(error):
+                return "image_forbidden", b""
             raise
+
+    def _image_again(self, unit: Unit, folder: str, name: str) -> tuple[str, bytes]:
+        """As `_image`, if the list can be read now; raises OSError if not."""
+        with open_file(unit.path, self.config.s3) as stream:
+            stream.read(1)
+        return self._image(folder, name)
+
+    def _check_rights(self, units: Sequence[Unit]) -> None:
+        """Raises SourceError if no image that is looked at, here and there, may be read."""
+        checked = units[:: math.ceil(len(units) / _CHECKED_UNITS) or 1]
+        for unit in checked:
+            for row in islice(self.read(unit), _CHECKED_ROWS):
+                if not isinstance(row, Rejected) or row.reason != "image_forbidden":
+                    return
+        if checked:
+            raise SourceError(
+                f"source.path: no image of {checked[0].path} that was tried may be read; whoever "
+                "runs this needs the right to read them (on S3, s3:GetObject)"
+            )
 
     def _inside(self, folder: str, inside: str) -> tuple[str, bytes]:
         """Why an image below the folder cannot be had, or its bytes."""
@@ -111,12 +141,21 @@ class FolderSource:
 
 
 # What will not be otherwise the next time.
-_NEVER = frozenset({errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.EINVAL, errno.EILSEQ})
+_NEVER = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ})
+_CHECKED_UNITS = 10  # before work starts
+_CHECKED_ROWS = 20  # of each
+# Arrow has S3's own codes in its words only; the second is that of archived objects.
+_S3_FORBIDDEN = re.compile("AWS Error (ACCESS_DENIED|INVALID_OBJECT_STATE)")
 _EXPLAINED = {
-    "no_image": "there is no such file, or it may not be read",
+    "no_image": "there is no such file",
+    "image_forbidden": "may not be read",
     "outside_folder": "leads out of the folder of the list",
     "image_too_large": f"over {MAX_FILE_BYTES:,} bytes",
 }
+
+
+def _is_forbidden(error: OSError) -> bool:
+    return error.errno == errno.EACCES or _S3_FORBIDDEN.search(str(error)) is not None
 
 
 def _leads_inside(path: str, folder: str) -> bool:

@@ -3,20 +3,25 @@
 Choices:
 - JSON lines and CSV are gone through once when listing, to note where every unit begins; a task
   then reads its own bytes only. Compressed files cannot be entered in the middle: one unit each.
-- A line that cannot be read is a rejected row; the lines after it are not affected.
+- A line that cannot be read is a rejected row; the lines after it are not affected. So it is with
+  a quote that nothing closes, which would take the lines after it into its field: many data sets
+  are written as TSV without any quoting. Quoted fields of several lines are read, if they are
+  closed as CSV closes them and are no longer than any text is.
+- A compressed file that breaks off gives the rows before the break; the break is one rejected row.
 """
 
 import csv
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
 from ray_jobs.sources.base import FilesConfig, Raw, Rejected, SourceError, Unit
-from ray_jobs.sources.files import File, find_files, locate
+from ray_jobs.sources.files import File, WatchedFile, find_files, open_file
 from ray_jobs.sources.parquet import read_footer, read_rows, row_group_units
 from ray_jobs.storage import S3Config
 
@@ -24,6 +29,9 @@ _PACKED = (".gz", ".zst", ".bz2")
 _LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
 LIST_SUFFIXES = (*_LINES, *(kind + packed for packed in _PACKED for kind in _LINES), ".parquet")
 _LINE_BYTES = 64_000_000  # a longer line is cut, and then is no JSON
+_RECORD_LINES = 1000  # at most that quotes hold together
+_RECORD_BYTES = 10_000_000  # of them after the first
+_BLOCK_BYTES = 1 << 20
 _SAMPLE_ROWS = 1000  # looked at for the names of columns
 _ANY_SIZE = 1 << 62
 
@@ -40,8 +48,11 @@ def list_units(config: FilesConfig, suffixes: Sequence[str] = LIST_SUFFIXES) -> 
 
 def column_names(unit: Unit, s3: S3Config) -> list[str]:
     """The columns of a unit's file; for JSON lines, the keys of the file's first lines."""
-    if _kind(unit.path) == "parquet":
+    kind = _kind(unit.path)
+    if kind == "parquet":
         return list(read_footer(unit.path, s3)[1].names)
+    if kind in ("csv", "tsv"):
+        return _header(unit, s3)
     # From the file's beginning, so that all its units are read alike.
     whole = Unit(unit.path)
     names: dict[str, None] = {}
@@ -62,12 +73,23 @@ def read_list(
             yield origin, Rejected("", origin, "unreadable", row) if isinstance(row, str) else row
         return
     read = _read_json if kind in ("jsonl", "ndjson") else _read_csv
-    for number, content in read(unit, s3):
-        origin = f"{unit.label} row {number}"
-        if isinstance(content, str):
-            yield origin, Rejected("", origin, "bad_row", content)
-        else:
-            yield origin, content
+    try:
+        for number, content in read(unit, s3):
+            origin = f"{unit.label} row {number}"
+            if isinstance(content, str):
+                yield origin, Rejected("", origin, "bad_row", content)
+            else:
+                yield origin, content
+    except _BrokenFileError as error:
+        yield unit.label, Rejected("", unit.label, "unreadable", str(error))
+
+
+class _BrokenFileError(Exception):
+    """A compressed file that cannot be unpacked from here on."""
+
+
+class _UnclosedQuoteError(Exception):
+    """A quoted field that goes on for longer than any does."""
 
 
 def _read_json(unit: Unit, s3: S3Config) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
@@ -82,17 +104,15 @@ def _read_json(unit: Unit, s3: S3Config) -> Iterator[tuple[int, Mapping[str, Any
 
 def _parse(line: bytes) -> Mapping[str, Any] | str:
     try:
-        row = json.loads(line.decode("utf-8-sig", "replace"))
+        row = json.loads(_text(line))
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     return row if isinstance(row, dict) else f"takes a JSON object, got {type(row).__name__}"
 
 
 def _read_csv(unit: Unit, s3: S3Config) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    header = next(_records(_lines(unit, s3, 0), unit.path), None)
-    if not isinstance(header, list):
-        return
-    records = _records(_lines(unit, s3), unit.path)
+    header = _header(unit, s3)
+    records = iter(_Records(_lines(unit, s3), unit.path, len(header)))
     if not unit.offset:
         next(records, None)
     for number, record in enumerate(records, unit.first):
@@ -106,23 +126,105 @@ def _read_csv(unit: Unit, s3: S3Config) -> Iterator[tuple[int, Mapping[str, Any]
             yield number, dict(zip(header, record, strict=True))
 
 
-def _records(lines: Iterator[bytes], path: str) -> Iterator[list[str] | str]:
-    """CSV records without empty lines; for one that cannot be read, what is wrong."""
-    csv.field_size_limit(_LINE_BYTES)
-    delimiter = "\t" if _kind(path) == "tsv" else ","
-    reader = csv.reader(
-        (line.decode("utf-8-sig", "replace") for line in lines), delimiter=delimiter
-    )
-    while True:
+def _header(unit: Unit, s3: S3Config) -> list[str]:
+    """The names in the first line of a unit's file; empty if that is none, or cannot be read."""
+    try:
+        first = next(iter(_Records(_lines(unit, s3, 0), unit.path)), None)
+    except _BrokenFileError:
+        return []
+    return first if isinstance(first, list) else []
+
+
+class _Records:
+    """The CSV records of some lines, without empty ones; for what is none, what is wrong.
+
+    Args:
+        lines: with their ends.
+        path: of their file.
+        fields: of each record; those of the first one if absent.
+
+    Attributes:
+        position: in bytes, where the lines of the next record begin.
+    """
+
+    def __init__(self, lines: Iterator[bytes], path: str, fields: int | None = None) -> None:
+        self.position = 0
+        self._lines, self._fields = lines, fields
+        self._delimiter = "\t" if _kind(path) == "tsv" else ","
+        self._held: list[bytes] = []  # the lines of the record that is being read
+        self._again: deque[bytes] = deque()  # lines that were read for a record, and are not its
+
+    def __iter__(self) -> Iterator[list[str] | str]:
+        csv.field_size_limit(_LINE_BYTES)
+        held, reader = self._held, self._reader()
+        while True:
+            held.clear()
+            problem = None
+            try:
+                record = next(reader)
+            except StopIteration:
+                return
+            except (csv.Error, _UnclosedQuoteError) as error:
+                problem = f"not CSV: {error}"
+            if len(held) > 1:
+                problem = problem or self._not_one(record)
+                if problem is not None:
+                    self._again.extendleft(reversed(held[1:]))
+                    del held[1:]
+                    reader = self._reader()
+            for line in held:
+                self.position += len(line)
+            if problem is not None:
+                yield problem
+            elif record:
+                self._fields = self._fields or len(record)
+                yield record
+
+    def _reader(self) -> Iterator[list[str]]:
+        return csv.reader(self._fed(), delimiter=self._delimiter)
+
+    def _fed(self) -> Iterator[str]:
+        """The lines, taken note of; raises _UnclosedQuoteError where a record has too many."""
+        held, size = self._held, 0
+        for line in chain(_drained(self._again), self._lines):
+            size = size + len(line) if held else 0
+            held.append(line)
+            if size > _RECORD_BYTES or len(held) > _RECORD_LINES:
+                raise _UnclosedQuoteError(f"a quote that {len(held) - 1:,} lines do not close")
+            yield _text(line)
+
+    def _not_one(self, record: Sequence[str]) -> str | None:
+        """Why the lines that were read for a record are none, if they are not."""
+        told = f"not CSV: a quote that takes in {len(self._held) - 1:,} lines, but"
         try:
-            record = next(reader)
-        except StopIteration:
-            return
+            list(csv.reader(map(_text, self._held), delimiter=self._delimiter, strict=True))
         except csv.Error as error:
-            yield f"not CSV: {error}"
-            continue
-        if record:
-            yield record
+            return f"{told} {error}"
+        if self._fields is None:
+            return None
+        if len(record) != self._fields:
+            return f"{told} then there are {len(record)} fields, and the header has {self._fields}"
+        if self._delimiter == "\t" and any(self._holds_rows(field) for field in record):
+            return f"{told} these are rows of their own"
+        return None
+
+    def _holds_rows(self, field: str) -> bool:
+        """Whether a line of a field, after its first, looks like a whole row.
+
+        Commas are in many texts; a tab is in few, and as many as a row has, between words, in none.
+        """
+        rows = (line.split("\t") for line in field.split("\n")[1:])
+        return any(1 < len(row) == self._fields and all(map(str.strip, row)) for row in rows)
+
+
+def _drained(lines: deque[bytes]) -> Iterator[bytes]:
+    while lines:
+        yield lines.popleft()
+
+
+def _text(line: bytes) -> str:
+    """As the codec utf-8-sig reads it, which is slow."""
+    return line.decode("utf-8", "replace").removeprefix("\ufeff")
 
 
 def _units_of(file: File, config: FilesConfig) -> list[Unit]:
@@ -142,50 +244,75 @@ def _units_of(file: File, config: FilesConfig) -> list[Unit]:
 
 def _row_starts(whole: Unit, config: FilesConfig) -> list[tuple[int, int, int]]:
     """First row, rows, and offset in bytes of each unit of a file."""
-    position = 0
-
-    def counted() -> Iterator[bytes]:
-        nonlocal position
-        for line in _lines(whole, config.s3):
-            position += len(line)
-            yield line
-
+    lines = _lines(whole, config.s3)
     is_json = _kind(whole.path) in ("jsonl", "ndjson")
-    rows = counted() if is_json else _records(counted(), whole.path)
+    counted = _Counted(lines) if is_json else _Records(lines, whole.path)
+    rows = iter(counted)
     if not is_json:
         next(rows, None)  # the header
     starts: list[tuple[int, int, int]] = []
-    start, count = position, 0
+    start, count = counted.position, 0
     for _ in rows:
         count += 1
         if count == config.unit_rows:
             starts.append((len(starts) * config.unit_rows, count, start))
-            start, count = position, 0
+            start, count = counted.position, 0
     return [*starts, (len(starts) * config.unit_rows, count, start)] if count else starts
 
 
+class _Counted:
+    """Lines, and as `position` where the next one begins, in bytes."""
+
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self.position = 0
+        self._lines = lines
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._lines:
+            self.position += len(line)
+            yield line
+
+
 def _lines(unit: Unit, s3: S3Config, offset: int | None = None) -> Iterator[bytes]:
-    """Lines from the unit's offset on, or from another."""
-    filesystem, path = locate(unit.path, s3)
+    """Lines from the unit's offset on, or from another; raises _BrokenFileError."""
     start = (unit.offset or 0) if offset is None else offset
-    with _open(filesystem, path, packed=unit.path.endswith(_PACKED)) as stream:
-        if start:
-            stream.seek(start)
-        rest = b""
-        while block := stream.read(1 << 20):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from (line + b"\n" for line in lines)
-            if len(rest) > _LINE_BYTES:
-                yield rest
-                rest = b""
-        if rest:
+    packed = unit.path.endswith(_PACKED)
+    rest = b""
+    for block in _unpacked(unit.path, s3) if packed else _blocks(unit.path, start, s3):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+        if len(rest) > _LINE_BYTES:
             yield rest
+            rest = b""
+    if rest:
+        yield rest
 
 
-def _open(filesystem: pafs.FileSystem, path: str, packed: bool) -> pa.NativeFile:
-    if packed:
-        return filesystem.open_input_stream(path, compression="detect")
-    return filesystem.open_input_file(path)
+def _blocks(path: str, start: int, s3: S3Config) -> Iterator[bytes]:
+    """A file's content from an offset in bytes on."""
+    with open_file(path, s3) as stream:
+        stream.seek(start)
+        while block := stream.read(_BLOCK_BYTES):
+            yield block
+
+
+def _unpacked(path: str, s3: S3Config) -> Iterator[bytes]:
+    """A compressed file's content; raises _BrokenFileError, and OSError if it does not come."""
+    codec = pa.Codec.detect(path).name
+    with (
+        WatchedFile(path, s3) as file,
+        pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec) as stream,
+    ):
+        while True:
+            try:
+                block = stream.read(_BLOCK_BYTES)
+            except (pa.ArrowException, OSError) as error:
+                if file.outage:
+                    raise file.outage from error
+                raise _BrokenFileError(f"breaks off: {type(error).__name__}: {error}") from error
+            if not block:
+                return
+            yield block
 
 
 def _kind(path: str) -> str:

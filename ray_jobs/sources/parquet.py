@@ -16,12 +16,15 @@ Choices:
       beside: {path: texts.npy, are: [web_text, caption]}
 """
 
+import logging
 import math
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, islice, pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,14 +38,20 @@ from ray_jobs.sources.base import (
     Rejected,
     SourceError,
     Unit,
+    UnreachableError,
     require_text,
 )
-from ray_jobs.sources.files import File, find_files, open_file
+from ray_jobs.sources.files import File, WatchedFile, find_files
 from ray_jobs.storage import S3Config
 from rwkv_clip.config import BaseConfig
 
+logger = logging.getLogger(__name__)
+
 _BATCH_ROWS = 64  # in memory at once: encoded images are large
 _TOKENS = 77  # a text, in columns of token ids
+_SMALL_GROUP_BYTES = 64_000_000
+_BUFFER_BYTES = 8_000_000  # a column
+_PAUSES = (1.0, 4.0)  # seconds, when a file cannot be reached; the file system had its own before
 
 TextName = Literal["web_text", "caption", "description"]
 
@@ -191,16 +200,26 @@ class ParquetSource:
 
 
 def read_footer(uri: str, s3: S3Config) -> tuple[pq.FileMetaData, pa.Schema]:
-    """A Parquet file's metadata and schema; raises SourceError where it is no Parquet file."""
+    """A Parquet file's metadata and schema.
+
+    Raises:
+        UnreachableError: the file cannot be reached.
+        SourceError: it is no Parquet file.
+    """
     try:
-        with open_file(uri, s3) as stream:
-            file = pq.ParquetFile(stream)
-            return file.metadata, file.schema_arrow
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(
-            f"source.path: {uri} cannot be read as Parquet: {error}. Fetch the file again, or "
-            "leave it out of source.path"
-        ) from error
+        with WatchedFile(uri, s3) as stream:
+            try:
+                file = pq.ParquetFile(stream)
+                return file.metadata, file.schema_arrow
+            except (pa.ArrowException, OSError) as error:
+                if stream.outage:
+                    raise stream.outage from error
+                raise SourceError(
+                    f"source.path: {uri} cannot be read as Parquet: {error}. Fetch the file again, "
+                    "or leave it out of source.path"
+                ) from error
+    except OSError as error:
+        raise UnreachableError(f"source.path: {uri} cannot be reached: {error}") from error
 
 
 def row_group_units(
@@ -236,27 +255,44 @@ def read_rows(
 ) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     """A unit's rows by number; for rows that cannot be read, what is wrong, as a string.
 
-    A broken page loses the rest of its row group, and no more.
+    A broken page loses the rest of its row group, and no more. An outage loses nothing: after a
+    pause the reading goes on at the next row.
+
+    Raises:
+        OSError: the file still cannot be reached after all pauses.
     """
-    with open_file(unit.path, s3) as stream:
-        file = pq.ParquetFile(stream)
-        sizes = [file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)]
-        end = unit.first + (file.metadata.num_rows if unit.rows is None else unit.rows)
-        for group, (first, after) in enumerate(pairwise(accumulate(sizes, initial=0))):
-            begin, stop = max(first, unit.first), min(after, end)
-            if begin >= stop:
-                continue
-            number, tried_at = begin, -1
+    at, outages = unit.first, 0  # the next row, and how often in vain
+    while True:
+        try:
+            for number, row in _rows_from(at, unit, columns, s3):
+                yield number, row
+                at, outages = number + 1, 0
+            return
+        except OSError as error:
+            if outages == len(_PAUSES):
+                raise
+            logger.warning("%s cannot be reached before row %d: %s", unit.path, at, error)
+            time.sleep(_PAUSES[outages])
+            outages += 1
+
+
+def _rows_from(
+    at: int, unit: Unit, columns: Sequence[str], s3: S3Config
+) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """As `read_rows`, from one row of the unit on; raises OSError at the first outage."""
+    with _Reader.taken(unit, columns, s3) as file:
+        end = file.rows if unit.rows is None else unit.first + unit.rows
+        for group, (first, after) in enumerate(pairwise(accumulate(file.sizes, initial=0))):
+            number, stop, tried_at = max(first, at), min(after, end), -1
             while number < stop:
                 try:
-                    for row in _group_rows(file, group, columns, number - first, stop - first):
+                    for row in file.read(group, number - first, stop - first):
                         yield number, row
                         number += 1
                 except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                    # If the file cannot be reached, whoever asked may try again. If it can, what
-                    # failed may have passed; only what fails twice at one row is broken.
-                    with open_file(unit.path, s3) as again:
-                        pq.ParquetFile(again)
+                    if file.outage:
+                        raise file.outage from error
+                    # What came may have been spoilt on its way; what fails twice is broken.
                     if tried_at < number:
                         tried_at = number
                         continue
@@ -265,17 +301,99 @@ def read_rows(
                     number = stop
 
 
-def _group_rows(
-    file: pq.ParquetFile, group: int, columns: Sequence[str], begin: int, stop: int
-) -> Iterator[Mapping[str, Any]]:
-    """The rows of a row group from one to before another, counted within it."""
-    at = 0
-    for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(columns)):
-        wanted = batch.slice(max(0, begin - at), max(0, stop - max(at, begin)))
-        at += len(batch)
-        yield from _rows_of(wanted)
-        if at >= stop:
-            return
+class _Reader:
+    """A Parquet file while it is read: a context that keeps its place for the next unit.
+
+    Pages can only be read from the beginning of their row group. So whoever reads a piece of a
+    large one stays where it ends, and the same process's next piece, which is a later one, goes on
+    from there.
+
+    Attributes:
+        rows: of the file.
+        sizes: rows in each row group.
+    """
+
+    _kept: ClassVar[deque["_Reader"]] = deque(maxlen=1)
+
+    def __init__(self, unit: Unit, columns: Sequence[str], s3: S3Config) -> None:
+        """Open it; raises OSError."""
+        self._made_for = _place(unit, columns, s3)
+        self._columns = list(columns)
+        self._stream = WatchedFile(unit.path, s3)
+        found = self._stream.size
+        if found != (unit.size or found):
+            raise OSError(f"it had {unit.size:,} bytes when it was listed, and has {found:,}")
+        self._metadata = pq.read_metadata(self._stream)
+        self.rows = self._metadata.num_rows
+        groups = range(self._metadata.num_row_groups)
+        self.sizes = [self._metadata.row_group(group).num_rows for group in groups]
+        self._group: int | None = None  # that is being read
+        self._at = 0  # the row of it that comes next
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._rest: pa.RecordBatch | None = None  # of the batch that is being read
+
+    @classmethod
+    def taken(cls, unit: Unit, columns: Sequence[str], s3: S3Config) -> "_Reader":
+        """The one that was kept, if it is of the unit's file; otherwise a new one."""
+        try:
+            kept = cls._kept.pop()
+        except IndexError:
+            return cls(unit, columns, s3)
+        if kept._made_for == _place(unit, columns, s3):
+            return kept
+        kept._stream.close()
+        return cls(unit, columns, s3)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._group is not None and self._at < self.sizes[self._group]:
+            self._kept.append(self)
+        else:
+            self._stream.close()
+
+    @property
+    def outage(self) -> OSError | None:
+        """Why the file could not be read; None if what failed is in what it holds."""
+        return self._stream.outage
+
+    def read(self, group: int, begin: int, stop: int) -> Iterator[Mapping[str, Any]]:
+        """The rows of a row group from one to before another, counted within it."""
+        if self._group != group or begin < self._at:
+            self._start(group)
+        try:
+            while self._at < stop:
+                self._rest = self._rest or next(self._batches, None)
+                if self._rest is None:
+                    raise pa.ArrowInvalid(f"the row group ends before its row {self._at:,}")
+                skipped = min(max(0, begin - self._at), len(self._rest))
+                taken = min(stop - self._at, len(self._rest)) - skipped
+                wanted = self._rest.slice(skipped, max(0, taken))
+                yield from _rows_of(wanted)
+                self._at += skipped + len(wanted)
+                self._rest = self._rest.slice(skipped + len(wanted))
+        except BaseException:
+            self._group = None  # where it stands is not known
+            raise
+
+    def _start(self, group: int) -> None:
+        # A small group comes by one request; of a large one no more is held, nor asked for, than
+        # is decoded next.
+        small = self._metadata.row_group(group).total_byte_size <= _SMALL_GROUP_BYTES
+        file = pq.ParquetFile(
+            self._stream,
+            metadata=self._metadata,
+            pre_buffer=small,
+            buffer_size=0 if small else _BUFFER_BYTES,
+        )
+        self._group, self._at, self._rest = group, 0, None
+        self._batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=self._columns)
+
+
+def _place(unit: Unit, columns: Sequence[str], s3: S3Config) -> tuple[object, ...]:
+    """What one _Reader can read."""
+    return unit.path, unit.size, tuple(columns), s3
 
 
 def image_bytes(value: object) -> object:

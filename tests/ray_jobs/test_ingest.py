@@ -26,6 +26,7 @@ from ray_jobs.ingest import (
 )
 from ray_jobs.pairs import PAIR_SCHEMA, REJECTED_SCHEMA, pair_table
 from ray_jobs.sources import Rejected, SourceError, Unit
+from ray_jobs.sources.base import UnreachableError
 from ray_jobs.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -348,6 +349,35 @@ def test_a_file_that_cannot_be_reached_is_asked_again(monkeypatch: pytest.Monkey
     assert (
         "s3://bucket/a.parquet cannot be read or written (connection reset)" in answer["error"][0]
     )
+
+
+@pytest.mark.parametrize(("error", "asked"), [(UnreachableError("away"), 3), (SourceError("x"), 1)])
+def test_a_file_of_the_source_is_asked_again_if_it_was_out_of_reach(
+    error: Exception, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    calls = []
+
+    def work(index: int) -> Any:
+        calls.append(index)
+        raise error
+
+    answer = module._answer(3, "a.parquet", work)
+    assert len(calls) == asked
+    assert f"{error}" in answer["error"][0]
+    assert "What is done is kept" in answer["error"][0]
+
+
+def test_a_source_that_cannot_be_listed_is_told(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Forbidden:
+        def units(self) -> list[Unit]:
+            raise OSError("ACCESS_DENIED")
+
+    monkeypatch.setattr(module, "open_source", lambda _: Forbidden())
+    with pytest.raises(IngestError, match=r"parquet source cannot be listed \(ACCESS_DENIED\)"):
+        ingest(config(tmp_path), storage)
 
 
 def test_a_manifest_that_is_not_there_is_told(storage: Storage) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
 from pydantic import TypeAdapter
 
-from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source
+from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, lists, open_source
+from ray_jobs.storage import S3Config, Storage, StorageConfig
+from tests.ray_jobs.s3_server import BUCKET, Server
 
 Png = Callable[[int], bytes]
 
@@ -103,6 +106,119 @@ def test_broken_csv_rows_are_rejected_and_the_rest_is_read(images: Path) -> None
     text = "file_name,text\nimg/0.png,zero\n\nimg/1.png\nimg/2.png,two,three\nimg/3.png,three\n"
     (images / "metadata.csv").write_text(text)
     assert texts_of(source(images)) == ["zero", "bad_row", "bad_row", "three"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "kept"),
+    [
+        # The quotes that open or end other fields are not this one's; some look as if they were.
+        (['0\t"never closed', "1\tone", "2\ttwo"], ["bad_row", "one", "two"]),
+        (['0\t"a', "1\tone", '2\tis "b"', "3\tthree"], ["bad_row", "one", 'is "b"', "three"]),
+        (['0\t"a', "1\tone", '2\t"b', "3\tthree"], ["bad_row", "one", "bad_row", "three"]),
+        (['0\t"a', "1\tone", '2\tsize 5"', "3\tthree"], ["bad_row", "one", 'size 5"', "three"]),
+        (['"0\ta', '1\t"one"', "2\ttwo"], ["bad_row", "one", "two"]),
+        (['0\t"one', '', '\t\tline"', "1\tone"], ["one\n\n\t\tline", "one"]),
+        (['0\t"a ""b"" and', 'c"', '1\t"one"'], ['a "b" and\nc', "one"]),
+        (['0\t"5" screen', "1\tone"], ["5 screen", "one"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("unit_rows", [1, 100])
+def test_a_quote_that_nothing_closes_costs_its_line(
+    unit_rows: int, lines: list[str], kept: list[str], images: Path
+) -> None:
+    for number in range(4):
+        (images / str(number)).write_bytes(b"an image")
+    (images / "list.tsv").write_text("\n".join(["file_name\ttext", *lines]) + "\n")
+    assert texts_of(source(images, unit_rows=unit_rows)) == kept
+
+
+def test_no_quoted_field_has_more_lines_than_a_text(images: Path) -> None:
+    def texts(lines: int) -> list[str]:
+        quoted = "\n".join(str(line) for line in range(lines))
+        (images / "list.csv").write_text(
+            f'file_name,text\nimg/0.png,"{quoted}"\nimg/1.png,"one"\n', newline=""
+        )
+        return texts_of(source(images))
+
+    assert texts(1000) == ["\n".join(map(str, range(1000))), "one"]
+    assert texts(1001) == ["bad_row"] * 1001 + ["one"]
+
+
+def test_a_compressed_list_that_breaks_off_gives_the_rows_before(images: Path) -> None:
+    write_jsonl(images / "list.jsonl", entries(1) * 100_000)
+    packed = gzip.compress((images / "list.jsonl").read_bytes(), 1)
+    (images / "list.jsonl").unlink()
+    (images / "list.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    one = source(images)
+    rows = list(lists.read_list(one.units()[0], None, S3Config()))
+    assert len(rows) > 10_000
+    assert isinstance(rows[-1][1], Rejected)
+    assert (rows[-1][1].reason, rows[-1][1].origin) == ("unreadable", "list.jsonl.gz")
+    assert rows[-2][1] == entries(1)[0]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_compressed_list_that_is_none_is_found_before_work(kind: str, images: Path) -> None:
+    (images / f"list.{kind}.gz").write_bytes(b"no archive")
+    with pytest.raises(SourceError, match=rf"list\.{kind}\.gz has no column 'file_name'"):
+        source(images).units()
+
+
+def on_s3(server: Server, png: Png) -> Source:
+    s3 = S3Config(endpoint=server.endpoint)
+    storage = Storage(StorageConfig(uri=f"s3://{BUCKET}/data", s3=s3))
+    listed = "".join(json.dumps(row) + "\n" for row in entries())
+    storage.write_bytes("metadata.jsonl", listed.encode())
+    for number in range(6):
+        storage.write_bytes(f"img/{number}.png", png(number))
+    config = {"kind": "folder", "path": storage.uri, "s3": {"endpoint": server.endpoint}}
+    return open_source(TypeAdapter(SourceConfig).validate_python(config))
+
+
+def forbid(s3: Server, key: str) -> None:
+    """Take away the right to read what is called so, by which S3 judges both requests."""
+    denied = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": ["s3:GetObject", "s3:HeadObject"],
+        "Resource": f"arn:aws:s3:::{BUCKET}/data/{key}",
+    }
+    policy = {"Version": "2012-10-17", "Statement": [denied]}
+    requests.put(f"{s3.endpoint}/{BUCKET}?policy", json=policy, timeout=60).raise_for_status()
+
+
+def test_an_object_that_is_forbidden_costs_its_pair(s3: Server, png: Png) -> None:
+    one = on_s3(s3, png)
+    forbid(s3, "img/3.png")
+    rows = rows_of(one)
+    assert [isinstance(row, Rejected) for row in rows] == [False] * 3 + [True] + [False] * 2
+    assert (rows[3].reason, rows[3].detail) == ("image_forbidden", "'img/3.png': may not be read")
+
+
+def test_credentials_that_run_out_cost_no_pair(s3: Server, png: Png) -> None:
+    one = on_s3(s3, png)
+    (unit,) = one.units()
+    rows = one.read(unit)
+    next(rows)
+    forbid(s3, "*")
+    with pytest.raises(OSError, match="ACCESS_DENIED"):
+        list(rows)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "message"),
+    [
+        ("img/*", SourceError, r"no image of .* may be read; .*s3:GetObject"),
+        ("*", OSError, r"metadata\.jsonl.*ACCESS_DENIED"),
+    ],
+)
+def test_files_that_are_all_forbidden_are_found_before_work(
+    key: str, kind: type[Exception], message: str, s3: Server, png: Png
+) -> None:
+    one = on_s3(s3, png)
+    forbid(s3, key)
+    with pytest.raises(kind, match=message):
+        one.units()
 
 
 def test_ten_megabytes_in_a_line_are_read(images: Path) -> None:

@@ -1,5 +1,6 @@
 """Parquet files: other people's columns, row groups, and pages that are broken."""
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 from pydantic import TypeAdapter
 
 from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source, parquet
+from ray_jobs.sources.files import WatchedFile
+from ray_jobs.storage import S3Config, Storage, StorageConfig
 from rwkv_clip.tokenizer import tokenize
+from tests.ray_jobs.s3_server import BUCKET, Server
 
 Png = Callable[[int], bytes]
 
@@ -216,6 +220,70 @@ def test_large_row_groups_are_cut(tmp_path: Path, png: Png) -> None:
         assert [row["id"] for row in rows_of(one)] == [f"p{i}" for i in range(26)]
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes are read of files, by request; and every row group counts as a large one."""
+    made: list[int] = []
+    read = WatchedFile.read
+
+    def counted(self: WatchedFile, size: int = -1) -> pa.Buffer:
+        made.append(size)
+        return read(self, size)
+
+    monkeypatch.setattr(WatchedFile, "read", counted)
+    monkeypatch.setattr(parquet, "_SMALL_GROUP_BYTES", 0)
+    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 10_000)
+    monkeypatch.setattr(parquet._Reader, "_kept", deque(maxlen=1))
+    return made
+
+
+def test_the_pieces_of_a_large_row_group_are_read_one_after_the_other(
+    tmp_path: Path, asked: list[int]
+) -> None:
+    images = [np.random.default_rng(seed).bytes(5_000) for seed in range(640)]
+    table = pa.table({"image": images, "text": [f"text {seed}" for seed in range(640)]})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, data_page_size=1, write_batch_size=5, use_dictionary=False)
+    one = source(tmp_path, "hf_parquet", unit_rows=60)
+    units = one.units()
+    assert len(units) == 11
+
+    def numbers(*wanted: int) -> list[int]:
+        rows = [row for at in wanted for row in one.read(units[at])]
+        assert all(row["image"] == images[int(row["web_text"][5:])] for row in rows)
+        return [int(row["web_text"][5:]) for row in rows]
+
+    def places(*wanted: int) -> list[int]:
+        return [at for one in wanted for at in range(640 * one // 11, 640 * (one + 1) // 11)]
+
+    asked.clear()
+    assert numbers(0) == places(0)
+    assert sum(asked) < path.stat().st_size / 3
+    # As a process reads when others take a part of the pieces.
+    assert numbers(1, 2, 4, 7, 10) == places(1, 2, 4, 7, 10)
+    assert sum(asked) < 1.4 * path.stat().st_size  # with the footers
+    assert numbers(3, 5) == places(3, 5)
+
+
+def test_a_piece_that_was_not_read_to_its_end_is_read_again(
+    tmp_path: Path, png: Png, asked: list[int]
+) -> None:
+    write(tmp_path / "a.parquet", pairs(png, 20), group=20)
+    write(tmp_path / "b.parquet", pairs(png, 20), group=20)
+    one = source(tmp_path, unit_rows=10)
+    units = one.units()
+
+    def ids(at: int) -> list[str]:
+        return [row["id"] for row in one.read(units[at])]
+
+    stopped = one.read(units[0])
+    next(stopped)
+    stopped.close()
+    assert ids(1) == [f"p{i}" for i in range(10, 20)]
+    assert ids(0) == ids(2) == [f"p{i}" for i in range(10)]
+    assert ids(1) == ids(3) == [f"p{i}" for i in range(10, 20)]
+
+
 def test_a_broken_page_loses_its_row_group_in_every_unit(tmp_path: Path, png: Png) -> None:
     path = tmp_path / "a.parquet"
     write(path, pairs(png, 12), group=6)
@@ -229,21 +297,66 @@ def test_a_broken_page_loses_its_row_group_in_every_unit(tmp_path: Path, png: Pn
     assert [row.origin for row in rows[:6]] == [f"a.parquet row {at}" for at in range(6)]
 
 
-def test_what_fails_once_is_read_again(
-    tmp_path: Path, png: Png, monkeypatch: pytest.MonkeyPatch
+def on_s3(s3: Server, table: dict[str, Any], group: int) -> Source:
+    """A file on a server that is asked once only, and by one request for each row group."""
+    options = S3Config(endpoint=s3.endpoint, attempts=1)
+    storage = Storage(StorageConfig(uri=f"s3://{BUCKET}/data", s3=options))
+    storage.write_table("a.parquet", pa.table(table), row_group_size=group)
+    return source(storage.uri, s3={"endpoint": s3.endpoint, "attempts": 1})
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that are made, in seconds; none takes any time."""
+    made: list[float] = []
+    monkeypatch.setattr(parquet.time, "sleep", made.append)
+    return made
+
+
+def test_an_outage_rejects_no_row(s3: Server, png: Png, pauses: list[float]) -> None:
+    one = on_s3(s3, pairs(png, 12), group=4)
+    (unit,) = one.units()
+    rows = one.read(unit)
+    found = [next(rows) for _ in range(4)]
+    # The second row group twice does not come; in between the file can be opened.
+    answers = iter([True, False, False, True])
+    s3.refuses = lambda method, path: next(answers, False)
+    found += rows
+    assert [row["id"] for row in found] == [f"p{i}" for i in range(12)]
+    assert pauses == [1.0, 4.0]
+
+
+def test_a_server_that_stays_away_stops_the_reading(
+    s3: Server, png: Png, pauses: list[float]
 ) -> None:
-    write(tmp_path / "a.parquet", pairs(png, 12), group=12)
-    whole, failures = parquet._group_rows, iter([3, 7])
+    one = on_s3(s3, pairs(png, 12), group=4)
+    (unit,) = one.units()
+    rows = one.read(unit)
+    next(rows)
+    s3.refuses = lambda method, path: True
+    with pytest.raises(OSError, match="AWS Error"):
+        list(rows)
+    assert pauses == [1.0, 4.0]
+    with pytest.raises(OSError, match=r"a\.parquet cannot be reached"):
+        next(one.read(unit))
+    with pytest.raises(SourceError, match=r"cannot be listed"):
+        one.units()
 
-    def shaky(file: Any, group: int, columns: Any, begin: int, stop: int) -> Any:
-        fails_at = next(failures, None)
-        for at, row in enumerate(whole(file, group, columns, begin, stop), begin):
-            if at == fails_at:
-                raise OSError("the network was away")
-            yield row
 
-    monkeypatch.setattr(parquet, "_group_rows", shaky)
-    assert [row["id"] for row in rows_of(source(tmp_path))] == [f"p{i}" for i in range(12)]
+def test_a_file_that_changes_while_it_is_read_rejects_no_row(
+    tmp_path: Path, png: Png, pauses: list[float]
+) -> None:
+    path = tmp_path / "a.parquet"
+    write(path, pairs(png, 12), group=4)
+    one = source(tmp_path)
+    (unit,) = one.units()
+    rows = one.read(unit)
+    found = [next(rows) for _ in range(4)]
+    with path.open("r+b") as file:
+        file.truncate(10)
+    with pytest.raises(OSError, match=r"bytes when it was listed, and has 10"):
+        found += rows
+    assert len(found) == 4
 
 
 def test_strings_that_are_no_utf8_are_still_read(tmp_path: Path, png: Png) -> None:
