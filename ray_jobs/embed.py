@@ -47,8 +47,9 @@ class EmbedConfig(EncoderConfig):
     data: str = Field("test", description="a data set of the storage: train, test or validation")
     model: str | None = Field(
         None,
-        description="models:/NAME@ALIAS, or the folder or URI of a checkpoint; the one that was "
-        "trained in this storage if absent",
+        description="models:/NAME@ALIAS, or the folder or URI of a checkpoint; if absent the "
+        "registry's champion, which is what is served, and where there is none the model that was "
+        "trained in this storage",
     )
     text: TextColumn | None = Field("caption", description="of texts; null for images alone")
     replace: bool = Field(
@@ -142,7 +143,8 @@ class PartEncoder(ImageEncoder):
     """
 
     def __init__(self, storage: Storage, checkpoint: str, config: EmbedConfig) -> None:
-        super().__init__(fetch_checkpoint(storage, checkpoint), config.threads)
+        model = fetch_checkpoint(storage, checkpoint)
+        super().__init__(model, config.threads, gpus_key="embed.gpus_per_worker")
         self.storage, self.config = storage, config
         self.files = PairFiles.of(storage, config.data)
 

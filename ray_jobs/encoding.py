@@ -42,17 +42,18 @@ class ImageEncoder:
     Args:
         model: the model.
         threads: that decode images, beside the model.
+        gpus_key: of the configuration, that says how many GPUs it is given; for errors.
 
     Raises:
         RuntimeError: it was given a GPU that PyTorch does not see.
     """
 
-    def __init__(self, model: RWKVCLIP, threads: int = 1) -> None:
+    def __init__(self, model: RWKVCLIP, threads: int = 1, *, gpus_key: str) -> None:
         # Ray hides no GPU from a task that holds none; training has the one that it would take.
         given = ray.is_initialized() and bool(ray.get_gpu_ids())
         if given and not torch.cuda.is_available():
             raise RuntimeError(
-                "gpus_per_worker: PyTorch sees no GPU on this node; install requirements/cuda.txt "
+                f"{gpus_key}: PyTorch sees no GPU on this node; install requirements/cuda.txt "
                 "there, or set it to 0"
             )
         self.device = torch.device("cuda" if given else "cpu")
@@ -97,10 +98,16 @@ class PairEncoder(ImageEncoder):
         files: the pairs.
         text: the column whose texts are embedded.
         threads: that decode images, beside the model.
+        gpus_key: of the configuration, that says how many GPUs it is given; for errors.
+
+    Raises:
+        RuntimeError: it was given a GPU that PyTorch does not see.
     """
 
-    def __init__(self, model: RWKVCLIP, files: PairFiles, text: str, threads: int = 1) -> None:
-        super().__init__(model, threads)
+    def __init__(
+        self, model: RWKVCLIP, files: PairFiles, text: str, threads: int = 1, *, gpus_key: str
+    ) -> None:
+        super().__init__(model, threads, gpus_key=gpus_key)
         self.files, self.text = files, text
 
     @torch.inference_mode()

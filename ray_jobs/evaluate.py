@@ -37,7 +37,7 @@ from ray_jobs.encoding import (
     with_text,
 )
 from ray_jobs.execution import arrange, work_items
-from ray_jobs.image_sets import EncoderConfig
+from ray_jobs.image_sets import EncoderConfig, ImageSet
 from ray_jobs.ingest import Manifest
 from ray_jobs.pairs import TextColumn
 from ray_jobs.progress import Progress
@@ -112,6 +112,30 @@ class EvaluationResult:
         return bool(self.chance)
 
 
+@dataclass(frozen=True)
+class OpenedSets:
+    """The sets of images of an evaluation, with their files.
+
+    Attributes:
+        labelled: what `open_sets` gives.
+        captioned: what `open_captioned` gives.
+    """
+
+    labelled: list[tuple[ClassificationConfig, ImageSet, ImageSet | None]]
+    captioned: list[tuple[RetrievalConfig, ImageSet]]
+
+    @classmethod
+    def of(cls, config: EvaluationConfig) -> "OpenedSets":
+        """Look for the files; raises SourceError where a set cannot be read."""
+        return cls(open_sets(config.classification), open_captioned(config.retrieval))
+
+    @property
+    def digests(self) -> list[str]:
+        """What tells each from any other."""
+        found = [part.digest for _, test, train in self.labelled for part in (test, train) if part]
+        return found + [images.digest for _, images in self.captioned]
+
+
 class Evaluation:
     """A checkpoint of the storage, with the pairs and the sets of images that it is scored on.
 
@@ -121,6 +145,7 @@ class Evaluation:
         checkpoint: the checkpoint folder's name in the storage.
         name: of the data set of pairs; None for sets of images alone.
         folder: of the storage, that gets embeddings and result.
+        sets: those of the configuration, if they were opened before.
 
     Attributes:
         held: what an earlier run with the same settings found.
@@ -136,19 +161,18 @@ class Evaluation:
         checkpoint: str,
         name: str | None = "test",
         folder: str = "evaluation",
+        sets: OpenedSets | None = None,
     ) -> None:
         self.config, self.storage, self.checkpoint = config, storage, checkpoint
         self.manifest = Manifest.from_storage(storage, name) if name else None
-        self._sets = open_sets(config.classification)
+        self._sets = sets or OpenedSets.of(config)
         digests = [self.manifest.data_digest] if self.manifest else []
-        digests += [part.digest for _, test, train in self._sets for part in (test, train) if part]
-        self._searched = open_captioned(config.retrieval)
-        digests += [images.digest for _, images in self._searched]
+        digests += self._sets.digests
         together = sha256("".join(digests).encode()).hexdigest()
         self.digest = digests[0] if len(digests) == 1 else together
         self._identity = {
             "config": config.model_copy(
-                update={"classification": tuple(one for one, *_ in self._sets)}
+                update={"classification": tuple(one for one, *_ in self._sets.labelled)}
             ).model_dump(mode="json"),
             "checkpoint": checkpoint,
             # Another training leaves its checkpoints under the same names.
@@ -179,31 +203,14 @@ class Evaluation:
             table = _embed(config, storage, checkpoint, self.manifest)
             storage.write_table(f"{self._place}/embeddings/part-00000.parquet", table)
             result = _score(config, table, checkpoint, self.manifest, self.digest)
-        for labelled, test, train in self._sets:
+        for labelled, test, train in self._sets.labelled:
             _add(result, score_set(labelled, test, train, config, storage, checkpoint))
-        for captioned, images in self._searched:
+        for captioned, images in self._sets.captioned:
             _add_search(result, search_set(captioned, images, config, storage, checkpoint))
         for file, value in result.clip_benchmark.items():
             storage.write_json(f"{self._place}/clip_benchmark/{file}", value)
         storage.write_json(self._record, {"run": self._identity, "result": asdict(result)})
         return result
-
-
-def evaluate(
-    config: EvaluationConfig,
-    storage: Storage,
-    checkpoint: str,
-    name: str | None = "test",
-    folder: str = "evaluation",
-) -> EvaluationResult:
-    """Evaluate a checkpoint, as `Evaluation` does; returns at once if it was done already."""
-    return Evaluation(config, storage, checkpoint, name, folder).run()
-
-
-def check_sets(config: EvaluationConfig) -> None:
-    """Raises SourceError where a set of images cannot be read, before there is a model for it."""
-    open_sets(config.classification)
-    open_captioned(config.retrieval)
 
 
 def _add(result: EvaluationResult, scores: Sequence[ClassificationScore]) -> None:
@@ -231,7 +238,8 @@ class Encoder(PairEncoder):
     def __init__(
         self, storage: Storage, checkpoint: str, files: PairFiles, text: str, threads: int
     ) -> None:
-        super().__init__(fetch_checkpoint(storage, checkpoint), files, text, threads)
+        model = fetch_checkpoint(storage, checkpoint)
+        super().__init__(model, files, text, threads, gpus_key="evaluation.gpus_per_worker")
 
     def __call__(self, batch: Mapping[str, Array]) -> pa.Table:
         """Embeddings of the rows first .. first + rows of the data set."""

@@ -180,7 +180,8 @@ class SetEncoder(ImageEncoder):
         *,
         texts: bool,
     ) -> None:
-        super().__init__(fetch_checkpoint(storage, checkpoint), config.threads)
+        model = fetch_checkpoint(storage, checkpoint)
+        super().__init__(model, config.threads, gpus_key="evaluation.gpus_per_worker")
         self.images, self.batch, self.texts = images, config.batch, texts
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:

@@ -26,9 +26,9 @@ from ray_jobs import job
 from ray_jobs.beside import CAPTIONS, DESCRIPTIONS, Beside
 from ray_jobs.caption import CaptionConfig, CaptionResult, caption
 from ray_jobs.cluster import RayConfig, connected, full_disk
-from ray_jobs.embed import EmbedConfig, EmbedError, EmbedResult, embed
+from ray_jobs.embed import EmbedConfig, EmbedError, embed
 from ray_jobs.encoding import TextsError, check_texts
-from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult, check_sets
+from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult, OpenedSets
 from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
 from ray_jobs.memory import PeakMemory
 from ray_jobs.progress import Progress, duration
@@ -39,8 +39,8 @@ from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.tracking import StageRun, Tracker, TrackingConfig, TrackingError
 from ray_jobs.tracking.config import STORE_ERRORS
-from ray_jobs.tracking.registry import Registered, register
-from ray_jobs.tracking.source import ModelSourceError, model_source, stored_model
+from ray_jobs.tracking.registry import CHAMPION, Registered, register
+from ray_jobs.tracking.source import ModelSource, ModelSourceError, model_source, stored_model
 from ray_jobs.train import (
     VALIDATION,
     TrainError,
@@ -64,6 +64,7 @@ REPORT = "report.html"
 _TIMES = "times.json"
 _MEMORY = "memory.json"
 _BASELINE = "baseline"
+_NO_CHAMPION = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no model, no alias
 _FAILURES = (
     SourceError,
     IngestError,
@@ -233,19 +234,19 @@ class _Pipeline:
 
     def run(self, memory: PeakMemory) -> PipelineResult:
         config = self.config
-        check_sets(config.evaluation)
+        sets = OpenedSets.of(config.evaluation)  # what cannot be read is told before any work
         data, test = self._ingest()
         captioned = self._caption(data)
         described = self._describe(data)
         main = self._train("train", config.train, data)
-        evaluated = self._evaluate("evaluation", main, test)
+        evaluated = self._evaluate("evaluation", main, test, sets)
         baseline_train = baseline = None
         if (settings := config.baseline_train()) is not None:
             baseline_train = self._train(_BASELINE, settings, data)
-            baseline = self._evaluate(f"{_BASELINE}-evaluation", baseline_train, test)
+            baseline = self._evaluate(f"{_BASELINE}-evaluation", baseline_train, test, sets)
         registered = self._register(main, evaluated)
         if config.embed is not None:
-            self._embed()
+            self._embed_after(config.embed, registered)
         peak = self._peak(memory)
         report = Report(
             title=config.name,
@@ -292,7 +293,7 @@ class _Pipeline:
                 )
             return
         if stage == "embed":
-            self._embed()
+            self._embed(config.embed or EmbedConfig())
             return
         data = Manifest.from_storage(storage, "train")
         if stage == "train":
@@ -412,22 +413,27 @@ class _Pipeline:
         return result
 
     def _evaluate(
-        self, folder: str, trained: TrainResult, test: Manifest | None
+        self,
+        folder: str,
+        trained: TrainResult,
+        test: Manifest | None,
+        sets: OpenedSets | None = None,
     ) -> EvaluationResult | None:
         config = self.config.evaluation
         if test is None and not config.has_sets:
             return None
         name = test.name if test is not None else None
-        evaluation = Evaluation(config, self.storage, trained.best, name, folder)
-        done = evaluation.held is not None
-        with self._stage(folder) as told, self._tracked(folder, done) as run:
-            run.params({"checkpoint": trained.best, **config.model_dump(mode="json")})
-            if test is not None:
-                self._note_data(run, test, "evaluation")
-            result = evaluation.run()
-            run.metrics(result.metrics)
-            for file, value in result.clip_benchmark.items():
-                run.json(f"clip_benchmark/{file}", value)
+        with self._stage(folder) as told:
+            evaluation = Evaluation(config, self.storage, trained.best, name, folder, sets)
+            done = evaluation.held is not None
+            with self._tracked(folder, done) as run:
+                run.params({"checkpoint": trained.best, **config.model_dump(mode="json")})
+                if test is not None:
+                    self._note_data(run, test, "evaluation")
+                result = evaluation.run()
+                run.metrics(result.metrics)
+                for file, value in result.clip_benchmark.items():
+                    run.json(f"clip_benchmark/{file}", value)
             outcomes = []
             if result.searched:
                 recall = 100 * result.metrics["text_to_image_recall_at_10"]
@@ -443,19 +449,42 @@ class _Pipeline:
             told.append(", ".join(outcomes) + _already(done))
         return result
 
-    def _embed(self) -> EmbedResult:
-        config, storage = self.config.embed or EmbedConfig(), self.storage
-        with self._stage("embed") as told:
-            if config.model is None:
-                result = embed(config, storage, stored_model(storage, trained(storage).best))
-            else:
-                with model_source(config.model, storage, self.config.tracking) as source:
-                    result = embed(config, storage, source)
+    def _embed_after(self, config: EmbedConfig, registered: Registered | None) -> None:
+        """Embed after the registration; leave vectors as they are if MLflow was away then."""
+        if config.model is None and self.tracker is not None and registered is None:
+            told = "waits until MLflow tells which model is served; start again to embed"
+            self.stages.append(Stage("embed", told, 0.0))
+            return
+        self._embed(config, registered)
+
+    def _embed(self, config: EmbedConfig, registered: Registered | None = None) -> None:
+        with (
+            self._stage("embed") as told,
+            self._embedding_model(config.model, registered) as source,
+        ):
+            result = embed(config, self.storage, source)
             told.append(
                 f"{result.rows:,} of {config.data} in {result.dimensions} dimensions by "
-                f"{result.model}" + _already(result.resumed)
+                f"{source.name}" + _already(result.resumed)
             )
-        return result
+
+    @contextmanager
+    def _embedding_model(
+        self, asked: str | None, registered: Registered | None
+    ) -> Iterator[ModelSource]:
+        """The model that was asked for, or the one that an endpoint serves: the champion.
+
+        Searches find nothing in vectors of any other. The model that was trained here is taken
+        where it is the champion, or where there is none.
+        """
+        name = asked
+        if name is None and self.tracker is not None and not (registered and registered.champion):
+            name = _champion(self.tracker)
+        if name is None:
+            yield stored_model(self.storage, trained(self.storage).best)
+            return
+        with model_source(name, self.storage, self.config.tracking) as source:
+            yield source
 
     def _register(
         self, trained: TrainResult, evaluated: EvaluationResult | None
@@ -542,6 +571,22 @@ class _Pipeline:
         if test is not None:
             found.append(StageTime("evaluate", times["evaluation"], test.rows, "pairs"))
         return found
+
+
+def _champion(tracker: Tracker) -> str | None:
+    """The version that is the registry's champion, if there is one; raises ModelSourceError."""
+    name = tracker.config.model_name
+    try:
+        version = tracker.client.get_model_version_by_alias(name, CHAMPION).version
+    except STORE_ERRORS as error:
+        if getattr(error, "error_code", None) in _NO_CHAMPION:
+            return None
+        why = str(error).partition("\n")[0]
+        raise ModelSourceError(
+            f"{tracker.uri} does not tell which model is the {CHAMPION} of {name} ({why}); start "
+            "again when it does, or set embed.model"
+        ) from error
+    return f"models:/{name}/{version}"
 
 
 def _already(resumed: bool) -> str:

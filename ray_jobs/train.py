@@ -20,6 +20,7 @@ from ray_jobs import job
 from ray_jobs.beside import written
 from ray_jobs.encoding import check_texts
 from ray_jobs.ingest import Manifest
+from ray_jobs.room import Need, warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.checkpoint import STATE_FILE, checkpoint_name
@@ -125,6 +126,8 @@ def train(
     files = PairFiles.of(storage, name)
     steps = total_steps(config, files)
     identity = {"config": config.model_dump(mode="json"), "steps": steps, **_data(storage, name)}
+    if config.validation is not None:  # scores on other pairs would not be comparable
+        identity[VALIDATION] = _data(storage, VALIDATION)
     if is_trained(storage, folder):
         return _finished(storage, folder, identity)
     _claim(storage, folder, identity)
@@ -134,6 +137,7 @@ def train(
         validation = PairFiles.of(storage, VALIDATION)
         check_texts(validation, config.validation.text, "train.validation.text")
         validator = Validator(config.validation, validation, folder)
+    _warn_without_room(config)
     result = _trainer(config, storage, task, validator).fit()
     _raise_if_not_finite(storage, folder, result.checkpoint)
     score = validator.score if validator else None
@@ -141,7 +145,7 @@ def train(
 
 
 def _data(storage: Storage, name: str) -> dict[str, Any]:
-    """What tells the training data from any other."""
+    """What tells a data set, with the texts beside it, from any other."""
     there = {one.kind: one.manifest_file for one in written(storage, name)}
     return {
         "data_digest": Manifest.from_storage(storage, name).data_digest,
@@ -162,6 +166,20 @@ def trained(storage: Storage, folder: str = FOLDER) -> TrainResult:
             f"{storage.child_uri(name)} does not exist: no training has ended there; run train"
         )
     return TrainResult(**storage.read_json(name)["result"], resumed=True)
+
+
+def _warn_without_room(config: TrainConfig) -> None:
+    """Of workers and the first task that makes them batches, and of validation for itself.
+
+    Validations that find no room beside the workers wait until these end.
+    """
+    workers = config.min_workers or config.workers
+    warn_without_room(
+        Need("train.workers", config.cpus_per_worker, config.gpus_per_worker, workers),
+        Need("train.data.cpus_per_task", config.data.cpus_per_task),
+    )
+    if (validation := config.validation) is not None:
+        warn_without_room(Need("train.validation", validation.cpus, validation.gpus))
 
 
 def _trainer(
@@ -201,13 +219,20 @@ def _trainer(
 def _claim(storage: Storage, folder: str, identity: Mapping[str, Any]) -> None:
     """Note whose run the folder holds; refuse to go on with another's."""
     name = f"{folder}/run.json"
-    if not storage.exists(name):
-        storage.write_json(name, identity)
-    elif told := _differences(storage.read_json(name), identity):
+    noted = storage.read_json(name) if storage.exists(name) else None
+    held = identity if noted is None else _completed(noted, identity)
+    if told := _differences(held, identity):
         raise TrainError(
             f"{storage.child_uri(folder)} holds a run with other settings ({told}); choose another "
             "storage.uri, or delete that folder"
         )
+    if held != noted:
+        storage.write_json(name, held)
+
+
+def _completed(held: Mapping[str, Any], identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a run noted; versions that noted no pairs of validation are taken to have had these."""
+    return {VALIDATION: identity[VALIDATION], **held} if VALIDATION in identity else held
 
 
 def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
@@ -284,7 +309,7 @@ def _best(
 
 def _finished(storage: Storage, folder: str, identity: Mapping[str, Any]) -> TrainResult:
     value = storage.read_json(f"{folder}/{_RESULT}")
-    if told := _differences(value["run"], identity):
+    if told := _differences(_completed(value["run"], identity), identity):
         raise TrainError(
             f"{storage.child_uri(folder)} holds a finished run with other settings ({told}); "
             "choose another storage.uri, or delete that folder"

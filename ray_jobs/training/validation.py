@@ -48,7 +48,7 @@ class Validator:
         """Metrics of a checkpoint, all of them named `validation_...`."""
         with checkpoint.as_directory() as folder:
             model = load_checkpoint(folder)
-        encoder = PairEncoder(model, self.files, self.config.text)
+        encoder = PairEncoder(model, self.files, self.config.text, gpus_key="train.validation.gpus")
         rows = min(self.config.pairs, sum(self.files.flat_row_groups))
         batches = [
             encoder.encode(first, min(self.config.batch, rows - first))

@@ -1,7 +1,8 @@
 """The embedding job: the library's vectors, part by part, of the model that was asked for."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ray_jobs.pipeline import PipelineConfig, run_stage
 from ray_jobs.storage import Storage
 from ray_jobs.tracking import TrackingConfig
 from ray_jobs.tracking.source import ModelSourceError, model_source, stored_model
+from ray_jobs.train import TrainResult
 from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.config import ModelConfig
 from rwkv_clip.model import create_model, load_checkpoint, save_checkpoint
@@ -79,17 +81,21 @@ def test_vectors_are_the_library_s_and_a_stopped_run_does_what_is_missing(storag
     assert storage.read_table(files[0]).column_names == ["id", "image_embedding"]
 
 
-def test_a_model_of_the_registry_is_embedded_with(storage, tmp_path):
-    other = Storage.at(tmp_path / "other")
-    write_model(other.path("model"), 1)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    client = MlflowClient(tracking_uri=uri)
-    run = client.create_run(client.create_experiment("small", f"{tmp_path}/artifacts"))
-    client.log_artifacts(run.info.run_id, other.path("model"), "model/checkpoint")
+def register_champion(client: MlflowClient, model: str, artifacts: Path) -> None:
+    """Make a checkpoint's folder the champion of `small`."""
+    run = client.create_run(client.create_experiment("small", str(artifacts)))
+    client.log_artifacts(run.info.run_id, model, "model/checkpoint")
     client.create_registered_model("small")
     place = f"{run.info.artifact_uri}/model"
     version = client.create_model_version("small", place, run.info.run_id)
     client.set_registered_model_alias("small", "champion", version.version)
+
+
+def test_a_model_of_the_registry_is_embedded_with(storage, tmp_path):
+    other = Storage.at(tmp_path / "other")
+    write_model(other.path("model"), 1)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    register_champion(MlflowClient(tracking_uri=uri), other.path("model"), tmp_path / "artifacts")
     tracking = TrackingConfig(uri=uri)
     with model_source("models:/small@champion", storage, tracking) as source:
         assert source.digest == stored_model(other, "model").digest
@@ -107,19 +113,40 @@ def test_a_model_of_the_registry_is_embedded_with(storage, tmp_path):
         pass
 
 
-def test_the_stage_takes_the_configuration_s_model(storage, tmp_path):
-    write_model(tmp_path / "model", 2)
+def test_the_stage_takes_the_configuration_s_model_or_the_one_that_is_served(ray_cluster, tmp_path):
     copy = Storage.at(tmp_path / "run")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    checkpoint = "train/step-000000009"
+    write_model(copy.path(checkpoint), 2)
+    ended = asdict(TrainResult(checkpoint, 9, 0, 1.0, [], [], checkpoint))
+    del ended["resumed"]
+    copy.write_json("train/result.json", {"run": {}, "result": ended})
     settings = {
         "storage": {"uri": copy.uri},
         "train_data": {"source": {"kind": "emoji", "limit": 40, "unit_rows": 40}},
         "test_data": {"source": {"kind": "emoji", "limit": 40, "unit_rows": 40}},
         "train": TRAIN,
-        "embed": {"model": str(tmp_path / "model"), "cpus_per_worker": 0.2, "text": None},
+        "tracking": {"uri": uri, "model_name": "small", "system_metrics_seconds": None},
     }
-    config = PipelineConfig.model_validate(settings)
-    run_stage(config, copy, "ingest")
-    (stage,) = run_stage(config, copy, "embed")
-    assert "40 of test in 32 dimensions" in stage.outcome
+
+    def outcome(**changes: Any) -> str:
+        section = {"cpus_per_worker": 0.2, "text": None, **changes}
+        config = PipelineConfig.model_validate({**settings, "embed": section})
+        if not copy.exists("pairs/test/manifest.json"):
+            run_stage(config, copy, "ingest")
+        (stage,) = run_stage(config, copy, "embed")
+        return stage.outcome
+
+    assert "40 of test in 32 dimensions" in outcome(model=copy.path(checkpoint))
     table = copy.read_table(f"{vectors_folder('test')}/part-00000.parquet")
     assert table.column_names == ["id", "image_embedding"]
+    assert f"by {checkpoint}, were done already" in outcome(), "there is no champion"
+
+    write_model(tmp_path / "other", 3)
+    register_champion(MlflowClient(tracking_uri=uri), str(tmp_path / "other"), tmp_path / "kept")
+    with pytest.raises(EmbedError, match="of another model"):
+        outcome()
+    assert outcome(replace=True).endswith("by models:/small/1")
+    served = stored_model(Storage.at(tmp_path / "other"), "").digest
+    assert copy.read_json(f"{vectors_folder('test')}/manifest.json")["run"]["model"] == served
+    assert outcome(replace=True).endswith("by models:/small/1, were done already")

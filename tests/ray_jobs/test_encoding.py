@@ -1,23 +1,62 @@
 """Where encoders compute."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import ray
 import torch
+from ray.train import Checkpoint
 
+from ray_jobs.embed import EmbedConfig, PartEncoder
 from ray_jobs.encoding import ImageEncoder
-from rwkv_clip.model import create_model, named_config
+from ray_jobs.evaluate import Encoder, EvaluationConfig
+from ray_jobs.image_sets import SetEncoder
+from ray_jobs.storage import Storage
+from ray_jobs.training.config import ValidationConfig
+from ray_jobs.training.validation import Validator
+from rwkv_clip.model import create_model, save_checkpoint
+from tests.serve.small import small_config
+
+NOTHING: Any = None  # to encode
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_process_that_was_given_no_gpu_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a node with GPUs, which Ray does not hide from tasks that hold none.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert ImageEncoder(create_model(named_config("RWKV-CLIP-Tiny"))).device.type == "cpu"
+    encoder = ImageEncoder(create_model(small_config()), gpus_key="embed.gpus_per_worker")
+    assert encoder.device.type == "cpu"
+
+
+def validate(storage: Storage) -> None:
+    task = Validator(ValidationConfig(gpus=1), NOTHING, "train")
+    task(Checkpoint.from_directory(storage.path("model")), step=1)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_gpu_that_pytorch_does_not_see_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("encode", "key"),
+    [
+        (validate, "train.validation.gpus"),
+        (lambda held: PartEncoder(held, "model", EmbedConfig()), "embed.gpus_per_worker"),
+        (
+            lambda held: Encoder(held, "model", NOTHING, "caption", 1),
+            "evaluation.gpus_per_worker",
+        ),
+        (
+            lambda held: SetEncoder(held, "model", NOTHING, EvaluationConfig(), texts=False),
+            "evaluation.gpus_per_worker",
+        ),
+    ],
+    ids=["validation", "embed", "pairs", "sets"],
+)
+def test_a_gpu_that_pytorch_does_not_see_is_told_by_the_key_that_asked_for_it(
+    encode: Callable[[Storage], object], key: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage.at(tmp_path)
+    save_checkpoint(create_model(small_config()), tmp_path / "model")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: [0])
-    with pytest.raises(RuntimeError, match="PyTorch sees no GPU on this node"):
-        ImageEncoder(create_model(named_config("RWKV-CLIP-Tiny")))
+    with pytest.raises(RuntimeError, match=rf"^{key}: PyTorch sees no GPU on this node"):
+        encode(storage)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ray_jobs.encoding import TextsError, named_metrics
-from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
+from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
@@ -43,9 +43,8 @@ def run(storage: Storage, seed: int) -> tuple[EvaluationResult, dict[str, float]
     torch.manual_seed(seed)
     model = create_model(small_config()).eval()
     save_checkpoint(model, storage.path("train/step-000000009"))
-    found = evaluate(
-        EvaluationConfig(cpus_per_worker=0.2, batch=16), storage, "train/step-000000009"
-    )
+    config = EvaluationConfig(cpus_per_worker=0.2, batch=16)
+    found = Evaluation(config, storage, "train/step-000000009").run()
     pairs = PairFiles.of(storage, "test").take(np.arange(PAIRS))
     with torch.inference_mode():
         images = image_transform(model.config).batch([pair["image"] for pair in pairs]).pixels

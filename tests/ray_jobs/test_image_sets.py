@@ -16,7 +16,7 @@ from pydantic import ValidationError
 import rwkv_clip
 from ray_jobs.classification import ClassificationConfig, LabelledConfig, labelled
 from ray_jobs.encoding import named_metrics
-from ray_jobs.evaluate import EvaluationConfig, EvaluationResult, evaluate
+from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult
 from ray_jobs.retrieval import CaptionedConfig, captioned
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
@@ -66,7 +66,7 @@ def storage(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Stor
 def run(storage: Storage, folder: str, *sets: dict[str, Any]) -> EvaluationResult:
     settings = {"cpus_per_worker": 0.2, "batch": 5, "classification": sets}
     config = EvaluationConfig.model_validate(settings)
-    return evaluate(config, storage, "model", None, folder)
+    return Evaluation(config, storage, "model", None, folder).run()
 
 
 def test_folders_are_classified_as_the_library_does(storage, tmp_path):
@@ -218,7 +218,7 @@ def test_captions_of_no_image_are_told(storage, tmp_path):
     with pytest.raises(
         SourceError, match=r"test\.captions: column 'caption' has no caption of any"
     ):
-        evaluate(config, storage, "model", None, "mute")
+        Evaluation(config, storage, "model", None, "mute").run()
 
 
 def test_published_data_sets_have_their_prompts():
@@ -241,7 +241,7 @@ def test_captions_of_any_number_are_searched_as_the_library_does(storage, tmp_pa
     sets = {"retrieval": [{"name": "own", "test": {"path": str(path)}}]}
     settings = {"cpus_per_worker": 0.2, "batch": 5, **sets}
     config = EvaluationConfig.model_validate(settings)
-    result = evaluate(config, storage, "model", None, "captioned")
+    result = Evaluation(config, storage, "model", None, "captioned").run()
     (score,) = result.retrieval
     del images[3], captions[3]
     assert (score["images"], score["left_out"]) == (len(images), 1)

@@ -1,18 +1,26 @@
 """The main job by its command line: from a source to an evaluated model, and again in no time."""
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from ray_jobs.pipeline import PipelineConfig, pipeline
 from ray_jobs.storage import Storage
+from ray_jobs.tracking.registry import CHAMPION
+from ray_jobs.tracking.source import ModelSource, stored_model
+from ray_jobs.training.config import ModelConfig
 from rwkv_clip.cli import main
 from rwkv_clip.config import load_config
+from rwkv_clip.model import create_model, save_checkpoint
 from tests.machine import small_file_system
 from tests.ray_jobs.small import TRAIN
 
@@ -35,8 +43,30 @@ def config_file(folder: Path, **changes: object) -> Path:
     return path
 
 
-def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster, tmp_path, capsys):
-    file = config_file(tmp_path, baseline=BASELINE, embed={"cpus_per_worker": 0.2})
+def crown_another(storage: Storage, folder: Path) -> str:
+    """Make the first version's better rival the champion; gives the digest of its weights."""
+    torch.manual_seed(1)
+    model = create_model(ModelConfig.model_validate(TRAIN["model"]).clip_config())
+    save_checkpoint(model, folder / "checkpoint")
+    client = MlflowClient(tracking_uri=f"sqlite:///{storage.path('mlflow/mlflow.db')}")
+    tags = client.get_model_version("rwkv-clip", "1").tags
+    scored = {**tags, "text_to_image_recall_at_10": "2.0"}
+    rival = client.create_model_version("rwkv-clip", str(folder), tags=scored)
+    client.set_registered_model_alias("rwkv-clip", CHAMPION, rival.version)
+    return stored_model(Storage.at(folder), "checkpoint").digest
+
+
+def embedded_by(storage: Storage) -> str:
+    """The digest of the weights that the vectors are of."""
+    digest: str = storage.read_json("vectors/test/manifest.json")["run"]["model"]
+    return digest
+
+
+def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
+    ray_cluster, tmp_path, capsys, monkeypatch
+):
+    embed = {"cpus_per_worker": 0.2, "replace": True}
+    file = config_file(tmp_path, baseline=BASELINE, embed=embed)
     config = load_config(PipelineConfig, file)
     storage = Storage(config.storage)
     first = pipeline(config, storage)
@@ -55,6 +85,7 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster
     assert first.baseline.metrics != first.evaluation.metrics
     assert first.registered is not None
     assert first.registered.champion
+    assert embedded_by(storage) == stored_model(storage, first.train.best).digest
     second = pipeline(config, storage)
     assert second.train.resumed
     assert second.peak_memory >= first.peak_memory > 500e6  # of Ray, its workers and this process
@@ -67,7 +98,13 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster
     assert sorted(run.info.run_name for run in runs) == names
     assert {run.info.status for run in runs} == {"FINISHED"}
     storage.delete("evaluation/test/result.json")
-    assert pipeline(config, storage).evaluation == first.evaluation
+    champion = crown_another(storage, tmp_path / "rival")
+    third = pipeline(config, storage)
+    assert third.evaluation == first.evaluation
+    assert third.registered is not None
+    assert not third.registered.champion
+    assert third.stages[-2].outcome.endswith("by models:/rwkv-clip/2")
+    assert embedded_by(storage) == champion, "searches are answered by the champion"
     runs = client.search_runs([client.get_experiment_by_name("rwkv-clip").experiment_id])
     assert sorted(run.info.run_name for run in runs) == sorted([*names, "evaluation"])
     page = storage.read_bytes("report.html").decode()
@@ -75,6 +112,28 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(ray_cluster
     assert f"at most {second.peak_memory / 1e9:.1f} GB of memory" in page
     assert page.count('class="query"') == len(first.evaluation.examples)
     assert not re.findall(r"""(?:src|href|url)\s*[=(]["']?+(?!data:|#)""", page)  # nothing to load
+
+    opened = []
+
+    def open_none(configs: object) -> list[object]:
+        opened.append(configs)
+        return []
+
+    def digest_slowly(*args: Any) -> ModelSource:
+        time.sleep(1)
+        return stored_model(*args)
+
+    def away(*_: object) -> None:
+        raise MlflowException("it is away")
+
+    monkeypatch.setattr("ray_jobs.evaluate.open_sets", open_none)
+    monkeypatch.setattr("ray_jobs.evaluate.stored_model", digest_slowly)
+    monkeypatch.setattr("ray_jobs.pipeline.register", away)
+    last = {stage.name: stage for stage in pipeline(config, storage).stages}
+    assert len(opened) == 1
+    assert last["evaluation"].seconds >= 1
+    assert last["embed"].outcome.startswith("waits until MLflow tells which model is served")
+    assert embedded_by(storage) == champion
 
 
 def test_a_mistake_in_the_configuration_is_told_before_any_work(tmp_path, capsys):

@@ -169,8 +169,27 @@ def test_pairs_without_the_texts_to_validate_by_are_refused_before_the_work(own_
     at = table.schema.get_field_index("caption")
     empty = pa.nulls(len(table), table.schema.field(at).type)
     own_storage.write_table(part.path, table.set_column(at, table.schema.field(at), empty))
-    with pytest.raises(TextsError, match=r"train\.validation\.text: no pair .* set it to web_text"):
-        train(config_of(validation={"pairs": 20}), own_storage)
+    config = config_of(validation={"pairs": 20})
+    told = r"train\.validation\.text: no pair .* set it to web_text"
+    with pytest.raises(TextsError, match=told):
+        train(config, own_storage)
+
+    # Nor is a run gone on with whose validations were made on other pairs.
+    noted = own_storage.read_json("train/run.json")
+    older = {key: value for key, value in noted.items() if key != "validation"}
+    own_storage.write_json("train/run.json", older)
+    with pytest.raises(TextsError, match=told):
+        train(config, own_storage)
+    assert own_storage.read_json("train/run.json") == noted
+    change_digest(own_storage, "validation")
+    with pytest.raises(TrainError, match=r"\(validation\.data_digest: '\w+' there, 'other' now\)"):
+        train(config, own_storage)
+
+
+def change_digest(storage: Storage, name: str) -> None:
+    """Make a data set one of other pairs."""
+    manifest = storage.read_json(f"pairs/{name}/manifest.json")
+    storage.write_json(f"pairs/{name}/manifest.json", {**manifest, "data_digest": "other"})
 
 
 class _Recorder:
@@ -208,6 +227,16 @@ def test_checkpoints_are_validated_beside_the_training_and_the_best_is_kept(own_
     assert scores[best] == max(scores[step] for step in kept)
     assert scores[best] == max(scores.values())
     assert load_checkpoint(own_storage.path(result.best)).config.image_size == 32
+
+    config = config_of(validation=validation)
+    record = own_storage.read_json("train/result.json")
+    older = {key: value for key, value in record["run"].items() if key != "validation"}
+    own_storage.write_json("train/result.json", {**record, "run": older})
+    assert train(config, own_storage).best == result.best
+    own_storage.write_json("train/result.json", record)
+    change_digest(own_storage, "validation")
+    with pytest.raises(TrainError, match=r"finished run .*validation\.data_digest"):
+        train(config, own_storage)
 
 
 def test_without_validation_the_last_checkpoint_is_the_best(undisturbed):
