@@ -39,7 +39,7 @@ from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.tracking import StageRun, Tracker, TrackingConfig, TrackingError
 from ray_jobs.tracking.config import STORE_ERRORS
-from ray_jobs.tracking.registry import CHAMPION, Registered, register
+from ray_jobs.tracking.registry import CHAMPION, Registered, champion_of, crown, register
 from ray_jobs.tracking.source import ModelSource, ModelSourceError, model_source, stored_model
 from ray_jobs.train import (
     VALIDATION,
@@ -64,7 +64,6 @@ REPORT = "report.html"
 _TIMES = "times.json"
 _MEMORY = "memory.json"
 _BASELINE = "baseline"
-_NO_CHAMPION = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no model, no alias
 _FAILURES = (
     SourceError,
     IngestError,
@@ -247,6 +246,8 @@ class _Pipeline:
         registered = self._register(main, evaluated)
         if config.embed is not None:
             self._embed_after(config.embed, registered)
+        # Last, because endpoints follow it at once, and search needs the champion's vectors.
+        self._crown(registered)
         peak = self._peak(memory)
         report = Report(
             title=config.name,
@@ -505,6 +506,14 @@ class _Pipeline:
             self.tracker.parent.metrics(metrics or {})
         return result
 
+    def _crown(self, registered: Registered | None) -> None:
+        if self.tracker is None or registered is None:
+            return
+        try:
+            crown(self.tracker, registered)
+        except STORE_ERRORS as error:
+            logger.warning("%s is not yet the %s: %s; start again", registered.uri, CHAMPION, error)
+
     def _publish(self, report: Report) -> None:
         """Leave the report in the storage and with the parent run."""
         with self._stage("report") as told:
@@ -577,16 +586,14 @@ def _champion(tracker: Tracker) -> str | None:
     """The version that is the registry's champion, if there is one; raises ModelSourceError."""
     name = tracker.config.model_name
     try:
-        version = tracker.client.get_model_version_by_alias(name, CHAMPION).version
+        found = champion_of(tracker.client, name)
     except STORE_ERRORS as error:
-        if getattr(error, "error_code", None) in _NO_CHAMPION:
-            return None
         why = str(error).partition("\n")[0]
         raise ModelSourceError(
             f"{tracker.uri} does not tell which model is the {CHAMPION} of {name} ({why}); start "
             "again when it does, or set embed.model"
         ) from error
-    return f"models:/{name}/{version}"
+    return f"models:/{name}/{found.version}" if found else None
 
 
 def _already(resumed: bool) -> str:

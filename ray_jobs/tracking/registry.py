@@ -24,6 +24,7 @@ from rwkv_clip.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
+_NO_CHAMPION = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no model, no alias
 _WEIGHTS = "weights"  # the tag that holds their digest
 _EXAMPLE = [{"text": "a red heart"}, {"text": "a photo of a dog"}]
 
@@ -35,7 +36,7 @@ class Registered:
     Attributes:
         uri: as `mlflow.pyfunc.load_model` takes it.
         version: of the registered model.
-        champion: whether it holds the alias.
+        champion: whether it is the champion, or is to be: `crown` gives it the alias.
         told: why, or why not.
     """
 
@@ -55,8 +56,8 @@ def register(
 ) -> Registered:
     """Register a checkpoint as the model of the tracker's training run; once, however often called.
 
-    It gets the alias `champion` when there is no champion, or when it beats the champion on the
-    configured metric on the same test data.
+    It is to be the champion when there is none, or when it beats the champion on the configured
+    metric on the same test data.
 
     Args:
         tracker: holds the training run, under the stage `train`.
@@ -91,10 +92,33 @@ def register(
     for key, value in tags.items():
         client.set_model_version_tag(config.model_name, version.version, key, value)
     wins, told = _wins(client, config.model_name, version, config.champion_metric, tags)
-    if wins:
-        client.set_registered_model_alias(config.model_name, CHAMPION, version.version)
     uri = f"models:/{config.model_name}/{version.version}"
     return Registered(uri, str(version.version), wins, told)
+
+
+def crown(tracker: Tracker, registered: Registered) -> None:
+    """Let a version have the alias, which endpoints follow, if it is to be the champion.
+
+    Raises:
+        MlflowException: MLflow does not answer.
+    """
+    if registered.champion:
+        name = tracker.config.model_name
+        tracker.client.set_registered_model_alias(name, CHAMPION, registered.version)
+
+
+def champion_of(client: MlflowClient, name: str) -> ModelVersion | None:
+    """The version that has the alias; None if there is none, or no such model.
+
+    Raises:
+        MlflowException: MLflow does not tell.
+    """
+    try:
+        return client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code in _NO_CHAMPION:
+            return None
+        raise
 
 
 def _registered(client: MlflowClient, name: str, run_id: str, weights: str) -> ModelVersion | None:
@@ -156,9 +180,8 @@ def _wins(
         return False, (
             f"not evaluated on {metric}, so it cannot become the champion; serve.model can name it"
         )
-    try:
-        champion = client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
+    champion = champion_of(client, name)
+    if champion is None:
         return True, "the first champion"
     score = float(tags[metric])
     if str(champion.version) == str(version.version):

@@ -1,7 +1,6 @@
 """The main job by its command line: from a source to an evaluated model, and again in no time."""
 
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,12 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from ray_jobs.embed import EmbedResult
+from ray_jobs.embed import embed as embed_pairs
 from ray_jobs.pipeline import PipelineConfig, pipeline
 from ray_jobs.storage import Storage
-from ray_jobs.tracking.registry import CHAMPION
-from ray_jobs.tracking.source import ModelSource, stored_model
+from ray_jobs.tracking.registry import CHAMPION, champion_of
+from ray_jobs.tracking.source import stored_model
 from ray_jobs.training.config import ModelConfig
 from rwkv_clip.cli import main
 from rwkv_clip.config import load_config
@@ -69,7 +70,16 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
     file = config_file(tmp_path, baseline=BASELINE, embed=embed)
     config = load_config(PipelineConfig, file)
     storage = Storage(config.storage)
+    crowned = []
+
+    def embed_after_a_look(*args: Any) -> EmbedResult:
+        client = MlflowClient(tracking_uri=f"sqlite:///{storage.path('mlflow/mlflow.db')}")
+        crowned.append(champion_of(client, "rwkv-clip"))
+        return embed_pairs(*args)
+
+    monkeypatch.setattr("ray_jobs.pipeline.embed", embed_after_a_look)
     first = pipeline(config, storage)
+    assert crowned == [None], "endpoints follow the champion, and its vectors shall be there"
     assert first.evaluation is not None
     assert first.evaluation.metrics["pairs"] == 120
     assert first.evaluation.chance == pytest.approx(10 / 120)
@@ -119,19 +129,13 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
         opened.append(configs)
         return []
 
-    def digest_slowly(*args: Any) -> ModelSource:
-        time.sleep(1)
-        return stored_model(*args)
-
     def away(*_: object) -> None:
         raise MlflowException("it is away")
 
     monkeypatch.setattr("ray_jobs.evaluate.open_sets", open_none)
-    monkeypatch.setattr("ray_jobs.evaluate.stored_model", digest_slowly)
     monkeypatch.setattr("ray_jobs.pipeline.register", away)
     last = {stage.name: stage for stage in pipeline(config, storage).stages}
     assert len(opened) == 1
-    assert last["evaluation"].seconds >= 1
     assert last["embed"].outcome.startswith("waits until MLflow tells which model is served")
     assert embedded_by(storage) == champion
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
 from pydantic import ValidationError
 
@@ -21,7 +22,7 @@ from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.tracking import Tracker, TrackingConfig, TrackingError
 from ray_jobs.tracking.config import tracking_place
 from ray_jobs.tracking.metrics import StepMetrics
-from ray_jobs.tracking.registry import CHAMPION, register
+from ray_jobs.tracking.registry import CHAMPION, champion_of, crown, register
 from ray_jobs.tracking.runs import current_store
 from rwkv_clip import load_checkpoint, tokenize
 from rwkv_clip.model import create_model, save_checkpoint
@@ -209,7 +210,9 @@ def registered(storage: Storage, checkpoint: str, score: float, **settings: Any)
             pass
         digest = settings.get("digest", "of the test data")
         text = settings.get("text", "caption")
-        return register(tracked, storage, checkpoint, {METRIC: score}, digest, text)
+        found = register(tracked, storage, checkpoint, {METRIC: score}, digest, text)
+        crown(tracked, found)
+        return found
 
 
 def test_only_a_better_model_becomes_the_champion(storage, checkpoint, capfd):
@@ -234,6 +237,16 @@ def test_only_a_better_model_becomes_the_champion(storage, checkpoint, capfd):
     told = "".join(capfd.readouterr())
     assert "egistered model" not in told  # MLflow's own words; our terminal has a line of its own
     assert "Created version" not in told
+
+
+def test_a_registry_that_does_not_tell_has_no_champion_to_beat(storage):
+    class Away:
+        def get_model_version_by_alias(self, *_: str) -> None:
+            raise MlflowException("it is away", error_code=TEMPORARILY_UNAVAILABLE)
+
+    with pytest.raises(MlflowException, match="it is away"):
+        champion_of(Away(), "rwkv-clip")  # type: ignore[arg-type]
+    assert champion_of(MlflowClient(tracking_uri=store(storage)), "rwkv-clip") is None
 
 
 def test_a_training_that_was_done_again_is_another_version(storage, checkpoint):
