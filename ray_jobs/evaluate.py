@@ -49,7 +49,7 @@ from rwkv_clip.evaluation import benchmark_result, retrieval, top_k
 
 Array = npt.NDArray[Any]
 
-SUMMARY = "score the trained model on pairs it has not seen"
+SUMMARY = "score a model on pairs it has not seen, and on sets of images"
 configure = job.configure
 run = partial(job.run_stage, "evaluate")
 
@@ -57,6 +57,13 @@ run = partial(job.run_stage, "evaluate")
 class EvaluationConfig(EncoderConfig):
     """How a model is evaluated."""
 
+    # Left out of what tells results apart, because the weights do.
+    model: str | None = Field(
+        None,
+        description="what `rwkv-clip evaluate` scores: models:/NAME@ALIAS, or the folder or URI of "
+        "a checkpoint; the model that was trained in this storage if absent",
+        exclude=True,
+    )
     text: TextColumn = Field("caption", description="of the texts that images are searched by")
     examples: PositiveInt = Field(12, description="queries that the report shows")
     classification: tuple[ClassificationConfig, ...] = Field(

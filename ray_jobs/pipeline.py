@@ -233,16 +233,22 @@ class _Pipeline:
 
     def run(self, memory: PeakMemory) -> PipelineResult:
         config = self.config
+        if config.evaluation.model is not None:
+            raise ModelSourceError(
+                "evaluation.model is for `rwkv-clip evaluate`; a pipeline scores the models that "
+                "it trains: leave it out"
+            )
         sets = OpenedSets.of(config.evaluation)  # what cannot be read is told before any work
         data, test = self._ingest()
         captioned = self._caption(data)
         described = self._describe(data)
         main = self._train("train", config.train, data)
-        evaluated = self._evaluate("evaluation", main, test, sets)
+        evaluated = self._evaluate("evaluation", main.best, test, sets)
         baseline_train = baseline = None
         if (settings := config.baseline_train()) is not None:
             baseline_train = self._train(_BASELINE, settings, data)
-            baseline = self._evaluate(f"{_BASELINE}-evaluation", baseline_train, test, sets)
+            best = baseline_train.best
+            baseline = self._evaluate(f"{_BASELINE}-evaluation", best, test, sets)
         registered = self._register(main, evaluated)
         if config.embed is not None:
             self._embed_after(config.embed, registered)
@@ -288,7 +294,7 @@ class _Pipeline:
             return
         if stage == "evaluate":
             test = Manifest.from_storage(storage, "test") if config.test_data else None
-            if self._evaluate("evaluation", trained(storage), test) is None:
+            if self._evaluate_alone(test) is None:
                 raise TrainError(
                     "the configuration has neither test_data nor sets of images under evaluation"
                 )
@@ -413,10 +419,20 @@ class _Pipeline:
             told.append(f"{result.steps:,} steps of {batch:,}" + _already(result.resumed))
         return result
 
+    def _evaluate_alone(self, test: Manifest | None) -> EvaluationResult | None:
+        """Of the model that was trained here, or of any other, whose results have a folder."""
+        name, storage = self.config.evaluation.model, self.storage
+        if name is None:
+            return self._evaluate("evaluation", trained(storage).best, test)
+        with model_source(name, storage, self.config.tracking) as source:
+            folder = f"evaluation-{source.digest[:12]}"
+            checkpoint = source.publish(storage, f"{folder}/model")
+            return self._evaluate(folder, checkpoint, test)
+
     def _evaluate(
         self,
         folder: str,
-        trained: TrainResult,
+        checkpoint: str,
         test: Manifest | None,
         sets: OpenedSets | None = None,
     ) -> EvaluationResult | None:
@@ -425,10 +441,10 @@ class _Pipeline:
             return None
         name = test.name if test is not None else None
         with self._stage(folder) as told:
-            evaluation = Evaluation(config, self.storage, trained.best, name, folder, sets)
+            evaluation = Evaluation(config, self.storage, checkpoint, name, folder, sets)
             done = evaluation.held is not None
             with self._tracked(folder, done) as run:
-                run.params({"checkpoint": trained.best, **config.model_dump(mode="json")})
+                run.params({"checkpoint": checkpoint, **config.model_dump(mode="json")})
                 if test is not None:
                     self._note_data(run, test, "evaluation")
                 result = evaluation.run()

@@ -8,7 +8,9 @@ import torch
 from ray_jobs.encoding import TextsError, named_metrics
 from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.pipeline import PipelineConfig, pipeline, run_stage
 from ray_jobs.storage import Storage
+from ray_jobs.tracking.source import ModelSourceError, stored_model
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip import image_transform, tokenize
 from rwkv_clip.evaluation import retrieval
@@ -69,6 +71,32 @@ def test_another_model_under_the_same_name_is_evaluated_anew(storage):
     assert second.metrics == pytest.approx(
         {**expected, "pairs": PAIRS, "pairs_without_text": WITHOUT}
     )
+
+
+def test_a_model_that_was_not_trained_here_is_scored_as_one_that_was(storage, tmp_path):
+    own, _ = run(storage, 0)
+    folder = tmp_path / "published"
+    folder.mkdir()
+    torch.manual_seed(1)
+    save_checkpoint(create_model(small_config()), folder)
+    source = {"kind": "emoji", "vendor": "twemoji", "limit": PAIRS}
+    config = PipelineConfig.model_validate(
+        {
+            "storage": {"uri": storage.uri},
+            "tracking": None,
+            "train_data": {"source": source},
+            "test_data": {"source": source},
+            "evaluation": {"model": str(folder), "cpus_per_worker": 0.2, "batch": 16},
+        }
+    )
+    (stage,) = run_stage(config, storage, "evaluate")
+    found = storage.read_json(f"{stage.name}/test/result.json")["result"]
+    assert stage.name == f"evaluation-{stored_model(Storage.at(folder), '').digest[:12]}"
+    assert found["metrics"] == run(storage, 1)[0].metrics != own.metrics
+    (again,) = run_stage(config, storage, "evaluate")
+    assert again.outcome.endswith("were done already")
+    with pytest.raises(ModelSourceError, match=r"evaluation\.model .* leave it out"):
+        pipeline(config, storage)
 
 
 def test_without_any_text_nothing_is_searched(storage):
