@@ -28,6 +28,7 @@ from ray_jobs.image_sets import EncoderConfig
 from ray_jobs.ingest import Manifest
 from ray_jobs.pairs import TextColumn
 from ray_jobs.progress import Progress
+from ray_jobs.room import warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.tracking.source import ModelSource
 from ray_jobs.training.batches import PairFiles
@@ -107,8 +108,8 @@ def embed(config: EmbedConfig, storage: Storage, source: ModelSource) -> EmbedRe
     if storage.exists(claim) and storage.read_json(claim) != identity:
         if not config.replace:
             raise EmbedError(
-                f"{storage.child_uri(folder)} holds vectors of another model or of other data; set "
-                "embed.replace, or delete that folder, to embed anew"
+                f"{storage.child_uri(folder)} holds vectors of another model than {source.name} or "
+                "of other data; set embed.replace, or delete that folder, to embed anew"
             )
         for file in storage.names(folder, recursive=True):
             if file != claim:  # which goes last, so that a run killed here is known by it
@@ -184,6 +185,7 @@ def _embed(config: EmbedConfig, storage: Storage, manifest: Manifest, checkpoint
     todo = [at for at, part in enumerate(manifest.parts) if part.name not in there]
     if not todo:
         return
+    warn_without_room(config.need("embed"))
     dataset = work_items([{"part": at} for at in todo]).map_batches(
         PartEncoder,
         fn_constructor_args=(storage, checkpoint, config),

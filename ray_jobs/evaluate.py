@@ -42,6 +42,7 @@ from ray_jobs.ingest import Manifest
 from ray_jobs.pairs import TextColumn
 from ray_jobs.progress import Progress
 from ray_jobs.retrieval import RetrievalConfig, RetrievalScore, open_captioned, search_set
+from ray_jobs.room import warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.tracking.source import stored_model
 from ray_jobs.training.batches import PairFiles
@@ -266,6 +267,7 @@ def _embed(
 ) -> pa.Table:
     """Embeddings of all pairs, in order."""
     files = PairFiles.of(storage, manifest.name)
+    warn_without_room(config.need("evaluation"))
     work = [
         {"first": first, "rows": min(config.batch, manifest.rows - first)}
         for first in range(0, manifest.rows, config.batch)

@@ -21,6 +21,7 @@ import rwkv_clip
 from ray_jobs.encoding import ImageEncoder, fetch_checkpoint, vectors
 from ray_jobs.execution import arrange, work_items
 from ray_jobs.progress import Progress
+from ray_jobs.room import Need, warn_without_room
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Unit
 from ray_jobs.sources.files import find_files, open_file
@@ -50,6 +51,10 @@ class EncoderConfig(BaseConfig):
     workers: PositiveInt = Field(1, description="processes that embed")
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that each holds")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each holds")
+
+    def need(self, section: str) -> Need:
+        """What one of these processes holds, for a section of the configuration."""
+        return Need(f"{section}.cpus_per_worker", self.cpus_per_worker, self.gpus_per_worker)
 
     @property
     def threads(self) -> int:
@@ -224,6 +229,7 @@ def embed_set(
     texts: bool = False,
 ) -> pa.Table:
     """What `SetEncoder` gives for all images that can be decoded, in order."""
+    warn_without_room(config.need("evaluation"))
     work = [{"unit": at} for at in range(len(images.units))]
     dataset = work_items(work).map_batches(
         SetEncoder,

@@ -303,7 +303,7 @@ class _Ingestion:
     def run(self) -> Manifest:
         if not ray.is_initialized():
             raise IngestError("Ray is not initialised; call ray.init() first")
-        warn_without_room(Need("cpus_per_task", self.config.cpus_per_task))
+        warn_without_room(Need(f"{self.name}_data.cpus_per_task", self.config.cpus_per_task))
         units = self._units()
         if not units:
             raise IngestError(f"the {self.config.source.kind} source is empty: it lists no units")

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -253,7 +253,7 @@ class _Pipeline:
         if config.embed is not None:
             self._embed_after(config.embed, registered)
         # Last, because endpoints follow it at once, and search needs the champion's vectors.
-        self._crown(registered)
+        registered = self._crown(registered)
         peak = self._peak(memory)
         report = Report(
             title=config.name,
@@ -472,7 +472,14 @@ class _Pipeline:
             told = "waits until MLflow tells which model is served; start again to embed"
             self.stages.append(Stage("embed", told, 0.0))
             return
-        self._embed(config, registered)
+        others = config.model is None and registered is not None and not registered.champion
+        try:
+            self._embed(config, registered)
+        except EmbedError as error:
+            if not others:
+                raise
+            # Vectors of this run, say, which another one's model has won against since.
+            self.stages.append(Stage("embed", f"{error}", 0.0))
 
     def _embed(self, config: EmbedConfig, registered: Registered | None = None) -> None:
         with (
@@ -522,13 +529,19 @@ class _Pipeline:
             self.tracker.parent.metrics(metrics or {})
         return result
 
-    def _crown(self, registered: Registered | None) -> None:
-        if self.tracker is None or registered is None:
-            return
+    def _crown(self, registered: Registered | None) -> Registered | None:
+        """Crown what is to be the champion; what is to be told of it afterwards."""
+        if self.tracker is None or registered is None or not registered.champion:
+            return registered
         try:
-            crown(self.tracker, registered)
+            crowned = crown(self.tracker, registered)
         except STORE_ERRORS as error:
-            logger.warning("%s is not yet the %s: %s; start again", registered.uri, CHAMPION, error)
+            logger.warning("%s is not the %s: %s; start again", registered.uri, CHAMPION, error)
+            told = f"not yet the {CHAMPION}: MLflow did not answer; start again"
+            crowned = replace(registered, champion=False, told=told)
+        if not crowned.champion:
+            self.stages.append(Stage("crown", f"{crowned.uri}, {crowned.told}", 0.0))
+        return crowned
 
     def _publish(self, report: Report) -> None:
         """Leave the report in the storage and with the parent run."""

@@ -54,11 +54,11 @@ def warn_without_room(*needs: Need) -> None:
 
 
 def fits(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> bool:
-    """Whether nodes with these resources hold all of it, the largest put first where it fits."""
+    """Whether nodes with these resources hold all of it, by placing the largest first."""
     free = [[node.get("GPU", 0.0), node.get("CPU", 0.0)] for node in nodes]
     for need in sorted(needs, key=lambda one: (one.gpus, one.cpus), reverse=True):
         for _ in range(need.count):
-            place = next((one for one in free if _holds(one, need)), None)
+            place = min((one for one in free if _holds(one, need)), default=None)
             if place is None:
                 return False
             place[0] -= need.gpus

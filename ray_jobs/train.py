@@ -174,8 +174,9 @@ def _warn_without_room(config: TrainConfig) -> None:
     Validations that find no room beside the workers wait until these end.
     """
     workers = config.min_workers or config.workers
+    key = "train.min_workers" if config.min_workers else "train.workers"
     warn_without_room(
-        Need("train.workers", config.cpus_per_worker, config.gpus_per_worker, workers),
+        Need(key, config.cpus_per_worker, config.gpus_per_worker, workers),
         Need("train.data.cpus_per_task", config.data.cpus_per_task),
     )
     if (validation := config.validation) is not None:

@@ -116,14 +116,17 @@ class FolderSource:
     def _check_rights(self, units: Sequence[Unit]) -> None:
         """Raises SourceError if no image that is looked at, here and there, may be read."""
         checked = units[:: math.ceil(len(units) / _CHECKED_UNITS) or 1]
+        forbidden = 0
         for unit in checked:
-            for row in islice(self.read(unit), _CHECKED_ROWS):
+            for row in islice(self.read(unit), _CHECKED_ROWS // len(checked)):
                 if not isinstance(row, Rejected) or row.reason != "image_forbidden":
                     return
-        if checked:
+                forbidden += 1
+        if forbidden:
             raise SourceError(
-                f"source.path: no image of {checked[0].path} that was tried may be read; whoever "
-                "runs this needs the right to read them (on S3, s3:GetObject)"
+                f"source.path: none of {forbidden} images of {checked[0].path} and others that "
+                "were tried may be read; whoever runs this needs the right to read them (on S3, "
+                "s3:GetObject)"
             )
 
     def _inside(self, folder: str, inside: str) -> tuple[str, bytes]:
@@ -143,9 +146,13 @@ class FolderSource:
 # What will not be otherwise the next time.
 _NEVER = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ})
 _CHECKED_UNITS = 10  # before work starts
-_CHECKED_ROWS = 20  # of each
-# Arrow has S3's own codes in its words only; the second is that of archived objects.
-_S3_FORBIDDEN = re.compile("AWS Error (ACCESS_DENIED|INVALID_OBJECT_STATE)")
+_CHECKED_ROWS = 200  # of all these
+# Arrow has S3's own codes in its words only; the others are an archived object's.
+# Arrow has no name for that one, so there are the server's words.
+_S3_FORBIDDEN = re.compile(
+    "AWS Error ACCESS_DENIED|InvalidObjectState|INVALID_OBJECT_STATE|not valid for the object's|"
+    "not valid for the current state of the object"
+)
 _EXPLAINED = {
     "no_image": "there is no such file",
     "image_forbidden": "may not be read",

@@ -320,10 +320,14 @@ class _Reader:
         self._made_for = _place(unit, columns, s3)
         self._columns = list(columns)
         self._stream = WatchedFile(unit.path, s3)
-        found = self._stream.size
-        if found != (unit.size or found):
-            raise OSError(f"it had {unit.size:,} bytes when it was listed, and has {found:,}")
-        self._metadata = pq.read_metadata(self._stream)
+        try:
+            found = self._stream.size
+            if found != (unit.size or found):
+                raise OSError(f"it had {unit.size:,} bytes when it was listed, and has {found:,}")
+            self._metadata = pq.read_metadata(self._stream)
+        except BaseException:
+            self._stream.close()
+            raise
         self.rows = self._metadata.num_rows
         groups = range(self._metadata.num_row_groups)
         self.sizes = [self._metadata.row_group(group).num_rows for group in groups]

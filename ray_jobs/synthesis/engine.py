@@ -193,7 +193,8 @@ def vllm_stream(
             },
             "map_batches_kwargs": {
                 **stage.map_batches_kwargs,
-                **(places.arguments() if config.devices > 1 else {}),
+                # Groups of ours wherever Ray would make some: for vLLM's executor on Ray.
+                **(places.arguments() if "ray_remote_args_fn" in stage.map_batches_kwargs else {}),
             },
         }
     )

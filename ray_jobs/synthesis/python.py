@@ -68,13 +68,20 @@ class PythonCaptioner:
         self.worker = ChunkWorker(work)
         # One thread makes and calls the captioner, because many a library wants that.
         self._thread = ThreadPoolExecutor(1, "captioner")
-        self.captioner: Captioner = self._thread.submit(
-            lambda: find(config)(**config.arguments)
-        ).result()
-        if (error := self._thread.submit(self._trouble).result()) is not None:
+        self.captioner: Captioner = self._thread.submit(self._load).result()
+        with self.worker.asking():
+            error = self._thread.submit(self._trouble).result()
+        if error is not None:
             raise RuntimeError(
                 f"{config.model} fails at a plain grey picture, and so at any: {error}"
             )
+
+    def _load(self) -> Captioner:
+        try:
+            captioner: Captioner = find(self.config)(**self.config.arguments)
+        except SystemExit as error:
+            raise RuntimeError(f"{self.config.model} {_exited(error)}") from error
+        return captioner
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
         """Do an item's chunks; gives their counts."""
@@ -125,6 +132,8 @@ class PythonCaptioner:
         """Raises _CaptionerError, or EngineDiedError where no other picture has captions either."""
         try:
             return self._found(pictures)
+        except SystemExit as error:
+            raise EngineDiedError(_exited(error)) from error
         except Exception as error:  # somebody else's code, which fails as it likes
             told = f"{type(error).__name__}: {error}"
             # One picture alone is to blame if another has a caption still. If not, as after an
@@ -138,6 +147,8 @@ class PythonCaptioner:
         side = min(self.image_side, 224)
         try:
             self._found([Image.new("RGB", (side, side), "grey")])
+        except SystemExit as error:
+            return _exited(error)
         except Exception as error:  # as above
             return f"{type(error).__name__}: {error}"
         return None
@@ -147,6 +158,10 @@ class PythonCaptioner:
         if len(found) != len(pictures):
             raise ValueError(f"{len(found)} captions for {len(pictures)} images")
         return [Caption(str(one[0]), tuple(map(str, one[1]))) for one in found]
+
+
+def _exited(error: SystemExit) -> str:
+    return f"called sys.exit({error.code!r})"
 
 
 class _CaptionerError(Exception):

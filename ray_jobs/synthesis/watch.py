@@ -17,6 +17,9 @@ MAX_STARTS = 5
 CAREFUL_BEGIN = 3
 # A row that was in work alone when this many engines died is given up.
 MAX_ROW_DEATHS = 2
+# Such deaths are not counted among the starts in vain: they find rows to give up, so that the chunk
+# is finished at last. As many as this, since an engine that dies of every row is broken.
+MAX_FINDING_DEATHS = 8
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class _Watch:
         self._incidents: list[Incident] = []
         self._last_words: dict[str, tuple[str, str]] = {}
         self._starts = 0
+        self._finding_deaths = 0
 
     def start(self) -> int:
         """An engine comes up; how often that happened since a chunk was finished."""
@@ -76,6 +80,9 @@ class _Watch:
             self._incidents.append(Incident(kind, name, detail))
             if chunk.row is not None:
                 chunk.deaths[chunk.row] = chunk.deaths.get(chunk.row, 0) + 1
+                if self._finding_deaths < MAX_FINDING_DEATHS:
+                    self._finding_deaths += 1
+                    self._starts = max(0, self._starts - 1)
         chunk.begins += 1
         chunk.running, chunk.row = worker, None
         poison = {row for row, deaths in chunk.deaths.items() if deaths >= MAX_ROW_DEATHS}
@@ -87,7 +94,7 @@ class _Watch:
 
     def end(self, name: str) -> None:
         self._chunks.pop(name, None)
-        self._starts = 0
+        self._starts = self._finding_deaths = 0
 
     def last_words(self, worker: str, kind: str, detail: str) -> None:
         """A worker ends itself, and says why."""

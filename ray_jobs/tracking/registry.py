@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,12 +38,14 @@ class Registered:
         version: of the registered model.
         champion: whether it is the champion, or is to be: `crown` gives it the alias.
         told: why, or why not.
+        before: the champion's version that it was compared with, if there was one.
     """
 
     uri: str
     version: str
     champion: bool
     told: str
+    before: str | None = None
 
 
 def register(
@@ -91,20 +93,33 @@ def register(
         tags[config.champion_metric] = repr(score)
     for key, value in tags.items():
         client.set_model_version_tag(config.model_name, version.version, key, value)
-    wins, told = _wins(client, config.model_name, version, config.champion_metric, tags)
+    champion = champion_of(client, config.model_name)
+    wins, told = _wins(champion, version, config.champion_metric, tags)
     uri = f"models:/{config.model_name}/{version.version}"
-    return Registered(uri, str(version.version), wins, told)
+    before = str(champion.version) if champion else None
+    return Registered(uri, str(version.version), wins, told, before)
 
 
-def crown(tracker: Tracker, registered: Registered) -> None:
+def crown(tracker: Tracker, registered: Registered) -> Registered:
     """Let a version have the alias, which endpoints follow, if it is to be the champion.
+
+    It does not get it if there is another champion by now than the one it has beaten.
+
+    Returns:
+        What became of it.
 
     Raises:
         MlflowException: MLflow does not answer.
     """
-    if registered.champion:
-        name = tracker.config.model_name
-        tracker.client.set_registered_model_alias(name, CHAMPION, registered.version)
+    if not registered.champion:
+        return registered
+    client, name = tracker.client, tracker.config.model_name
+    now = champion_of(client, name)
+    if now is not None and str(now.version) not in (registered.before, registered.version):
+        told = f"version {now.version} has become the champion meanwhile; start again to compare"
+        return replace(registered, champion=False, told=told)
+    client.set_registered_model_alias(name, CHAMPION, registered.version)
+    return registered
 
 
 def champion_of(client: MlflowClient, name: str) -> ModelVersion | None:
@@ -173,14 +188,13 @@ def _local_copy(storage: Storage, checkpoint: str) -> Iterator[Path]:
 
 
 def _wins(
-    client: MlflowClient, name: str, version: ModelVersion, metric: str, tags: Mapping[str, Any]
+    champion: ModelVersion | None, version: ModelVersion, metric: str, tags: Mapping[str, Any]
 ) -> tuple[bool, str]:
     """Whether a version takes or keeps the alias, and why."""
     if metric not in tags:
         return False, (
             f"not evaluated on {metric}, so it cannot become the champion; serve.model can name it"
         )
-    champion = champion_of(client, name)
     if champion is None:
         return True, "the first champion"
     score = float(tags[metric])

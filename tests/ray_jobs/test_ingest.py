@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -337,7 +338,7 @@ def test_a_source_without_rows_is_an_error(storage: Storage, tmp_path: Path) -> 
 
 
 def test_a_file_that_cannot_be_reached_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _: None))
     calls = []
 
     def work(index: int) -> Any:
@@ -355,7 +356,7 @@ def test_a_file_that_cannot_be_reached_is_asked_again(monkeypatch: pytest.Monkey
 def test_a_file_of_the_source_is_asked_again_if_it_was_out_of_reach(
     error: Exception, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _: None))
     calls = []
 
     def work(index: int) -> Any:

@@ -20,11 +20,17 @@ NODES = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 16.0}]
         ([Need("b", 16), Need("a", 4, gpus=1, count=3)], False),
         ([Need("a", 0.1, gpus=0.1, count=20)], True),
         ([Need("small", 8), Need("large", 16)], True),  # the small one leaves room for the large
+        ([Need("a", 8, gpus=1), Need("b", 16)], True),
         ([], True),
     ],
 )
 def test_each_process_takes_its_share_of_one_node(needs, there_is_room):
     assert fits(needs, NODES) is there_is_room
+
+
+def test_a_place_that_is_tight_is_taken_before_one_that_others_need():
+    needs = [Need("a", 1, gpus=1), Need("b", 2)]
+    assert fits(needs, [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}])
 
 
 def test_what_does_not_fit_is_told_with_its_key(ray_cluster, caplog):

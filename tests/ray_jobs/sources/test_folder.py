@@ -208,7 +208,7 @@ def test_credentials_that_run_out_cost_no_pair(s3: Server, png: Png) -> None:
 @pytest.mark.parametrize(
     ("key", "kind", "message"),
     [
-        ("img/*", SourceError, r"no image of .* may be read; .*s3:GetObject"),
+        ("img/*", SourceError, r"none of .* may be read; .*s3:GetObject"),
         ("*", OSError, r"metadata\.jsonl.*ACCESS_DENIED"),
     ],
 )

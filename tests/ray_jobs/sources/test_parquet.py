@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -309,7 +310,7 @@ def on_s3(s3: Server, table: dict[str, Any], group: int) -> Source:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses that are made, in seconds; none takes any time."""
     made: list[float] = []
-    monkeypatch.setattr(parquet.time, "sleep", made.append)
+    monkeypatch.setattr(parquet, "time", SimpleNamespace(sleep=made.append))
     return made
 
 

@@ -1,6 +1,7 @@
 """A captioner of somebody else's, as the configuration `kind: python` names it."""
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -25,7 +26,7 @@ def load(prefix: str) -> Callable[[Sequence[Image.Image]], list[Caption]]:
 
 
 def fragile(deadly: int, end: str) -> Callable[[Sequence[Image.Image]], list[Caption]]:
-    """A captioner that one red is the end of: it fails ever after, hangs, or ends its process."""
+    """A captioner that one red is the end of: it fails ever after, hangs, or ends."""
     well = threading.Event()
     well.set()
 
@@ -34,6 +35,8 @@ def fragile(deadly: int, end: str) -> Callable[[Sequence[Image.Image]], list[Cap
         if deadly in reds:
             if end == "exits":
                 os._exit(3)
+            if end == "leaves":
+                sys.exit(3)
             if end == "hangs":
                 threading.Event().wait()
             well.clear()

@@ -2,7 +2,13 @@
 
 import threading
 
-from ray_jobs.synthesis.watch import CAREFUL_BEGIN, MAX_ROW_DEATHS, _Watch
+from ray_jobs.synthesis.watch import (
+    CAREFUL_BEGIN,
+    MAX_FINDING_DEATHS,
+    MAX_ROW_DEATHS,
+    MAX_STARTS,
+    _Watch,
+)
 from ray_jobs.synthesis.worker import _Pulse
 
 CHUNK = "descriptions/train/part-00000/chunk-00000.parquet"
@@ -48,6 +54,35 @@ def test_the_row_that_kills_engines_is_found_and_given_up():
         watch.row(CHUNK, None)
         watch.row(CHUNK, "deadly")
     assert watch.begin(CHUNK, "last").poison == {"deadly"}
+
+
+def starts_of(deadly: dict[str, str], watch: _Watch) -> int:
+    """How often one engine is started until no chunk is lost, at most; by chunks' deadly rows."""
+    for started in range(100):
+        if watch.start() > MAX_STARTS:
+            return started
+        begun = {chunk: watch.begin(chunk, f"engine {started}") for chunk in deadly}
+        left = [chunk for chunk, row in deadly.items() if row not in begun[chunk].poison]
+        if not left:
+            return 100
+        careful = [chunk for chunk in left if begun[chunk].careful]
+        if careful:  # another one at each start, as the order of the event loop may have it
+            watch.row(careful[started % len(careful)], deadly[careful[started % len(careful)]])
+    raise AssertionError("it never ends")
+
+
+def test_one_engine_outlives_a_deadly_row_in_each_chunk_it_has_in_work():
+    assert starts_of({f"chunk {at}": f"row {at}" for at in range(4)}, _Watch()) == 100
+
+
+def test_an_engine_that_dies_of_every_row_is_given_up():
+    watch = _Watch()
+    for started in range(100):
+        if watch.start() > MAX_STARTS:
+            break
+        watch.begin(CHUNK, f"engine {started}")
+        watch.row(CHUNK, f"row {started // MAX_ROW_DEATHS}")
+    assert started == MAX_STARTS + MAX_FINDING_DEATHS
 
 
 def test_silence_while_somebody_waits_is_a_hang():

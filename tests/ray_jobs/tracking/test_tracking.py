@@ -239,6 +239,23 @@ def test_only_a_better_model_becomes_the_champion(storage, checkpoint, capfd):
     assert "Created version" not in told
 
 
+def test_a_champion_of_the_meantime_is_not_displaced(storage, checkpoint):
+    registered(storage, checkpoint, 0.25)
+    with tracker(storage, seed=1) as tracked:
+        with tracked.stage("train"):
+            pass
+        better = register(
+            tracked, storage, checkpoint, {METRIC: 0.30}, "of the test data", "caption"
+        )
+        assert (better.champion, better.before) == (True, "1")
+        registered(storage, checkpoint, 0.40, seed=2)
+        crowned = crown(tracked, better)
+    assert not crowned.champion
+    assert "version 3 has become the champion meanwhile" in crowned.told
+    client = MlflowClient(tracking_uri=store(storage))
+    assert str(client.get_model_version_by_alias("rwkv-clip", CHAMPION).version) == "3"
+
+
 def test_a_registry_that_does_not_tell_has_no_champion_to_beat(storage):
     class Away:
         def get_model_version_by_alias(self, *_: str) -> None:
