@@ -96,7 +96,8 @@ def register(
     champion = champion_of(client, config.model_name)
     wins, told = _wins(champion, version, config.champion_metric, tags)
     uri = f"models:/{config.model_name}/{version.version}"
-    before = str(champion.version) if champion else None
+    held = str(champion.version) if champion else None
+    before = held if held != str(version.version) else None
     return Registered(uri, str(version.version), wins, told, before)
 
 
