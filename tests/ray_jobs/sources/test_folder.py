@@ -195,6 +195,16 @@ def test_an_object_that_is_forbidden_costs_its_pair(s3: Server, png: Png) -> Non
     assert (rows[3].reason, rows[3].detail) == ("image_forbidden", "'img/3.png': may not be read")
 
 
+def test_an_object_in_an_archive_costs_its_pair(s3: Server, png: Png) -> None:
+    one = on_s3(s3, png)
+    archived = {"Bucket": BUCKET, "Key": "data/img/3.png", "StorageClass": "GLACIER"}
+    # Arrow reads the server's words only where as many bytes were asked for.
+    s3.client().put_object(Body=png(3) + bytes(10_000), **archived)
+    rows = rows_of(one)
+    assert [isinstance(row, Rejected) for row in rows] == [False] * 3 + [True] + [False] * 2
+    assert rows[3].reason == "image_forbidden"
+
+
 def test_credentials_that_run_out_cost_no_pair(s3: Server, png: Png) -> None:
     one = on_s3(s3, png)
     (unit,) = one.units()
