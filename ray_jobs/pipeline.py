@@ -531,7 +531,7 @@ class _Pipeline:
 
     def _crown(self, registered: Registered | None) -> Registered | None:
         """Crown what is to be the champion; what is to be told of it afterwards."""
-        if self.tracker is None or registered is None or not registered.champion:
+        if self.tracker is None or registered is None:
             return registered
         try:
             crowned = crown(self.tracker, registered)
@@ -539,7 +539,7 @@ class _Pipeline:
             logger.warning("%s is not the %s: %s; start again", registered.uri, CHAMPION, error)
             told = f"not yet the {CHAMPION}: MLflow did not answer; start again"
             crowned = replace(registered, champion=False, told=told)
-        if not crowned.champion:
+        if crowned != registered:
             self.stages.append(Stage("crown", f"{crowned.uri}, {crowned.told}", 0.0))
         return crowned
 

@@ -158,7 +158,7 @@ def vllm_stream(
         work: what is done with them.
     """
     quieten()  # after the import of ray.data.llm
-    model = resolve_model(config.model)
+    model, bundles = resolve_model(config.model), _bundles(config)
     processor: Any = build_processor(
         vLLMEngineProcessorConfig(
             model_source=model,
@@ -167,7 +167,7 @@ def vllm_stream(
             batch_size=1,
             max_concurrent_batches=config.chunks_in_flight,
             engine_kwargs=config.arguments(),
-            placement_group_config={"bundles": _bundles(config)},
+            placement_group_config={"bundles": bundles},
             runtime_env={"env_vars": environment(config)},
             log_engine_metrics=False,
             chat_template_stage={"enabled": False},
@@ -181,7 +181,7 @@ def vllm_stream(
     processor.preprocess = processor.postprocess = None
     name = "vLLMEngineStage"
     stage = processor.get_stage_by_name(name)
-    places = Places(_bundles(config))
+    places = Places(bundles)
     # A copy, because assigning to a stage works out its resources anew, and wrongly.
     processor.stages[name] = stage.model_copy(
         update={

@@ -1,7 +1,6 @@
 """An S3 storage on a real server: whole files or none, and patience that travels."""
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,7 @@ from ray_jobs.pipeline import PipelineConfig
 from ray_jobs.sources import open_source
 from ray_jobs.sources.base import on_server
 from ray_jobs.storage import S3Config, Storage, StorageConfig
-from tests.ray_jobs.s3_server import BUCKET, CREDENTIALS, Server, s3_server
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    with s3_server() as made:
-        yield made
+from tests.ray_jobs.s3_server import BUCKET, Server
 
 
 def storage(server: Server, attempts: int = 10) -> Storage:
@@ -33,13 +24,13 @@ def refuse(server: Server, requests: int) -> None:
     server.refuses = lambda method, path: server.refused < until
 
 
-def test_a_busy_server_is_asked_again_in_other_processes_too(server: Server) -> None:
-    filesystem = pickle.loads(pickle.dumps(storage(server).filesystem))
-    refuse(server, 3)  # one more than Arrow's own patience takes
+def test_a_busy_server_is_asked_again_in_other_processes_too(s3: Server) -> None:
+    filesystem = pickle.loads(pickle.dumps(storage(s3).filesystem))
+    refuse(s3, 3)  # one more than Arrow's own patience takes
     with filesystem.open_output_stream(f"{BUCKET}/run/b") as stream:
         stream.write(b"b")
-    assert server.refused == 3
-    assert storage(server).read_bytes("b") == b"b"
+    assert s3.refused == 3
+    assert storage(s3).read_bytes("b") == b"b"
 
 
 def stop_halfway(storage: Storage) -> None:
@@ -48,33 +39,33 @@ def stop_halfway(storage: Storage) -> None:
         raise ZeroDivisionError
 
 
-def test_patience_ends_and_nothing_half_written_is_left(server: Server) -> None:
-    impatient = storage(server, attempts=2)
-    server.refuses = lambda method, path: True
+def test_patience_ends_and_nothing_half_written_is_left(s3: Server) -> None:
+    impatient = storage(s3, attempts=2)
+    s3.refuses = lambda method, path: True
     with pytest.raises(OSError, match="SLOW_DOWN"):
         impatient.write_bytes("a", b"a")
-    server.refuses = lambda method, path: False
+    s3.refuses = lambda method, path: False
     assert not impatient.exists("a")
     with pytest.raises(ZeroDivisionError):
         stop_halfway(impatient)
-    assert server.objects() == []
+    assert s3.objects() == []
 
 
-def test_a_large_file_goes_in_parts_and_is_whole(server: Server) -> None:
+def test_a_large_file_goes_in_parts_and_is_whole(s3: Server) -> None:
     data = bytes(range(256)) * 100_000
-    storage(server).write_bytes("large", data)
-    assert storage(server).read_bytes("large") == data
-    assert storage(server).names() == ["large"]
+    storage(s3).write_bytes("large", data)
+    assert storage(s3).read_bytes("large") == data
+    assert storage(s3).names() == ["large"]
 
 
-def test_files_are_on_the_storage_s_server_unless_they_name_another(server: Server) -> None:
-    place = storage(server)
+def test_files_are_on_the_storage_s_server_unless_they_name_another(s3: Server) -> None:
+    place = storage(s3)
     place.write_bytes("list.jsonl", b'{"file_name": "a.png", "caption": "a"}')
     elsewhere = {"endpoint": "http://elsewhere:9000"}
     files = {"kind": "folder", "path": f"{place.uri}/list.jsonl"}
     config = PipelineConfig.model_validate(
         {
-            "storage": {"uri": place.uri, "s3": {"endpoint": server.endpoint}},
+            "storage": {"uri": place.uri, "s3": {"endpoint": s3.endpoint}},
             "train_data": {"source": files},
             "test_data": {"source": {**files, "s3": elsewhere}},
             "evaluation": {
@@ -84,7 +75,7 @@ def test_files_are_on_the_storage_s_server_unless_they_name_another(server: Serv
     )
     filled = on_server(config, config.storage.s3)
     assert len(open_source(filled.train_data.source).units()) == 1
-    assert filled.evaluation.retrieval[0].test.s3.endpoint == server.endpoint
+    assert filled.evaluation.retrieval[0].test.s3.endpoint == s3.endpoint
     assert filled.test_data.source.s3.endpoint == elsewhere["endpoint"]
     assert config.train_data.source.s3.endpoint is None
 

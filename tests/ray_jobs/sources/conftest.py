@@ -1,12 +1,10 @@
-"""Images to put into sources, and a server to put them on."""
+"""Images to put into sources."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from PIL import Image
-
-from tests.ray_jobs.s3_server import CREDENTIALS, Server, s3_server
 
 
 @pytest.fixture(scope="session")
@@ -19,12 +17,3 @@ def png() -> Callable[[int], bytes]:
         return buffer.getvalue()
 
     return make
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """An S3 server with an empty bucket, and credentials for it."""
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    with s3_server() as made:
-        yield made
