@@ -26,6 +26,7 @@ from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.models import resolve_model
 from ray_jobs.storage import Storage
+from ray_jobs.synthesis import cpu
 from ray_jobs.synthesis.engine import environment
 from ray_jobs.synthesis.task import attempt_seed
 from ray_jobs.synthesize import SynthesisConfig, synthesize
@@ -95,7 +96,7 @@ def bare_seconds(folder: Path, rows: int) -> float:
     sampling = CONFIG.sampling
     settings = {
         "model": resolve_model(MODEL),
-        "engine": CONFIG.engine.arguments(),
+        "engine": {"dtype": cpu.data_type(), **CONFIG.engine.arguments()},
         "schema": DESCRIPTION_SCHEMA,
         "messages": [list(describe_messages(Sources.from_row(pair))) for pair in pairs],
         "seeds": [attempt_seed(sampling.seed, pair["id"], 0) for pair in pairs],
@@ -105,7 +106,8 @@ def bare_seconds(folder: Path, rows: int) -> float:
             "max_tokens": sampling.max_tokens,
         },
     }
-    command = [sys.executable, "-c", BARE, json.dumps(environment(CONFIG.engine))]
+    variables = {**environment(CONFIG.engine), **cpu.environment()}
+    command = [sys.executable, "-c", BARE, json.dumps(variables)]
     answer = subprocess.run(
         command, input=json.dumps(settings), capture_output=True, text=True, check=False
     )

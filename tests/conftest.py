@@ -42,7 +42,11 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=300_000_000,
-        _system_config={"metrics_report_interval_ms": 1000},  # what is counted is soon told
+        _system_config={
+            "metrics_report_interval_ms": 1000,  # what is counted is soon told
+            # A worker that has imported Ray Data and PyTorch waits for the next test's tasks.
+            "num_workers_soft_limit": 6,
+        },
     )
     yield
     ray.shutdown()

