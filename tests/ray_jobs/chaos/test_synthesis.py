@@ -77,17 +77,16 @@ def test_a_node_dies_while_pairs_are_described(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize(
-    ("fault", "process", "number", "kind"),
+    ("fault", "number", "kind"),
     [
-        ("engine hangs", "EngineCore", signal.SIGSTOP, "engine_hung"),
+        ("engine hangs", signal.SIGSTOP, "engine_hung"),
         # By the signal that the kernel ends a process with when memory is out.
-        ("engine is killed for memory", "VLLM::Worker", signal.SIGKILL, "engine_died"),
+        ("engine is killed for memory", signal.SIGKILL, "engine_died"),
     ],
     ids=["hung", "killed"],
 )
 def test_an_engine_fails_while_pairs_are_described(
     fault: str,
-    process: str,
     number: signal.Signals,
     kind: str,
     ray_cluster: None,
@@ -109,7 +108,7 @@ def test_an_engine_fails_while_pairs_are_described(
     )
     thread.start()
     wait_until(lambda: len(chunk_files(storage)) >= 2, "chunks")
-    (victim, *_) = processes_named(process)
+    (victim, *_) = processes_named("EngineCore")
     victim.send_signal(number)
     failed, before = time.monotonic(), set(chunk_files(storage))
     wait_until(lambda: set(chunk_files(storage)) - before, "another chunk")
