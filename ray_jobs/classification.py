@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from ray_jobs.encoding import fetch_checkpoint, matrix
-from ray_jobs.image_sets import SET_NAME, EncoderConfig, ImageSet, ImageSetConfig, embed_set
+from ray_jobs.encoding import EncoderConfig, fetch_checkpoint, matrix
+from ray_jobs.image_sets import SET_NAME, ImageSet, ImageSetConfig, embed_set
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig

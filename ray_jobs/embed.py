@@ -16,19 +16,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 import torch
 from pydantic import Field
 
 import rwkv_clip
 from ray_jobs import job
-from ray_jobs.encoding import ImageEncoder, fetch_checkpoint, vectors
-from ray_jobs.execution import arrange, work_items
-from ray_jobs.image_sets import EncoderConfig
+from ray_jobs.encoding import EncoderConfig, ImageEncoder, fetch_checkpoint, vectors
+from ray_jobs.execution import arrange
 from ray_jobs.ingest import Manifest
 from ray_jobs.pairs import TextColumn
 from ray_jobs.progress import Progress
-from ray_jobs.room import warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.tracking.source import ModelSource
 from ray_jobs.training.batches import PairFiles
@@ -185,15 +182,8 @@ def _embed(config: EmbedConfig, storage: Storage, manifest: Manifest, checkpoint
     todo = [at for at, part in enumerate(manifest.parts) if part.name not in there]
     if not todo:
         return
-    warn_without_room(config.need("embed"))
-    dataset = work_items([{"part": at} for at in todo]).map_batches(
-        PartEncoder,
-        fn_constructor_args=(storage, checkpoint, config),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=config.workers),
-        num_cpus=config.cpus_per_worker,
-        num_gpus=config.gpus_per_worker or None,
-    )
+    work = [{"part": at} for at in todo]
+    dataset = config.embedded("embed", work, PartEncoder, storage, checkpoint, config)
     done = sum(part.rows for part in manifest.parts if part.name in there)
     with Progress(f"embed {config.data}", manifest.rows, "pairs", done=done) as progress:
         for row in arrange(dataset).iter_rows():

@@ -2,28 +2,80 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import ray
+import ray.data
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 import rwkv_clip
+from ray_jobs.execution import work_items
+from ray_jobs.room import Need, warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import TEXTS, PairFiles
+from rwkv_clip.config import BaseConfig
 from rwkv_clip.evaluation import RetrievalResult
 from rwkv_clip.model import RWKVCLIP, load_checkpoint
 from rwkv_clip.transforms import ImageDecodeError, TransformedBatch
 
 logger = logging.getLogger(__name__)
+
+
+class EncoderConfig(BaseConfig):
+    """What embeds."""
+
+    batch: PositiveInt = Field(256, description="images or texts embedded at a time")
+    workers: PositiveInt = Field(1, description="processes that embed")
+    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that each holds")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each holds")
+
+    def need(self, section: str) -> Need:
+        """What one of these processes holds, for a section of the configuration."""
+        return Need(f"{section}.cpus_per_worker", self.cpus_per_worker, self.gpus_per_worker)
+
+    @property
+    def threads(self) -> int:
+        """That decode images beside the model; alone on its CPUs, the model wants all of them."""
+        return max(1, int(self.cpus_per_worker)) if self.gpus_per_worker else 1
+
+    def embedded(
+        self,
+        section: str,
+        work: Sequence[Mapping[str, Any]],
+        encoder: Callable[..., Any],
+        *arguments: Any,
+        **named: Any,
+    ) -> ray.data.Dataset:
+        """What these processes give for items of work.
+
+        Args:
+            section: of the configuration; a warning names it if they do not fit anywhere.
+            work: the items.
+            encoder: a class, called with a batch of one item.
+            arguments: that it is made with.
+            named: the same, by name.
+        """
+        warn_without_room(self.need(section))
+        return work_items(work).map_batches(
+            encoder,
+            fn_constructor_args=arguments,
+            fn_constructor_kwargs=named,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=self.workers),
+            num_cpus=self.cpus_per_worker,
+            num_gpus=self.gpus_per_worker or None,
+        )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from ray_jobs.classification import (
     score_set,
 )
 from ray_jobs.encoding import (
+    EncoderConfig,
     PairEncoder,
     check_texts,
     fetch_checkpoint,
@@ -36,13 +37,12 @@ from ray_jobs.encoding import (
     vectors,
     with_text,
 )
-from ray_jobs.execution import arrange, work_items
-from ray_jobs.image_sets import EncoderConfig, ImageSet
+from ray_jobs.execution import arrange
+from ray_jobs.image_sets import ImageSet
 from ray_jobs.ingest import Manifest
 from ray_jobs.pairs import TextColumn
 from ray_jobs.progress import Progress
 from ray_jobs.retrieval import RetrievalConfig, RetrievalScore, open_captioned, search_set
-from ray_jobs.room import warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.tracking.source import stored_model
 from ray_jobs.training.batches import PairFiles
@@ -267,19 +267,12 @@ def _embed(
 ) -> pa.Table:
     """Embeddings of all pairs, in order."""
     files = PairFiles.of(storage, manifest.name)
-    warn_without_room(config.need("evaluation"))
     work = [
         {"first": first, "rows": min(config.batch, manifest.rows - first)}
         for first in range(0, manifest.rows, config.batch)
     ]
-    dataset = work_items(work).map_batches(
-        Encoder,
-        fn_constructor_args=(storage, checkpoint, files, config.text, config.threads),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=config.workers),
-        num_cpus=config.cpus_per_worker,
-        num_gpus=config.gpus_per_worker or None,
-    )
+    arguments = (storage, checkpoint, files, config.text, config.threads)
+    dataset = config.embedded("evaluation", work, Encoder, *arguments)
     arrange(dataset, ordered=True)
     tables = []
     with Progress(f"evaluate {manifest.name}", manifest.rows, "pairs") as progress:

@@ -13,21 +13,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as pt
-import ray.data
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
 import rwkv_clip
-from ray_jobs.encoding import ImageEncoder, fetch_checkpoint, vectors
-from ray_jobs.execution import arrange, work_items
+from ray_jobs.encoding import EncoderConfig, ImageEncoder, fetch_checkpoint, vectors
+from ray_jobs.execution import arrange
 from ray_jobs.progress import Progress
-from ray_jobs.room import Need, warn_without_room
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Unit
 from ray_jobs.sources.files import find_files, open_file
 from ray_jobs.sources.parquet import image_bytes, read_footer, read_rows, row_group_units
 from ray_jobs.storage import Storage
-from rwkv_clip.config import BaseConfig
 
 logger = logging.getLogger(__name__)
 
@@ -42,24 +39,6 @@ class ImageSetConfig(FilesConfig):
     """Images with something that goes with each."""
 
     image: str = Field("image", description="column of encoded images, in Parquet files")
-
-
-class EncoderConfig(BaseConfig):
-    """What embeds."""
-
-    batch: PositiveInt = Field(256, description="images or texts embedded at a time")
-    workers: PositiveInt = Field(1, description="processes that embed")
-    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that each holds")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each holds")
-
-    def need(self, section: str) -> Need:
-        """What one of these processes holds, for a section of the configuration."""
-        return Need(f"{section}.cpus_per_worker", self.cpus_per_worker, self.gpus_per_worker)
-
-    @property
-    def threads(self) -> int:
-        """That decode images beside the model; alone on its CPUs, the model wants all of them."""
-        return max(1, int(self.cpus_per_worker)) if self.gpus_per_worker else 1
 
 
 class ImageSet:
@@ -88,7 +67,7 @@ class ImageSet:
         rows = config.unit_rows
         parquet = [file for file in files if file.uri.endswith(_PARQUET)]
         for file in parquet:
-            metadata, schema = read_footer(file.uri, config.s3)
+            metadata, schema = read_footer(file.uri, config.s3, f"{key}.path")
             self._check(schema, file.uri)
             self.schema = self.schema or schema
             self.units += [[one] for one in row_group_units(file, metadata, rows, _UNIT_BYTES)]
@@ -229,17 +208,9 @@ def embed_set(
     texts: bool = False,
 ) -> pa.Table:
     """What `SetEncoder` gives for all images that can be decoded, in order."""
-    warn_without_room(config.need("evaluation"))
     work = [{"unit": at} for at in range(len(images.units))]
-    dataset = work_items(work).map_batches(
-        SetEncoder,
-        fn_constructor_args=(storage, checkpoint, images, config),
-        fn_constructor_kwargs={"texts": texts},
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=config.workers),
-        num_cpus=config.cpus_per_worker,
-        num_gpus=config.gpus_per_worker or None,
-    )
+    arguments = (storage, checkpoint, images, config)
+    dataset = config.embedded("evaluation", work, SetEncoder, *arguments, texts=texts)
     arrange(dataset, ordered=True)
     tables: list[pa.Table] = []
     batches: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))

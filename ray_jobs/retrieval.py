@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from ray_jobs.encoding import matrix, named_metrics
-from ray_jobs.image_sets import SET_NAME, EncoderConfig, ImageSet, ImageSetConfig, embed_set
+from ray_jobs.encoding import EncoderConfig, matrix, named_metrics
+from ray_jobs.image_sets import SET_NAME, ImageSet, ImageSetConfig, embed_set
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig

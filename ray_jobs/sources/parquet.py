@@ -199,8 +199,15 @@ class ParquetSource:
         return present
 
 
-def read_footer(uri: str, s3: S3Config) -> tuple[pq.FileMetaData, pa.Schema]:
+def read_footer(
+    uri: str, s3: S3Config, key: str = "source.path"
+) -> tuple[pq.FileMetaData, pa.Schema]:
     """A Parquet file's metadata and schema.
+
+    Args:
+        uri: of the file.
+        s3: where it is on S3.
+        key: of the configuration, that names it; for errors.
 
     Raises:
         UnreachableError: the file cannot be reached.
@@ -215,11 +222,11 @@ def read_footer(uri: str, s3: S3Config) -> tuple[pq.FileMetaData, pa.Schema]:
                 if stream.outage:
                     raise stream.outage from error
                 raise SourceError(
-                    f"source.path: {uri} cannot be read as Parquet: {error}. Fetch the file again, "
-                    "or leave it out of source.path"
+                    f"{key}: {uri} cannot be read as Parquet: {error}. Fetch the file again, "
+                    f"or leave it out of {key}"
                 ) from error
     except OSError as error:
-        raise UnreachableError(f"source.path: {uri} cannot be reached: {error}") from error
+        raise UnreachableError(f"{key}: {uri} cannot be reached: {error}") from error
 
 
 def row_group_units(

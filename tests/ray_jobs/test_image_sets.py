@@ -174,6 +174,13 @@ def test_images_outside_of_class_folders_are_told(tmp_path):
         labelled(LabelledConfig(path=str(tmp_path)), "evaluation.classification.0.test")
 
 
+def test_a_broken_file_is_told_by_the_set_s_own_key(tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    key = "evaluation.classification.0.test"
+    with pytest.raises(SourceError, match=rf"^{key}\.path: .* leave it out of {key}\.path"):
+        labelled(LabelledConfig(path=str(tmp_path)), key)
+
+
 def test_a_missing_column_is_told(tmp_path):
     path = write_parquet(tmp_path / "plain.parquet")
     with pytest.raises(SourceError, match=r"test\.label: .* has no column 'class'"):
