@@ -68,6 +68,16 @@ inline size_t shared_memory_limit() {
   return static_cast<size_t>(bytes);
 }
 
+// What an error is called, and what to do about the one that an older GPU brings.
+inline const char* told(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    return "wkv6: the library has no kernels for this GPU: they are for compute capability 8.0 and "
+           "newer. RWKV_CLIP_NO_LIBRARY=1 runs the reference, correct but slow";
+  }
+  return cudaGetErrorString(error);
+}
+
 // The opt-in above 48 KB is a property of the kernel on the current device. It is always set to all
 // that there is, so that threads that launch the kernel for other shapes do not take it back from each
 // other; setting it again costs less than remembering where it was done.
@@ -79,13 +89,12 @@ const char* launch(void (*kernel)(Params...), int64_t blocks, int threads, size_
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_memory_limit()));
     if (set != cudaSuccess) {
       cudaGetLastError();  // or the next launch that succeeds would be told of it
-      return cudaGetErrorString(set);
+      return told(set);
     }
   }
   kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared,
            static_cast<cudaStream_t>(stream)>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return told(cudaGetLastError());
 }
 
 }  // namespace rwkv_clip::cuda

@@ -262,7 +262,7 @@ def _cuda() -> Iterator[Finding]:
         if gpu.major >= _LEAST_GPU:
             yield Finding(f"GPU {index}", "ok", f"{detail}, CUDA {torch.version.cuda}")
         else:
-            mend = "the operator's kernels need sm_80 or newer"
+            mend = "the operator's kernels need sm_80 or newer; RWKV_CLIP_NO_LIBRARY=1 goes without"
             yield Finding(f"GPU {index}", "limited", detail, mend)
 
 
