@@ -120,7 +120,7 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
         assert {one.laddr.ip for one in listening} == {"127.0.0.1"}
         # When it is interrupted, what came is answered, and what comes later is told.
         many = json.dumps({"input": [f"text {at}" for at in range(100)]})
-        asked = [http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(24)]
+        asked = [http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(12)]
         for one in asked:
             one.request("POST", "/v1/embeddings", many, headers)
         select.select([one.sock for one in asked], [], [], 60)
