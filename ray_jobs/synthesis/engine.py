@@ -58,8 +58,8 @@ class ChunkEngine(vLLMEngineStageUDF):
         if on_cpus:
             settings.setdefault("dtype", cpu.data_type())
             os.environ.update(cpu.environment())  # of the engine's process, which is started here
-        arguments |= {"engine_kwargs": settings, "expected_input_keys": []}
-        super().__init__(**{**arguments, "model": self.model_folder})
+        arguments |= {"model": self.model_folder, "expected_input_keys": []}
+        super().__init__(**arguments, engine_kwargs=settings)
         self.task = work.task
         self.numbers = itertools.count()
         self.shows_images = "image" in work.task.columns

@@ -77,7 +77,7 @@ def test_a_run_goes_on_from_its_last_checkpoint_with_the_same_curve(undisturbed,
     [
         {"workers": 2},
         {"workers": 2, "sharding": "fsdp2", "micro_batches": 2, "activation_checkpointing": True},
-        # For their time; all of it is in the two above.
+        # For their time; each setting is in one of the two above.
         pytest.param(
             {"workers": 2, "micro_batches": 2, "activation_checkpointing": True},
             marks=pytest.mark.chaos,
