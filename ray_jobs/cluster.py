@@ -27,11 +27,13 @@ logger = logging.getLogger(__name__)
 
 _NO_SPACE = os.strerror(errno.ENOSPC)
 # Of a local cluster, unless the environment says otherwise. A worker takes 2 % of a core even when
-# it has nothing to do, so idle ones are ended when ten seconds have passed without a task.
+# it has nothing to do, so idle ones are ended when ten seconds have passed without a task. Nor does
+# anybody drain a local node, which Ray Train would have a process watch for.
 _LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_num_workers_soft_limit": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "10000",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _SPILL_FULL = "Local disk is full"  # Ray's OutOfDiskError, however it is wrapped
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,10 @@ from ray_jobs.ingest import Manifest
 from ray_jobs.pairs import TextColumn
 from ray_jobs.progress import Progress
 from ray_jobs.storage import Storage
-from ray_jobs.tracking.source import ModelSource
 from ray_jobs.training.batches import PairFiles
+
+if TYPE_CHECKING:  # the actors that embed import this module, and MLflow takes a second
+    from ray_jobs.tracking.source import ModelSource
 
 SUMMARY = "embed an ingested data set, for search"
 configure = job.configure
@@ -81,7 +83,7 @@ def vectors_folder(name: str) -> str:
     return f"vectors/{name}"
 
 
-def embed(config: EmbedConfig, storage: Storage, source: ModelSource) -> EmbedResult:
+def embed(config: EmbedConfig, storage: Storage, source: "ModelSource") -> EmbedResult:
     """Embed a data set of the storage; goes on where an earlier run stopped.
 
     Ray must be initialised.

@@ -44,7 +44,6 @@ from ray_jobs.pairs import TextColumn
 from ray_jobs.progress import Progress
 from ray_jobs.retrieval import RetrievalConfig, RetrievalScore, open_captioned, search_set
 from ray_jobs.storage import Storage
-from ray_jobs.tracking.source import stored_model
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip.evaluation import benchmark_result, retrieval, top_k
 
@@ -171,6 +170,9 @@ class Evaluation:
         folder: str = "evaluation",
         sets: OpenedSets | None = None,
     ) -> None:
+        # Here, because MLflow takes a second, and the actors that embed import this module too.
+        from ray_jobs.tracking.source import stored_model
+
         self.config, self.storage, self.checkpoint = config, storage, checkpoint
         self.manifest = Manifest.from_storage(storage, name) if name else None
         self._sets = sets or OpenedSets.of(config)

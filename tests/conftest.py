@@ -34,6 +34,7 @@ def ray_cluster() -> Iterator[None]:
     from serve.command import fewer_hops
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # as local clusters of jobs have it
     # Ray Train looks at its workers every two seconds, and hears of a checkpoint at each look.
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     fewer_hops()

@@ -15,21 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from rwkv_clip.model import create_model, load_checkpoint, save_checkpoint
 from rwkv_clip.model.config import CLIPConfig
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "training.json"
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_BROADCAST = StateDictOptions(full_state_dict=True)
 
 
 def checkpoint_name(step: int) -> str:
@@ -63,8 +54,14 @@ def save_state(
     writes: bool,
 ) -> None:
     """Gather a run's state and write it; every worker calls this, one of them with `writes`."""
-    weights = get_model_state_dict(model, options=_WHOLE)
-    moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    # Which takes a second, and the driver's and Ray Train's own processes import this module too.
+    from torch.distributed.checkpoint import state_dict as gathered
+
+    whole_options = gathered.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = gathered.get_model_state_dict(model, options=whole_options)
+    moments: dict[str, Any] = gathered.get_optimizer_state_dict(
+        model, optimizer, options=whole_options
+    )
     if not writes:
         return
     whole = create_model(config, device="meta").to_empty(device="cpu")
@@ -80,14 +77,17 @@ def save_state(
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
     """Put a saved state into a model and its optimizer; every worker calls this."""
+    from torch.distributed.checkpoint import state_dict as gathered
+
+    broadcast = gathered.StateDictOptions(full_state_dict=True)
     weights = load_checkpoint(folder).state_dict()
-    set_model_state_dict(model, weights, options=_BROADCAST)
+    gathered.set_model_state_dict(model, weights, options=broadcast)
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(folder / OPTIMIZER_FILE).items():
         name, _, what = key.rpartition("/")
         moments.setdefault(name, {})[what] = value
     # The groups' settings are the configuration's; only the moments come from the file.
-    current: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_BROADCAST)
+    current: dict[str, Any] = gathered.get_optimizer_state_dict(model, optimizer, options=broadcast)
     state: dict[str, Any] = {"state": moments, "param_groups": current["param_groups"]}
-    set_optimizer_state_dict(model, optimizer, state, options=_BROADCAST)
+    gathered.set_optimizer_state_dict(model, optimizer, state, options=broadcast)
     return RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))

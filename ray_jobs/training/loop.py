@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ray_jobs.training.batches import Batch, BatchMaker, PairFiles, normalise, stream
@@ -162,6 +161,8 @@ class Worker:
         if self.world_size == 1:
             return model
         if self.config.sharding == "fsdp2":
+            from torch.distributed.fsdp import fully_shard  # which takes a second
+
             # PyTorch would take GPUs that are there, and workers that were given none see them too.
             mesh = init_device_mesh(self.device.type, (self.world_size,))
             for block in (*model.image_model.layers, *model.text_model.blocks):

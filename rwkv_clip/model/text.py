@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D channels.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +22,10 @@ class TextEncoder(nn.Module):
         self.config = config
         self.recompute = False
         D = config.embed_dim
-        self.emb = nn.Embedding(config.vocab_size, D)
+        # Weights are given, because PyTorch would draw some otherwise; on the meta device, where
+        # models are made, it imports its compiler for that, which takes more than a second.
+        weights = torch.empty(config.vocab_size, D)
+        self.emb = nn.Embedding(config.vocab_size, D, _weight=weights)
         self.blocks = nn.ModuleList(
             Block(
                 TimeMix(D, config.heads, HEAD_NORM_EPS),
