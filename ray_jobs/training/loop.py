@@ -62,7 +62,6 @@ class WorkerTask:
         files: the pairs.
         steps: of the whole run.
         on_record: called on rank 0 with every record of metrics.
-        stop_after: leave after so many steps in all, for tests and benchmarks.
         folder: of the storage, that holds the run.
     """
 
@@ -70,7 +69,6 @@ class WorkerTask:
     files: PairFiles
     steps: int
     on_record: OnRecord | None = None
-    stop_after: int | None = None
     folder: str = "train"
 
     @property
@@ -137,7 +135,7 @@ class Worker:
     def run(self) -> None:
         """Train from the last checkpoint, or from the beginning, to the end."""
         self._restore()
-        last = min(self.task.steps, self.task.stop_after or self.task.steps)
+        last = self.task.steps
         meter = _Meter()
         for batch in self._batches(last):
             step = self.state.step

@@ -21,7 +21,8 @@ TRAIN: dict[str, Any] = {
     "epochs": 1.5,
     "threads": 1,
     "cpus_per_worker": 0.4,
-    "data": {"lanes": 4, "shuffle_steps": 2, "cpus_per_task": 0.2},
+    # Of two CPUs half a one for each task: more of them would be more processes to start.
+    "data": {"lanes": 4, "shuffle_steps": 2, "cpus_per_task": 0.5},
     "log_steps": 1,
     "checkpoint_steps": 4,
 }

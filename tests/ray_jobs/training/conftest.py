@@ -1,4 +1,4 @@
-"""A small ingested data set that the training tests share."""
+"""A small ingested data set that the training tests share, and a run that nothing befell."""
 
 from pathlib import Path
 
@@ -6,7 +6,9 @@ import pytest
 
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
+from ray_jobs.train import TrainResult, train
 from tests.ray_jobs.small import PAIRS
+from tests.ray_jobs.training.runs import config_of
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,14 @@ def own_storage(emoji_storage: Storage, tmp_path: Path) -> Storage:
     """A storage with the same pairs, and a training folder of its own."""
     (tmp_path / "pairs").symlink_to(emoji_storage.path("pairs"))
     return Storage.at(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    emoji_storage: Storage, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Storage, TrainResult]:
+    """A run on one worker, to its end, and where it is."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "pairs").symlink_to(emoji_storage.path("pairs"))
+    storage = Storage.at(folder)
+    return storage, train(config_of(), storage)

@@ -1,63 +1,46 @@
 """Training that is killed, in part or whole, has the curve of training that is not."""
 
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ray_jobs.storage import Storage
-from ray_jobs.train import TrainResult, train
-from ray_jobs.training.config import TrainConfig
-from tests.ray_jobs.killing import PATIENCE, kill_all, processes_named, start_job, wait_until
-from tests.ray_jobs.small import TRAIN
+from ray_jobs.train import train
+from tests.ray_jobs.killing import below, kill_all, start_job, wait_until
+from tests.ray_jobs.training.runs import LEFT_OFF, Held, assert_same_curve, config_of
 
-CONFIG = TrainConfig.model_validate({**TRAIN, "epochs": 4})
-
-
-def checkpoints(storage: Storage) -> list[Path]:
-    """Those that are complete."""
-    return list(Path(storage.path("train")).glob("step-*/training.json"))
+_SNAPSHOT = "train/checkpoint_manager_snapshot.json"  # Ray Train's, of the checkpoints it knows
 
 
-@pytest.fixture(scope="module")
-def undisturbed(emoji_storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "pairs").symlink_to(emoji_storage.path("pairs"))
-    return train(CONFIG, Storage.at(folder))
-
-
-def assert_same_curve(result: TrainResult, expected: TrainResult) -> None:
-    assert result.steps == expected.steps
-    steps = [record["step"] for record in result.history]
-    assert steps == [record["step"] for record in expected.history]
-    losses = [record["loss"] for record in result.history]
-    assert losses == pytest.approx([record["loss"] for record in expected.history], rel=1e-4)
+def knows(storage: Storage, step: int) -> bool:
+    """Whether there is a checkpoint that the run would go on from."""
+    if not Path(storage.path(f"train/step-{step:09d}/training.json")).exists():
+        return False
+    snapshot = Path(storage.path(_SNAPSHOT))
+    return snapshot.exists() and f"step-{step:09d}" in snapshot.read_text()
 
 
 @pytest.mark.slow
-def test_the_driver_and_the_whole_cluster_are_killed(undisturbed, own_storage):
-    settings = CONFIG.model_dump_json()
-    job = start_job("ray_jobs.train", "train", "TrainConfig", own_storage.uri, settings)
+def test_a_worker_is_killed_and_then_the_driver_and_the_whole_cluster(undisturbed, own_storage):
+    _, expected = undisturbed
+    held, (first, second) = Held(own_storage), LEFT_OFF
+    job = start_job(
+        "tests.ray_jobs.training.runs",
+        "train_held",
+        "TrainConfig",
+        own_storage.uri,
+        config_of().model_dump_json(),
+    )
     try:
-        wait_until(lambda: checkpoints(own_storage) or job.poll() is not None, "a checkpoint")
+        wait_until(lambda: knows(own_storage, first) or job.poll() is not None, "a checkpoint")
+        for worker in below(job, "ray::RayTrainWorker"):
+            worker.kill()
+        held.let_go(first)
+        wait_until(lambda: knows(own_storage, second) or job.poll() is not None, "another one")
     finally:
         kill_all(job)
-    assert checkpoints(own_storage)
+    again = held.seen()
+    assert again == [*range(1, first + 2), *range(first + 1, second + 2)][: len(again)]
+    assert len(again) > first + 1
     assert not own_storage.exists("train/result.json")
-    assert_same_curve(train(CONFIG, own_storage), undisturbed)
-
-
-@pytest.mark.slow
-def test_a_training_worker_is_killed(undisturbed, own_storage):
-    results: list[Any] = []
-    thread = threading.Thread(
-        target=lambda: results.append(train(CONFIG, own_storage)), daemon=True
-    )
-    thread.start()
-    wait_until(lambda: checkpoints(own_storage), "a checkpoint")
-    for worker in processes_named("ray::RayTrainWorker"):
-        worker.kill()
-    thread.join(PATIENCE)
-    assert results
-    assert_same_curve(results[0], undisturbed)
+    assert_same_curve(train(config_of(), own_storage), expected, 1e-5)

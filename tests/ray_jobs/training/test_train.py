@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -11,34 +10,13 @@ from pydantic import ValidationError
 from ray_jobs.encoding import TextsError
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.storage import Storage
-from ray_jobs.train import TrainError, TrainResult, _trainer, total_steps, train
+from ray_jobs.train import TrainError, TrainResult, total_steps, train
 from ray_jobs.training.batches import PairFiles
-from ray_jobs.training.config import TrainConfig
-from ray_jobs.training.loop import NonFiniteLossError, WorkerTask
+from ray_jobs.training.loop import NonFiniteLossError
 from rwkv_clip.model import load_checkpoint
 from tests.machine import grow, small_file_system
-from tests.ray_jobs.small import PAIRS, TRAIN
-
-
-def config_of(**changes: Any) -> TrainConfig:
-    return TrainConfig.model_validate({**TRAIN, **changes})
-
-
-def curve(history: list[dict[str, float]]) -> list[tuple[float, float]]:
-    return [(record["step"], record["loss"]) for record in history]
-
-
-def assert_same_curve(result: TrainResult, expected: TrainResult, rounding: float) -> None:
-    for (_, loss), (_, wanted) in zip(curve(result.history), curve(expected.history), strict=True):
-        assert loss == pytest.approx(wanted, rel=rounding)
-
-
-@pytest.fixture(scope="session")
-def undisturbed(emoji_storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "pairs").symlink_to(emoji_storage.path("pairs"))
-    storage = Storage.at(folder)
-    return storage, train(config_of(), storage)
+from tests.ray_jobs.small import PAIRS
+from tests.ray_jobs.training.runs import assert_same_curve, config_of
 
 
 def test_a_run_ends_with_a_model_and_its_history(undisturbed):
@@ -60,24 +38,42 @@ def test_a_finished_run_is_not_run_again(undisturbed):
     assert train(elsewhere, storage).history == result.history
 
 
-def test_a_run_goes_on_from_its_last_checkpoint_with_the_same_curve(undisturbed, own_storage):
-    _, expected = undisturbed
-    config = config_of()
-    files = PairFiles.of(own_storage)
-    steps = total_steps(config, files)
-    # The first attempt leaves in the middle of an epoch, as a killed one does.
-    _trainer(config, own_storage, WorkerTask(config, files, steps, stop_after=4)).fit()
-    result = train(config, own_storage)
-    assert [step for step, _ in curve(result.history)] == list(range(1, 10))
-    assert_same_curve(result, expected, 1e-5)
+class Recorder:
+    """Collects records through the storage, as it is called in another process."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def __call__(self, record: Mapping[str, float]) -> None:
+        self.storage.write_json(f"records/{int(record['step']):03d}.json", dict(record))
+
+
+VALIDATED = config_of(workers=2, log_steps=2, validation={"pairs": 150, "batch": 64, "cpus": 0.2})
+
+
+@pytest.fixture(scope="module")
+def validated(
+    emoji_storage: Storage, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Storage, TrainResult]:
+    """A run on two workers, with validated checkpoints, and somebody who listens to its records."""
+    folder = tmp_path_factory.mktemp("validated")
+    (folder / "pairs").mkdir()
+    (folder / "pairs/train").symlink_to(emoji_storage.path("pairs/train"))
+    storage = Storage.at(folder)
+    source = {"kind": "emoji", "limit": PAIRS, "unit_rows": 90}
+    ingest(IngestConfig(source=source, row_group_rows=32), storage, "validation")
+    return storage, train(VALIDATED, storage, on_record=Recorder(storage))
+
+
+def test_two_workers_have_the_curve_of_one(undisturbed, validated):
+    assert_same_curve(validated[1], undisturbed[1], 1e-4, log_steps=2)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"workers": 2},
         {"workers": 2, "sharding": "fsdp2", "micro_batches": 2, "activation_checkpointing": True},
-        # For their time; each setting is in one of the two above.
+        # For their time; each setting is in the one above.
         pytest.param(
             {"workers": 2, "micro_batches": 2, "activation_checkpointing": True},
             marks=pytest.mark.chaos,
@@ -86,7 +82,7 @@ def test_a_run_goes_on_from_its_last_checkpoint_with_the_same_curve(undisturbed,
     ],
     ids=str,
 )
-def test_two_workers_pieces_and_shards_have_the_curve_of_one(undisturbed, own_storage, changes):
+def test_pieces_and_shards_have_the_curve_of_one(undisturbed, own_storage, changes):
     _, expected = undisturbed
     result = train(config_of(**changes), own_storage)
     assert_same_curve(result, expected, 1e-4)
@@ -116,9 +112,8 @@ def test_a_disk_that_fills_up_costs_no_checkpoint_that_was_there(
     with pytest.raises(Exception, match="No space left on device"):
         train(config, storage)
     grow(small_disk, "300m")
-    result = train(config, storage)
-    assert [step for step, _ in curve(result.history)] == list(range(1, 10))
-    assert_same_curve(result, expected, 1e-5)
+    # From the checkpoint that was there, in the middle of an epoch.
+    assert_same_curve(train(config, storage), expected, 1e-5)
 
 
 def test_a_loss_that_is_no_number_names_the_pairs_and_the_checkpoint(own_storage):
@@ -197,51 +192,32 @@ def change_digest(storage: Storage, name: str) -> None:
     storage.write_json(f"pairs/{name}/manifest.json", {**manifest, "data_digest": "other"})
 
 
-class _Recorder:
-    """Collects records through the storage, as it is called in another process."""
-
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-
-    def __call__(self, record: Mapping[str, float]) -> None:
-        self.storage.write_json(f"records/{int(record['step']):03d}.json", dict(record))
+def test_records_reach_whoever_listens(validated):
+    storage, result = validated
+    assert [storage.read_json(name) for name in storage.names("records")] == result.history
 
 
-def test_records_reach_whoever_listens(own_storage):
-    result = train(
-        config_of(epochs=0.5, log_steps=2), own_storage, on_record=_Recorder(own_storage)
-    )
-    records = [own_storage.read_json(name) for name in own_storage.names("records")]
-    assert records == result.history
-
-
-def test_checkpoints_are_validated_beside_the_training_and_the_best_is_kept(own_storage):
-    Path(own_storage.path("pairs")).unlink()  # the link to pairs that all tests share
-    for name in ("train", "validation"):
-        source = {"kind": "emoji", "limit": PAIRS, "unit_rows": 90}
-        ingest(IngestConfig(source=source, row_group_rows=32), own_storage, name)
-    validation = {"pairs": 150, "batch": 64, "cpus": 0.2}
-    result = train(config_of(validation=validation), own_storage)
+def test_checkpoints_are_validated_beside_the_training_and_the_best_is_kept(validated):
+    storage, result = validated
     assert [record["step"] for record in result.validations] == [4, 8, 9]
     scores = {
         record["step"]: record["validation_text_to_image_recall_at_10"]
         for record in result.validations
     }
-    kept = {int(path.name[-9:]) for path in Path(own_storage.path("train")).glob("step-*")}
+    kept = {int(path.name[-9:]) for path in Path(storage.path("train")).glob("step-*")}
     best = int(result.best[-9:])
     assert scores[best] == max(scores[step] for step in kept)
     assert scores[best] == max(scores.values())
-    assert load_checkpoint(own_storage.path(result.best)).config.image_size == 32
+    assert load_checkpoint(storage.path(result.best)).config.image_size == 32
 
-    config = config_of(validation=validation)
-    record = own_storage.read_json("train/result.json")
+    record = storage.read_json("train/result.json")
     older = {key: value for key, value in record["run"].items() if key != "validation"}
-    own_storage.write_json("train/result.json", {**record, "run": older})
-    assert train(config, own_storage).best == result.best
-    own_storage.write_json("train/result.json", record)
-    change_digest(own_storage, "validation")
+    storage.write_json("train/result.json", {**record, "run": older})
+    assert train(VALIDATED, storage).best == result.best
+    storage.write_json("train/result.json", record)
+    change_digest(storage, "validation")
     with pytest.raises(TrainError, match=r"finished run .*validation\.data_digest"):
-        train(config, own_storage)
+        train(VALIDATED, storage)
 
 
 def test_without_validation_the_last_checkpoint_is_the_best(undisturbed):
