@@ -1,6 +1,7 @@
 """What goes wrong costs those alone who sent it, and the endpoint answers the next one."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -26,6 +27,8 @@ from PIL import Image
 
 from rwkv_clip import tokenize
 from tests.serve.small import data_uri, picture
+
+KIND = {"Content-Type": "application/json"}
 
 
 def bomb(side: int) -> bytes:
@@ -198,10 +201,15 @@ def test_too_much_at_once_is_told_so_and_memory_stays_bounded(endpoint):
 
     def storm(body: dict[str, Any]) -> tuple[set[int], int]:
         """What was answered to more than can be taken, and the bytes that processes then hold."""
-        with ThreadPoolExecutor(60) as threads:
+        content = json.dumps(body)
+        # One client for all threads: to make one takes longer than many a request.
+        many = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=None))
+        with many as client, ThreadPoolExecutor(60) as threads:
             answers = list(
                 threads.map(
-                    lambda _: httpx.post(f"{endpoint}/v1/embeddings", json=body, timeout=60),
+                    lambda _: client.post(
+                        f"{endpoint}/v1/embeddings", content=content, headers=KIND
+                    ),
                     range(120),
                 )
             )
