@@ -178,7 +178,7 @@ def score_set(
             embed_set(f"probe {config.name}", train, encoder, storage, checkpoint)
         )
     found = {*_labels(table), *(_labels(learnt) if learnt else ())}
-    names = _class_names(config, found, test)
+    names = class_names_of(config, found, test)
     labels = list(names)
     class_names = list(names.values())
     published = None
@@ -226,7 +226,9 @@ def score_set(
     return scores
 
 
-def _class_names(config: ClassificationConfig, found: set[str], images: ImageSet) -> dict[str, str]:
+def class_names_of(
+    config: ClassificationConfig, found: set[str], images: ImageSet
+) -> dict[str, str]:
     """Names by label, in the labels' order; raises SourceError where a label has no name."""
     key = images.key.rpartition(".")[0]
     given = config.class_names

@@ -1,5 +1,7 @@
 """Pairs that are searched by their texts, some of which have none."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,14 +22,18 @@ from tests.serve.small import small_config
 PAIRS, WITHOUT = 40, 15
 
 
-@pytest.fixture
-def storage(ray_cluster: None, tmp_path) -> Storage:
-    """Pairs of which some have no caption."""
-    made = Storage.at(tmp_path)
+def make_pairs(folder: Path, without: int) -> Storage:
+    """Pairs of which the first have no caption."""
+    made = Storage.at(folder)
     source = {"kind": "emoji", "vendor": "twemoji", "limit": PAIRS, "unit_rows": PAIRS}
     ingest(IngestConfig(source=source), made, "test")
-    without_captions(made, WITHOUT)
+    without_captions(made, without)
     return made
+
+
+@pytest.fixture(scope="module")
+def storage(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return make_pairs(tmp_path_factory.mktemp("evaluate"), WITHOUT)
 
 
 def without_captions(storage: Storage, count: int) -> None:
@@ -57,24 +63,31 @@ def run(storage: Storage, seed: int) -> tuple[EvaluationResult, dict[str, float]
     return found, named_metrics(expected)
 
 
-def test_images_are_searched_by_the_texts_that_there_are(storage):
-    found, expected = run(storage, 0)
+Found = tuple[EvaluationResult, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def found(storage: Storage) -> tuple[Found, Found]:
+    """What was found by a model, and then by another one under the same name."""
+    return run(storage, 0), run(storage, 1)
+
+
+def test_images_are_searched_by_the_texts_that_there_are(found):
+    (result, expected), _ = found
     told = {**expected, "pairs": PAIRS, "pairs_without_text": WITHOUT}
-    assert found.metrics == pytest.approx(told)
-    assert all(one["text"] for one in found.examples)
+    assert result.metrics == pytest.approx(told)
+    assert all(one["text"] for one in result.examples)
 
 
-def test_another_model_under_the_same_name_is_evaluated_anew(storage):
-    first, _ = run(storage, 0)
-    second, expected = run(storage, 1)
+def test_another_model_under_the_same_name_is_evaluated_anew(found):
+    (first, _), (second, expected) = found
     assert second.examples != first.examples
     assert second.metrics == pytest.approx(
         {**expected, "pairs": PAIRS, "pairs_without_text": WITHOUT}
     )
 
 
-def test_a_model_that_was_not_trained_here_is_scored_as_one_that_was(storage, tmp_path):
-    own, _ = run(storage, 0)
+def test_a_model_that_was_not_trained_here_is_scored_as_one_that_was(storage, found, tmp_path):
     folder = tmp_path / "published"
     folder.mkdir()
     torch.manual_seed(1)
@@ -90,16 +103,17 @@ def test_a_model_that_was_not_trained_here_is_scored_as_one_that_was(storage, tm
         }
     )
     (stage,) = run_stage(config, storage, "evaluate")
-    found = storage.read_json(f"{stage.name}/test/result.json")["result"]
+    told = storage.read_json(f"{stage.name}/test/result.json")["result"]
     assert stage.name == f"evaluation-{stored_model(Storage.at(folder), '').digest[:12]}"
-    assert found["metrics"] == run(storage, 1)[0].metrics != own.metrics
+    (own, _), (same, _) = found
+    assert told["metrics"] == same.metrics != own.metrics
     (again,) = run_stage(config, storage, "evaluate")
     assert again.outcome.endswith("were done already")
     with pytest.raises(ModelSourceError, match=r"evaluation\.model .* leave it out"):
         pipeline(config, storage)
 
 
-def test_without_any_text_nothing_is_searched(storage):
-    without_captions(storage, PAIRS)
+def test_without_any_text_nothing_is_searched(ray_cluster, tmp_path):
+    storage = make_pairs(tmp_path, PAIRS)
     with pytest.raises(TextsError, match=r"evaluation\.text: no pair of .* has a caption"):
         run(storage, 0)

@@ -14,9 +14,15 @@ from PIL import Image
 from pydantic import ValidationError
 
 import rwkv_clip
-from ray_jobs.classification import ClassificationConfig, LabelledConfig, labelled
+from ray_jobs.classification import (
+    ClassificationConfig,
+    LabelledConfig,
+    class_names_of,
+    labelled,
+    open_sets,
+)
 from ray_jobs.encoding import named_metrics
-from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult
+from ray_jobs.evaluate import Evaluation, EvaluationConfig
 from ray_jobs.retrieval import CaptionedConfig, captioned
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
@@ -63,10 +69,9 @@ def storage(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Stor
     return made
 
 
-def run(storage: Storage, folder: str, *sets: dict[str, Any]) -> EvaluationResult:
+def evaluation(storage: Storage, folder: str, *sets: dict[str, Any]) -> Evaluation:
     settings = {"cpus_per_worker": 0.2, "batch": 5, "classification": sets}
-    config = EvaluationConfig.model_validate(settings)
-    return Evaluation(config, storage, "model", None, folder).run()
+    return Evaluation(EvaluationConfig.model_validate(settings), storage, "model", None, folder)
 
 
 def test_folders_are_classified_as_the_library_does(storage, tmp_path):
@@ -74,7 +79,7 @@ def test_folders_are_classified_as_the_library_does(storage, tmp_path):
     (test / "red_square" / "broken.png").write_bytes(picture((1, 2, 3), 0)[:50])
     train = write_folder(tmp_path / "train", 1)
     named = {"name": "squares", "test": {"path": str(test), "unit_rows": 7}}
-    result = run(storage, "folders", {**named, "train": {"path": str(train)}})
+    result = evaluation(storage, "folders", {**named, "train": {"path": str(train)}}).run()
     zero_shot, probe = result.classification
     assert (zero_shot["images"], zero_shot["left_out"], zero_shot["classes"]) == (24, 1, 3)
     model = load_checkpoint(storage.path("model")).eval()
@@ -93,8 +98,8 @@ def test_folders_are_classified_as_the_library_does(storage, tmp_path):
     written = storage.read_json("folders/sets/clip_benchmark/squares-zero_shot.json")
     assert written["task"] == "zeroshot_classification"
     assert written["metrics"]["acc1"] == expected.top1
-    again = run(storage, "folders", {**named, "train": {"path": str(train)}})
-    assert again == result
+    again = evaluation(storage, "folders", {**named, "train": {"path": str(train)}})
+    assert again.held == again.run() == result
 
 
 def write_parquet(path: Path, struct: bool = False, names: bool = False) -> Path:
@@ -119,23 +124,19 @@ def test_parquet_files_carry_names_or_are_given_them(storage, tmp_path):
         {"name": "carried", "test": {"path": str(named)}},
     ]
     listed = tmp_path / "names.json"
-    listed.write_text(json.dumps({str(at): name for at, name in enumerate(COLOURS)}))
+    names = {str(at): name for at, name in enumerate(COLOURS)}
+    listed.write_text(json.dumps(names))
     sets.append({"name": "listed", "test": {"path": str(plain)}, "class_names": str(listed)})
-    given, carried, read = run(storage, "parquet", *sets).classification
+    given, carried, read = evaluation(storage, "parquet", *sets).run().classification
     assert given["images"] == carried["images"] == 24
     assert given["top1"] == carried["top1"] == read["top1"]
 
-
-def test_names_that_were_corrected_in_their_file_are_asked_for_anew(storage, tmp_path):
-    plain, listed = write_parquet(tmp_path / "plain.parquet"), tmp_path / "names.json"
-    one = {"name": "corrected", "test": {"path": str(plain)}, "class_names": str(listed)}
-    for names in (list(COLOURS), [f"a {name}" for name in COLOURS]):
-        listed.write_text(json.dumps(names))
-        run(storage, "corrected", one)
-        (asked,) = storage.read_json("corrected/sets/result.json")["run"]["config"][
-            "classification"
-        ]
-        assert asked["class_names"] == names
+    # Names that are corrected in their file are asked for anew.
+    asked = storage.read_json("parquet/sets/result.json")["run"]["config"]["classification"]
+    assert asked[2]["class_names"] == names
+    assert evaluation(storage, "parquet", *sets).held is not None
+    listed.write_text(json.dumps([f"a {name}" for name in COLOURS]))
+    assert evaluation(storage, "parquet", *sets).held is None
 
 
 @pytest.mark.parametrize(
@@ -152,20 +153,36 @@ def test_names_by_which_results_cannot_be_told_apart_are_refused(section, names,
         EvaluationConfig.model_validate({section: sets})
 
 
-@pytest.mark.parametrize(
-    ("class_names", "told"),
-    [
-        (None, r"class_names: the labels are numbers"),
-        (["only", "two"], r"class_names: has no name for the label '2'; 2 are named"),
-        ({"0": "zero", "1": "one"}, r"class_names: has no name for the label '2'"),
-        ("no-such-file.json", r"class_names: no-such-file.json cannot be read"),
-    ],
-)
-def test_labels_without_names_are_told(storage, tmp_path, class_names, told):
+NAMELESS = [
+    (None, r"class_names: the labels are numbers"),
+    (["only", "two"], r"class_names: has no name for the label '2'; 2 are named"),
+    ({"0": "zero", "1": "one"}, r"class_names: has no name for the label '2'"),
+]
+
+
+def nameless(tmp_path: Path, class_names: object) -> dict[str, Any]:
     path = write_parquet(tmp_path / "plain.parquet")
-    one = {"name": "squares", "test": {"path": str(path)}, "class_names": class_names}
+    return {"name": "squares", "test": {"path": str(path)}, "class_names": class_names}
+
+
+@pytest.mark.parametrize(("class_names", "told"), NAMELESS)
+def test_labels_without_names_are_told(tmp_path, class_names, told):
+    config = ClassificationConfig.model_validate(nameless(tmp_path, class_names))
+    ((opened, test, _),) = open_sets([config])
     with pytest.raises(SourceError, match=told):
-        run(storage, "nameless", one)
+        class_names_of(opened, {"0", "1", "2"}, test)
+
+
+def test_an_evaluation_without_names_ends_with_what_is_missing(storage, tmp_path):
+    class_names, told = NAMELESS[1]
+    with pytest.raises(SourceError, match=told):
+        evaluation(storage, "nameless", nameless(tmp_path, class_names)).run()
+
+
+def test_a_file_of_names_that_is_not_there_is_told(storage, tmp_path):
+    told = r"class_names: no-such-file.json cannot be read"
+    with pytest.raises(SourceError, match=told):
+        evaluation(storage, "nameless", nameless(tmp_path, "no-such-file.json"))
 
 
 def test_images_outside_of_class_folders_are_told(tmp_path):

@@ -122,3 +122,6 @@ def test_an_engine_fails_while_pairs_are_described(
     assert (lost, twice) == (0, 0)
     assert kinds[kind] >= 1
     assert kinds.total() <= in_flight
+    assert results[0].rows == sum(results[0].sources.values()) == 96
+    assert results[0].kept_share > 0.5
+    assert 0 < results[0].engine_seconds < results[0].seconds
