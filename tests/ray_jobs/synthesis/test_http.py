@@ -25,7 +25,7 @@ from rwkv_clip.descriptions import DESCRIPTION_SCHEMA
 from tests.machine import free_port
 from tests.ray_jobs.synthesis.llm_server import ANSWER, Reply, chat, server
 
-ROWS, CHUNK_ROWS = 24, 8
+ROWS, CHUNK_ROWS = 12, 4
 PATIENCE = 300  # seconds, on a busy machine
 
 
@@ -91,7 +91,7 @@ def test_a_server_that_stays_away_ends_the_job_and_says_so(pairs):
 def test_many_clients_may_start_before_any_has_done_a_chunk(pairs):
     with server(lambda *_: (200, {}, chat(ANSWER))) as url:
         engine = {"kind": "http", "url": url, "model": "m", "clients": 6, "cpus": 0.05}
-        config = SynthesisConfig.model_validate({"engine": engine, "chunk_rows": 4})
+        config = SynthesisConfig.model_validate({"engine": engine, "chunk_rows": 2})
         assert synthesize(config, pairs).rows == ROWS
 
 
@@ -152,7 +152,7 @@ def answers(url: str) -> bool:
 def pairs(ray_cluster: None, tmp_path: Path) -> Storage:
     """A storage with a few ingested pairs."""
     made = Storage.at(tmp_path)
-    source = {"kind": "emoji", "limit": ROWS, "unit_rows": 16}
+    source = {"kind": "emoji", "limit": ROWS, "unit_rows": 8}
     ingest(IngestConfig.model_validate({"source": source, "cpus_per_task": 0.2}), made, "train")
     return made
 

