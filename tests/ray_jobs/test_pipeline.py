@@ -63,6 +63,13 @@ def embedded_by(storage: Storage) -> str:
     return digest
 
 
+def runs_of(client: MlflowClient) -> list[str]:
+    """The names of the runs, all of which have ended well."""
+    runs = client.search_runs([client.get_experiment_by_name("rwkv-clip").experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    return sorted(run.info.run_name for run in runs)
+
+
 def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
     ray_cluster, tmp_path, capsys, monkeypatch
 ):
@@ -96,32 +103,21 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
     assert first.registered is not None
     assert first.registered.champion
     assert embedded_by(storage) == stored_model(storage, first.train.best).digest
-    second = pipeline(config, storage)
-    assert second.train.resumed
-    assert second.peak_memory >= first.peak_memory > 500e6  # of Ray, its workers and this process
-    assert second.evaluation == first.evaluation
-    assert second.registered == replace(first.registered, told=second.registered.told)
-    assert "train: done" in capsys.readouterr().err
     client = MlflowClient(tracking_uri=f"sqlite:///{storage.path('mlflow/mlflow.db')}")
-    runs = client.search_runs([client.get_experiment_by_name("rwkv-clip").experiment_id])
     names = ["RWKV-CLIP", "baseline", "baseline-evaluation", "evaluation", "train"]
-    assert sorted(run.info.run_name for run in runs) == names
-    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert runs_of(client) == names
+
     storage.delete("evaluation/test/result.json")
     champion = crown_another(storage, tmp_path / "rival")
-    third = pipeline(config, storage)
-    assert third.evaluation == first.evaluation
-    assert third.registered is not None
-    assert not third.registered.champion
-    assert third.stages[-2].outcome.endswith("by models:/rwkv-clip/2")
+    second = pipeline(config, storage)
+    assert second.train.resumed
+    assert second.evaluation == first.evaluation
+    assert second.registered is not None
+    told = second.registered.told
+    assert second.registered == replace(first.registered, champion=False, told=told, before="2")
+    assert second.stages[-2].outcome.endswith("by models:/rwkv-clip/2")
     assert embedded_by(storage) == champion, "searches are answered by the champion"
-    runs = client.search_runs([client.get_experiment_by_name("rwkv-clip").experiment_id])
-    assert sorted(run.info.run_name for run in runs) == sorted([*names, "evaluation"])
-    page = storage.read_bytes("report.html").decode()
-    assert "with web text alone" in page
-    assert f"at most {second.peak_memory / 1e9:.1f} GB of memory" in page
-    assert page.count('class="query"') == len(first.evaluation.examples)
-    assert not re.findall(r"""(?:src|href|url)\s*[=(]["']?+(?!data:|#)""", page)  # nothing to load
+    assert runs_of(client) == sorted([*names, "evaluation"])
 
     opened = []
 
@@ -134,10 +130,24 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
 
     monkeypatch.setattr("ray_jobs.evaluate.open_sets", open_none)
     monkeypatch.setattr("ray_jobs.pipeline.register", away)
-    last = {stage.name: stage for stage in pipeline(config, storage).stages}
+    capsys.readouterr()
+    third = pipeline(config, storage)
+    assert third.train.resumed
+    assert "train: done" in capsys.readouterr().err
+    assert third.peak_memory >= first.peak_memory > 500e6  # of Ray, its workers and this process
+    assert third.evaluation == first.evaluation
+    assert third.baseline == first.baseline
+    assert runs_of(client) == sorted([*names, "evaluation"])
     assert len(opened) == 1
+    last = {stage.name: stage for stage in third.stages}
+    assert last["evaluation"].outcome.endswith("were done already")
     assert last["embed"].outcome.startswith("waits until MLflow tells which model is served")
     assert embedded_by(storage) == champion
+    page = storage.read_bytes("report.html").decode()
+    assert "with web text alone" in page
+    assert f"at most {third.peak_memory / 1e9:.1f} GB of memory" in page
+    assert page.count('class="query"') == len(first.evaluation.examples)
+    assert not re.findall(r"""(?:src|href|url)\s*[=(]["']?+(?!data:|#)""", page)  # nothing to load
 
 
 def test_a_mistake_in_the_configuration_is_told_before_any_work(tmp_path, capsys):
