@@ -3,7 +3,8 @@
 A step is the forward pass, the contrastive loss and the backward pass, without an optimizer;
 RWKV-CLIP B/32 with its stochastic depth, CLIP with SDPA attention, both with random weights.
 Gradients are compared with those of the plain definitions before anything is timed. The two models
-are timed in turn and the medians reported; memory is that of fresh processes.
+are timed in turn and the medians reported; memory is that of fresh processes, on a GPU what
+PyTorch allocated for each.
 
     python benchmarks/training_step.py [--quick] [--batch 16] [--repeats 5]
 
@@ -129,28 +130,49 @@ def resident(key: str) -> int:
 def measure(name: str, settings: Settings) -> None:
     """The memory of two steps in this process, as JSON."""
     model, step = make_step(name, settings)
-    gpu = settings.device.startswith("cuda")
-    before = torch.cuda.memory_allocated() if gpu else resident("VmRSS")
+    before = resident("VmRSS")
     step()
     step()
-    peak = torch.cuda.max_memory_allocated() if gpu else resident("VmHWM")
+    peak = resident("VmHWM")
     # Compiled, the forward pass shows nobody what it keeps.
     saved = None if settings.compile else saved_bytes(model, step)
     print(json.dumps({"peak": peak, "step": peak - before, "saved": saved}))
 
 
 def measured(name: str, settings: Settings) -> dict[str, int | None]:
+    """The same of a fresh process."""
     command = [sys.executable, __file__, "--measure", name, *settings.arguments()]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     memory: dict[str, int | None] = json.loads(output.splitlines()[-1])
     return memory
 
 
+def allocated(
+    model: nn.Module, step: Step, others: int, settings: Settings
+) -> dict[str, int | None]:
+    """The memory of a step on a GPU; `others`: bytes that are not the model's own."""
+    held = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated()
+    saved = None if settings.compile else saved_bytes(model, step)
+    return {"peak": peak - others, "step": peak - held, "saved": saved}
+
+
 def report(settings: Settings, repeats: int) -> None:
     batch = settings.batch
-    steps = {name: make_step(name, settings)[1] for name in ("ours", "theirs")}
+    on_gpu = settings.device.startswith("cuda")
+    steps, memory = {}, {}
+    for name in ("ours", "theirs"):
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        model, steps[name] = make_step(name, settings)
+        if on_gpu:
+            memory[name] = allocated(model, steps[name], before, settings)
     times = interleaved(steps, repeats)
-    ours, theirs = measured("ours", settings), measured("theirs", settings)
+    if not on_gpu:
+        memory = {name: measured(name, settings) for name in steps}
+    ours, theirs = memory["ours"], memory["theirs"]
     ratio = times["theirs"] / times["ours"]
     print(f"\n| batch {batch} | RWKV-CLIP B/32 | CLIP ViT-B/32 | ratio | target | |")
     print("|---|---|---|---|---|---|")

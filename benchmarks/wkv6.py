@@ -1,6 +1,7 @@
 """The WKV6 operator against plain PyTorch: the scan that defines it, and the best dense forms.
 
     python benchmarks/wkv6.py               # float32 on the CPU, and CUDA where there is one
+    python benchmarks/wkv6.py --device cuda # CUDA alone
     python benchmarks/wkv6.py --all-isas    # the CPU's slower instruction sets as well
 
 Every form is compared with the reference in float64 first, outputs and all gradients; a wrong one
@@ -249,14 +250,19 @@ def on_cuda() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all-isas", action="store_true", help="time AVX2 and portable code too")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="one of them alone")
     arguments = parser.parse_args()
     if build_info()["library"] is None:
         raise SystemExit("the operator was not built: python -m rwkv_clip._build")
+    has_cuda = torch.cuda.is_available() and build_info()["cuda"]
+    if arguments.device == "cuda" and not has_cuda:
+        raise SystemExit("no GPU, or the operator was built without CUDA: rwkv-clip doctor")
     torch.manual_seed(0)
     print(machine())
-    against_pytorch(arguments.all_isas)
-    by_length()
-    if torch.cuda.is_available() and build_info()["cuda"]:
+    if arguments.device != "cuda":
+        against_pytorch(arguments.all_isas)
+        by_length()
+    if arguments.device != "cpu" and has_cuda:
         on_cuda()
 
 

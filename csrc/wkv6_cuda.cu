@@ -7,7 +7,9 @@
 
 #include "wkv6_cuda.h"
 
-#include "wkv6_cuda_backward.cuh"
+#include <type_traits>
+
+#include "wkv6_cuda_dense.cuh"
 
 namespace rwkv_clip::cuda {
 namespace {
@@ -36,6 +38,18 @@ struct Plan {
 };
 
 int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// Whole sequences in one block of at most `most` threads; `fits` says whether they are.
+template <int NP>
+Plan make_dense_plan(const Wkv6Args& args, int most, size_t (*shared)(int), bool& fits) {
+  const int64_t length = round_up(args.T, kTile);
+  fits = length <= most && dense_threads<NP>(args.T) <= most &&
+         shared(static_cast<int>(length)) <= shared_memory_limit();
+  Plan plan{{args.T, args.H, static_cast<int>(args.N), static_cast<int>(length), 1}, args.B,
+            args.B * args.H, NP, nullptr};
+  if (plan.heads > kMaxBlocks) plan.error = "wkv6: more than 2^31 - 1 heads (batch * heads)";
+  return plan;
+}
 
 Plan make_plan(const Wkv6Args& args, int padded, int max_tiles, size_t (*shared)(int)) {
   Plan plan{{args.T, args.H, static_cast<int>(args.N), 0, 1}, args.B, args.B * args.H, padded,
@@ -67,10 +81,24 @@ const char* sum_bonus(const Wkv6Args& args, int chunks, const float* partial, fl
 
 template <int NP, typename T>
 struct Kernels {
-  static Plan forward_plan(const Wkv6Args& args) {
+  static constexpr bool kMayBeDense = std::is_same_v<T, bf16>;
+
+  static Plan forward_plan(const Wkv6Args& args, bool& dense) {
+    dense = false;
+    if constexpr (kMayBeDense) {
+      const Plan plan =
+          make_dense_plan<NP>(args, kMaxDenseForwardThreads, dense_forward_shared<NP>, dense);
+      if (dense) return plan;
+    }
     return make_plan(args, NP, kMaxForwardTiles<NP, T>, forward_shared<NP, T>);
   }
-  static Plan backward_plan(const Wkv6Args& args) {
+  static Plan backward_plan(const Wkv6Args& args, bool& dense) {
+    dense = false;
+    if constexpr (kMayBeDense) {
+      const Plan plan =
+          make_dense_plan<NP>(args, kMaxDenseBackwardThreads<NP>, dense_backward_shared<NP>, dense);
+      if (dense) return plan;
+    }
     return make_plan(args, NP, kMaxBackwardTiles, backward_shared<NP, T>);
   }
 
@@ -87,8 +115,16 @@ struct Kernels {
 
   static const char* forward(const Wkv6Args& args, const Inputs<T>& in, T* y, float* workspace,
                              void* stream) {
-    const Plan plan = forward_plan(args);
+    bool dense;
+    const Plan plan = forward_plan(args, dense);
     if (plan.error != nullptr) return plan.error;
+    if constexpr (kMayBeDense) {
+      if (dense) {
+        return launch(dense_forward_kernel<NP>, plan.blocks(),
+                      dense_threads<NP>(args.T),
+                      dense_forward_shared<NP>(plan.shape.length), stream, plan.shape, in, y);
+      }
+    }
     const States states = plan.states(workspace);
     if (states.left != nullptr) {
       const char* error = make_states(plan, in, in.k, in.v, states, stream);
@@ -100,11 +136,21 @@ struct Kernels {
 
   static const char* backward(const Wkv6Args& args, const Inputs<T>& in, Gradients<T> out,
                               float* gu, float* workspace, void* stream) {
-    const Plan plan = backward_plan(args);
+    bool dense;
+    const Plan plan = backward_plan(args, dense);
     if (plan.error != nullptr) return plan.error;
     const States keys = plan.states(workspace);
     const States queries = plan.states(workspace + plan.state_floats());
     out.bonus = workspace + 2 * plan.state_floats();
+    if constexpr (kMayBeDense) {
+      if (dense) {
+        const char* error =
+            launch(dense_backward_kernel<NP>, plan.blocks(),
+                   dense_threads<NP>(args.T),
+                   dense_backward_shared<NP>(plan.shape.length), stream, plan.shape, in, out);
+        return error != nullptr ? error : sum_bonus(args, 1, out.bonus, gu, stream);
+      }
+    }
     if (keys.left != nullptr) {
       const char* error = make_states(plan, in, in.k, in.v, keys, stream);
       if (error == nullptr) error = make_states(plan, in, in.r, in.gy, queries, stream);
@@ -166,14 +212,16 @@ const char* check_alignment(Pointers... pointers) {
 size_t wkv6_forward_workspace(const Wkv6Args& args) {
   if (check(args) != nullptr || args.B == 0) return 0;
   return with_kernels(args, [&](auto kernels, auto) {
-    return sizeof(float) * kernels.forward_plan(args).state_floats();
+    bool dense;
+    return sizeof(float) * kernels.forward_plan(args, dense).state_floats();
   });
 }
 
 size_t wkv6_backward_workspace(const Wkv6Args& args) {
   if (check(args) != nullptr || args.B == 0) return 0;
   return with_kernels(args, [&](auto kernels, auto) {
-    const Plan plan = kernels.backward_plan(args);
+    bool dense;
+    const Plan plan = kernels.backward_plan(args, dense);
     return sizeof(float) * (2 * plan.state_floats() + static_cast<size_t>(plan.blocks() * args.N));
   });
 }

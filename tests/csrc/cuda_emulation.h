@@ -29,6 +29,10 @@
 struct float2 {
   float x, y;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -186,7 +190,6 @@ static ::rwkv_clip::emulation::ThreadIndex threadIdx;
 inline void __syncthreads() {
   ::rwkv_clip::emulation::back_to_scheduler(::rwkv_clip::emulation::State::kAtBlockBarrier);
 }
-inline float __expf(float x) { return std::exp(x); }
 
 namespace rwkv_clip::cuda {
 
@@ -231,17 +234,107 @@ inline uint32_t pack_bf16(float low, float high) {
   return uint32_t{round_to_bf16(low)} | uint32_t{round_to_bf16(high)} << 16;
 }
 
-// Fragment layouts of mma.m16n8k16 as the PTX manual states them, g = lane / 4, c = lane % 4:
-// a[i] holds row g + 8 (i % 2), columns 2c + 8 (i / 2) and the next; b[i] rows 2c + 8 i and the
-// next, column g; c[i] row g + 8 (i / 2), column 2c + i % 2.
-inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <typename T>
+void check_aligned(const T* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) emulation::fail("misaligned access");
+}
+inline void store_pair(float* p, float x, float y) {
+  check_aligned(p, 8);
+  p[0] = x, p[1] = y;
+}
+inline uint32_t load_packed(const bf16* p) {
+  check_aligned(p, 4);
+  uint32_t packed;
+  std::memcpy(&packed, p, 4);
+  return packed;
+}
+inline void store_packed(bf16* p, uint32_t packed) {
+  check_aligned(p, 4);
+  std::memcpy(p, &packed, 4);
+}
+inline uint32_t multiply_packed(uint32_t x, uint32_t y) {
+  return pack_bf16(bits_to_float(x << 16) * bits_to_float(y << 16),
+                   bits_to_float(x & 0xffff0000u) * bits_to_float(y & 0xffff0000u));
+}
+inline void unpack_quad(float (&x)[4], uint2 packed) {
+  x[0] = bits_to_float(packed.x << 16), x[1] = bits_to_float(packed.x & 0xffff0000u);
+  x[2] = bits_to_float(packed.y << 16), x[3] = bits_to_float(packed.y & 0xffff0000u);
+}
+template <typename T>
+void load_quad(float (&x)[4], const T* p) {
+  check_aligned(p, 4 * sizeof(T));
+  for (int i = 0; i < 4; ++i) x[i] = to_float(p[i]);
+}
+template <typename T>
+void store_quad(T* p, const float (&x)[4]) {
+  check_aligned(p, 4 * sizeof(T));
+  for (int i = 0; i < 4; ++i) store(p + i, x[i]);
+}
+inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+
+// What every lane of a warp hands in, seen by all once all have.
+template <typename T>
+const emulation::Deposit* exchange(const T& value) {
+  static_assert(sizeof(T) <= sizeof(emulation::Deposit));
   emulation::Block& block = emulation::block();
   emulation::Warp& warp = block.warps[block.current / emulation::kWarp];
   const int lane = block.current % emulation::kWarp;
   emulation::Deposit* deposits = warp.deposits[warp.parity[lane] ^= 1];
-  std::memcpy(deposits[lane].words, a, 16);
-  std::memcpy(deposits[lane].words + 4, b, 8);
+  std::memcpy(deposits[lane].words, &value, sizeof(T));
   emulation::back_to_scheduler(emulation::State::kAtWarpBarrier);
+  return deposits;
+}
+inline float shuffle(float x, int lane) { return bits_to_float(exchange(x)[lane].words[0]); }
+inline float shuffle_xor(float x, int mask) {
+  return shuffle(x, emulation::block().current % emulation::kWarp ^ mask);
+}
+inline bool any_of_warp(bool x) {
+  const emulation::Deposit* deposits = exchange(uint32_t{x});
+  bool any = false;
+  for (int lane = 0; lane < emulation::kWarp; ++lane) any |= deposits[lane].words[0] != 0;
+  return any;
+}
+inline void sync_warp() { exchange(0); }
+
+inline void copy_16_bytes(void* shared, const void* global, bool wanted) {
+  check_aligned(static_cast<const char*>(shared), 16);
+  check_aligned(static_cast<const char*>(global), 16);
+  if (wanted) {
+    std::memcpy(shared, global, 16);
+  } else {
+    std::memset(shared, 0, 16);
+  }
+}
+inline void wait_for_copies() {}
+
+inline void load_matrices(uint32_t (&x)[4], const bf16* row, bool transposed = false) {
+  check_aligned(row, 16);
+  const int lane = emulation::block().current % emulation::kWarp;
+  const emulation::Deposit* deposits = exchange(row);
+  for (int m = 0; m < 4; ++m) {
+    uint16_t words[2];
+    for (int i = 0; i < 2; ++i) {
+      const int across = 2 * (lane % 4) + i;
+      const bf16* source;
+      std::memcpy(&source, deposits[8 * m + (transposed ? across : lane / 4)].words, sizeof source);
+      words[i] = source[transposed ? lane / 4 : across].bits;
+    }
+    x[m] = uint32_t{words[0]} | uint32_t{words[1]} << 16;
+  }
+}
+inline void load_matrices_transposed(uint32_t (&x)[4], const bf16* row) {
+  load_matrices(x, row, true);
+}
+
+// Fragment layouts of mma.m16n8k16 as the PTX manual states them, g = lane / 4, c = lane % 4:
+// a[i] holds row g + 8 (i % 2), columns 2c + 8 (i / 2) and the next; b[i] rows 2c + 8 i and the
+// next, column g; c[i] row g + 8 (i / 2), column 2c + i % 2.
+inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const int lane = emulation::block().current % emulation::kWarp;
+  emulation::Deposit own;
+  std::memcpy(own.words, a, 16);
+  std::memcpy(own.words + 4, b, 8);
+  const emulation::Deposit* deposits = exchange(own);
   const auto half = [&](int source, int word, int position) {
     const uint32_t bits = deposits[source].words[word];
     return bits_to_float(position ? bits & 0xffff0000u : bits << 16);

@@ -16,7 +16,11 @@ pytestmark = [
 ]
 
 NAMES = ("y", "gr", "gk", "gv", "gw", "gu")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+# The largest error over the largest value. A bfloat16 result is rounded, and so are both operands of
+# what it sums, by up to 2^-8 each; a single pair of tokens may have all three at once.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8, torch.float16: 1e-3}
+# The error's norm over the values' norm: over many sums, roundings do not come together.
+NORM_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 TYPES = list(TOLERANCE)
 
 Tensors = list[torch.Tensor]
@@ -60,15 +64,20 @@ def run(inputs: Tensors) -> Tensors:
 def expected(inputs: Tensors) -> Tensors:
     leaves = [x.detach().double().cpu().requires_grad_() for x in inputs[:5]]
     y = reference.wkv6(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, inputs[5].double().cpu())]
+    gy = inputs[5].double().cpu()
+    # A single token has no neighbours, and no gradient of w.
+    gradients = torch.autograd.grad(y, leaves, gy, allow_unused=True, materialize_grads=True)
+    return [y.detach(), *gradients]
 
 
 def check(actual: Tensors, inputs: Tensors) -> None:
-    limit = TOLERANCE[inputs[0].dtype]
+    limit, norm_limit = TOLERANCE[inputs[0].dtype], NORM_TOLERANCE[inputs[0].dtype]
     for name, got, want in zip(NAMES, actual, expected(inputs), strict=True):
         assert got.isfinite().all(), name
-        error = (got.cpu().double() - want).abs().max()
-        assert error <= limit * want.abs().max() + 1e-10, (name, error, want.abs().max())
+        error = got.cpu().double() - want
+        worst, largest = error.abs().max(), want.abs().max()
+        assert worst <= limit * largest + 1e-10, (name, worst, largest)
+        assert error.norm() <= norm_limit * want.norm() + 1e-10, (name, error.norm(), want.norm())
     assert (actual[4][:, [0, -1]] == 0).all()
 
 

@@ -1,0 +1,815 @@
+// WKV6 in bfloat16 where a head's whole sequence fits in shared memory: few instructions a token.
+//
+// Notation as in wkv6_cuda_tiles.cuh. A tile's 16 tokens are seen from its middle (about: see
+// find_middle), and those of two tiles are one decay a channel apart. With, for a token t of a tile,
+//     F[t] the decay from the middle to t and G[t] that from t to the middle, t itself excluded,
+// which are inverse to products of decays where t lies on the other side, the decay between s and t,
+// s before t, is G[s] * between(their tiles) * F[t], and within a tile G[s] * F[t]. So r and k are
+// scaled once each way, and every pair of tiles is one product on the tensor cores.
+//
+// The inverse is what float32's range, which bfloat16 shares, has room for: decays are held at
+// 2^-14, and a half tile of them is 2^112. That moves a weight by less than 2^-14, which is a sixtieth
+// of bfloat16's rounding; where the decay is held, its gradient is scaled to the true one. Between two
+// middles lie two half tiles at least, so that decay is kept as its root and multiplied in twice.
+//
+// The gradient of log d[q] is the sum over the pairs that enclose q. With X[t] the sum of the pairs
+// whose later token is t and Y[s] of those whose earlier token is s, it is the sum of X behind q less
+// that of Y from q on. The pairs next to each other, which enclose nothing, are in both sums and
+// cancel; both are made of the same rounded operands, so what is left of them is float32's rounding.
+#pragma once
+
+#include "wkv6_cuda_backward.cuh"
+
+namespace rwkv_clip::cuda {
+
+constexpr int kHalf = kTile / 2;
+constexpr int kQuad = 4;  // channels that a thread takes at once
+constexpr float kFastest = -14.0f;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2OfLog2e = 0.5287663729448977f;
+
+// A warp's left operand: 16 tokens, all channels.
+template <int NP>
+using Operand = uint32_t[NP / kTile][4];
+
+// What this lane reads of a [16, 16] block by load_matrices, in elements from its corner. Rows as the
+// left operand's, or as those of a right operand that is summed over rows (transposed).
+template <int NP>
+__device__ __forceinline__ int left_offset() {
+  const int lane = threadIdx.x % 32;
+  return (lane % 8 + lane / 8 % 2 * 8) * kStride<NP> + lane / 16 * 8;
+}
+
+// The same of a right operand that is summed over columns.
+template <int NP>
+__device__ __forceinline__ int right_offset() {
+  const int lane = threadIdx.x % 32;
+  return (lane % 8 + lane / 16 * 8) * kStride<NP> + lane / 8 % 2 * 8;
+}
+
+template <int NP>
+__device__ __forceinline__ void load_operand(Operand<NP>& a, const bf16* x, int tile) {
+  const bf16* at = x + tile * kTile * kStride<NP> + left_offset<NP>();
+#pragma unroll
+  for (int k = 0; k < NP / kTile; ++k) load_matrices(a[k], at + k * kTile);
+}
+
+// scores[t, s] += sum_j a[t, j] x[s, j] for the tokens s of a tile.
+template <int NP>
+__device__ __forceinline__ void score_tile(float (&scores)[2][4], const Operand<NP>& a,
+                                           const bf16* x, int tile) {
+  const bf16* at = x + tile * kTile * kStride<NP> + right_offset<NP>();
+#pragma unroll
+  for (int k = 0; k < NP / kTile; ++k) {
+    uint32_t b[4];
+    load_matrices(b, at + k * kTile);
+    mma(scores[0], a[k], {b[0], b[1]});
+    mma(scores[1], a[k], {b[2], b[3]});
+  }
+}
+
+// to = a * factor, or a * factor * factor, `factor` one number a channel.
+template <int NP>
+__device__ __forceinline__ void scale_operand(Operand<NP>& to, const Operand<NP>& a,
+                                              const bf16* factor, bool twice, const Lane& lane) {
+#pragma unroll
+  for (int k = 0; k < NP / kTile; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t f = load_packed(factor + k * kTile + lane.pair + i / 2 * 8);
+      to[k][i] = multiply_packed(a[k][i], f);
+      if (twice) to[k][i] = multiply_packed(to[k][i], f);
+    }
+  }
+}
+
+// out[t, :] += sum_s scores[t, s] x[s, :] over a tile's tokens s. The scores go in two pieces: one
+// rounding less.
+template <int NP>
+__device__ __forceinline__ void apply_tile(float (&out)[NP / 8][4], const float (&scores)[2][4],
+                                           const bf16* x, int tile) {
+  Fragment<2, 4> a;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    set_pair<2, 4>(a, i, scores[i / 2][2 * (i % 2)], scores[i / 2][2 * (i % 2) + 1]);
+  }
+  const bf16* at = x + tile * kTile * kStride<NP> + left_offset<NP>();
+#pragma unroll
+  for (int k = 0; k < NP / kTile; ++k) {
+    uint32_t b[4];
+    load_matrices_transposed(b, at + k * kTile);
+#pragma unroll
+    for (int piece = 1; piece >= 0; --piece) {
+      mma(out[2 * k], a[piece], {b[0], b[1]});
+      mma(out[2 * k + 1], a[piece], {b[2], b[3]});
+    }
+  }
+}
+
+// Whether the token of this lane's row of a 16 x 16 score comes after (positive) or before (negative)
+// the one of its column.
+__device__ __forceinline__ int row_less_column(int n, int i, const Lane& lane) {
+  return lane.group + 8 * (i / 2) - (8 * n + lane.pair + i % 2);
+}
+
+// Where the decay between the middles of two tiles, first < second, lies among all of them.
+__device__ __forceinline__ int between_tiles(int first, int second) {
+  return second * (second - 1) / 2 + first;
+}
+
+// As load_tokens, without waiting.
+template <int NP>
+__device__ __forceinline__ void copy_tokens(bf16* shared, const bf16* global, const Chunk& chunk) {
+  constexpr int kVector = 8;
+  constexpr int kPerRow = NP / kVector;
+  for (int index = threadIdx.x; index < chunk.length * kPerRow; index += blockDim.x) {
+    const int row = index / kPerRow;
+    const int column = index % kPerRow * kVector;
+    const bool inside = row < chunk.rows && column < chunk.N;
+    const bf16* from = global + chunk.offset;
+    if (inside) from += row * static_cast<int>(chunk.token) + column;
+    copy_16_bytes(shared + row * kStride<NP> + column, from, inside);
+  }
+}
+
+// Where eight tokens of four channels lie, which one thread takes from the tile's middle outwards.
+struct Piece {
+  int half;
+  int channel;
+  bool upper;  // behind the middle
+  __device__ __forceinline__ int token(int step) const {
+    return half * kHalf + (upper ? step : kHalf - 1 - step);
+  }
+};
+
+template <int NP>
+__device__ __forceinline__ Piece piece_of(int index) {
+  const int half = index / (NP / kQuad);
+  return {half, index % (NP / kQuad) * kQuad, half % 2 == 1};
+}
+
+// r, k and w of a piece; beyond the sequence zeros, and no decay.
+struct PieceInputs {
+  float w[kHalf][kQuad];
+  uint2 r[kHalf];
+  uint2 k[kHalf];
+};
+
+__device__ __forceinline__ bool is_inside(const Piece& piece, int step, const Chunk& chunk) {
+  return piece.token(step) < chunk.rows && piece.channel < chunk.N;
+}
+
+// No load waits for another, and none is conditional: beyond the sequence, its last token is read.
+__device__ __forceinline__ void load_piece(PieceInputs& x, const Inputs<bf16>& in,
+                                           const Piece& piece, const Chunk& chunk) {
+  const int channel = piece.channel < chunk.N ? piece.channel : chunk.N - kQuad;
+  const int64_t first = chunk.offset + channel;
+  int at[kHalf];
+#pragma unroll
+  for (int step = 0; step < kHalf; ++step) {
+    const int token = piece.token(step);
+    at[step] = (token < chunk.rows ? token : chunk.rows - 1) * static_cast<int>(chunk.token);
+    x.r[step] = *reinterpret_cast<const uint2*>(in.r + first + at[step]);
+    x.k[step] = *reinterpret_cast<const uint2*>(in.k + first + at[step]);
+  }
+  if (in.w_float) {
+    const float* w = static_cast<const float*>(in.w) + first;
+#pragma unroll
+    for (int step = 0; step < kHalf; ++step) load_quad(x.w[step], w + at[step]);
+  } else {
+    const bf16* w = static_cast<const bf16*>(in.w) + first;
+    uint2 packed[kHalf];
+#pragma unroll
+    for (int step = 0; step < kHalf; ++step) {
+      packed[step] = *reinterpret_cast<const uint2*>(w + at[step]);
+    }
+#pragma unroll
+    for (int step = 0; step < kHalf; ++step) unpack_quad(x.w[step], packed[step]);
+  }
+  if (is_inside(piece, 0, chunk) && is_inside(piece, kHalf - 1, chunk)) return;
+#pragma unroll
+  for (int step = 0; step < kHalf; ++step) {
+    if (is_inside(piece, step, chunk)) continue;
+    x.r[step] = x.k[step] = make_uint2(0, 0);
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) x.w[step][c] = -1e30f;
+  }
+}
+
+// u of a piece's channels, zeros in the padding.
+__device__ __forceinline__ void load_bonus(float (&u)[kQuad], const Inputs<bf16>& in,
+                                           const Piece& piece, const Chunk& chunk, int64_t H) {
+  if (piece.channel < chunk.N) {
+    load_quad(u, in.u + chunk.head % H * chunk.N + piece.channel);
+  } else {
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) u[c] = 0.0f;
+  }
+}
+
+// Minus the logarithm (base 2) of a token's decay: exp(w) log2(e).
+__device__ __forceinline__ float decay_rate(float w) {
+  return exp2_fast(w * kLog2e + kLog2OfLog2e);
+}
+
+// Walks on by a token. `inner` leads from it to the middle or back, itself excluded, `outer` is the
+// inverse of that with itself; `log` is the logarithm so far.
+__device__ __forceinline__ void next_factors(float& inner, float& outer, float& log, float decay) {
+  inner = exp2_fast(log);
+  log += decay;
+  outer = exp2_fast(-log);
+}
+
+__device__ __forceinline__ uint2 scale_quad(const float (&x)[kQuad], const float (&factor)[kQuad]) {
+  return make_uint2(pack_bf16(x[0] * factor[0], x[1] * factor[1]),
+                    pack_bf16(x[2] * factor[2], x[3] * factor[3]));
+}
+
+// What a block makes of its decays, and r and k scaled by them.
+struct Scaled {
+  bf16* r_from;  // r F, [length, NP]
+  bf16* r_to;    // r G
+  bf16* k_from;
+  bf16* k_to;
+  float* halves;   // [2 * tiles, NP], logarithms of the decay across a half tile
+  float* middles;  // [tiles, NP], those from the sequence's start to a tile's middle, to an even number
+  float* own;      // [length, NP / 4 + 1], shares of r u k of a token
+};
+
+template <int NP>
+constexpr int kOwnStride = NP / kQuad + 1;
+
+__device__ __forceinline__ int halves_of(const Chunk& chunk) {
+  return (chunk.rows + kHalf - 1) / kHalf;
+}
+
+// Where a tile's tokens are seen from: its middle, moved to where the logarithm from the start is an
+// even number, so that roots between tiles are powers of two and round nothing. Sets how far it is
+// moved; returns the number.
+template <int NP>
+__device__ __forceinline__ void find_middle(float (&middle)[kQuad], float (&moved)[kQuad],
+                                            const float* halves, const Piece& piece) {
+  float log[kQuad] = {};
+  for (int half = 0; half <= (piece.half | 1) - 1; ++half) {
+    float more[kQuad];
+    load_quad(more, halves + half * NP + piece.channel);
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) log[c] += more[c];
+  }
+#pragma unroll
+  for (int c = 0; c < kQuad; ++c) {
+    middle[c] = 2.0f * rintf(0.5f * log[c]);
+    moved[c] = piece.upper ? log[c] - middle[c] : middle[c] - log[c];
+  }
+}
+
+// One piece a thread; the whole block must call it.
+template <int NP>
+__device__ void scale_tokens(const Scaled& to, const Inputs<bf16>& in, const Chunk& chunk,
+                             int64_t H) {
+  const Piece piece = piece_of<NP>(threadIdx.x);
+  const bool works = piece.half < halves_of(chunk);
+  PieceInputs x;
+  if (works) {
+    float total[kQuad] = {};
+    load_piece(x, in, piece, chunk);
+#pragma unroll
+    for (int step = 0; step < kHalf; ++step) {
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        x.w[step][c] = fmaxf(-decay_rate(x.w[step][c]), kFastest);
+        total[c] += x.w[step][c];
+      }
+    }
+    store_quad(to.halves + piece.half * NP + piece.channel, total);
+  }
+  // Rows that only fill the last tile.
+  const int first = halves_of(chunk) * kHalf;
+  for (int index = threadIdx.x; index < (chunk.length - first) * (NP / kQuad); index += blockDim.x) {
+    const int token = first + index / (NP / kQuad);
+    const int quad = index % (NP / kQuad);
+    for (bf16* array : {to.r_from, to.r_to, to.k_from, to.k_to}) {
+      *reinterpret_cast<uint2*>(array + token * kStride<NP> + quad * kQuad) = make_uint2(0, 0);
+    }
+    to.own[token * kOwnStride<NP> + quad] = 0.0f;
+  }
+  __syncthreads();
+  if (!works) return;
+  float middle[kQuad], log[kQuad], bonus[kQuad];
+  find_middle<NP>(middle, log, to.halves, piece);
+  if (!piece.upper) store_quad(to.middles + piece.half / 2 * NP + piece.channel, middle);
+  bf16* r_inner = (piece.upper ? to.r_from : to.r_to) + piece.channel;
+  bf16* r_outer = (piece.upper ? to.r_to : to.r_from) + piece.channel;
+  bf16* k_inner = (piece.upper ? to.k_from : to.k_to) + piece.channel;
+  bf16* k_outer = (piece.upper ? to.k_to : to.k_from) + piece.channel;
+  load_bonus(bonus, in, piece, chunk, H);
+#pragma unroll
+  for (int step = 0; step < kHalf; ++step) {
+    float inner[kQuad], outer[kQuad], r[kQuad], k[kQuad];
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) next_factors(inner[c], outer[c], log[c], x.w[step][c]);
+    unpack_quad(r, x.r[step]);
+    unpack_quad(k, x.k[step]);
+    const int token = piece.token(step);
+    const int at = token * kStride<NP>;
+    *reinterpret_cast<uint2*>(r_inner + at) = scale_quad(r, inner);
+    *reinterpret_cast<uint2*>(r_outer + at) = scale_quad(r, outer);
+    *reinterpret_cast<uint2*>(k_inner + at) = scale_quad(k, inner);
+    *reinterpret_cast<uint2*>(k_outer + at) = scale_quad(k, outer);
+    float share = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) share += r[c] * bonus[c] * k[c];
+    to.own[token * kOwnStride<NP> + piece.channel / kQuad] = share;
+  }
+}
+
+// The decays between where tiles are seen from: `between` [pairs of tiles, NP], and for tiles next to
+// each other `step` [tiles, NP], that from the tile before (null: not wanted). Where one of a pair's is
+// too small a number, its roots are kept, which `rooted` [pairs of tiles] says. A warp takes a pair.
+template <int NP>
+__device__ void join_tiles(bf16* between, float* step, int* rooted, const float* middles,
+                           int tiles) {
+  constexpr float kSmallest = -120.0f;
+  const int lane = threadIdx.x % 32;
+  const int warps = blockDim.x / 32;
+  int turn = threadIdx.x / 32;
+  for (int second = 1; second < tiles; ++second) {
+    for (int first = 0; first < second; ++first) {
+      if (turn-- > 0) continue;
+      turn = warps - 1;
+      const int pair = between_tiles(first, second);
+      float logs[(NP + 31) / 32];
+      bool small = false;
+#pragma unroll
+      for (int i = 0; i < (NP + 31) / 32; ++i) {
+        const int channel = i * 32 + lane;
+        logs[i] = 0.0f;
+        if (channel < NP) logs[i] = middles[second * NP + channel] - middles[first * NP + channel];
+        small = small || logs[i] < kSmallest;
+      }
+      small = any_of_warp(small);
+      if (lane == 0) rooted[pair] = small;
+#pragma unroll
+      for (int i = 0; i < (NP + 31) / 32; ++i) {
+        const int channel = i * 32 + lane;
+        const float factor = exp2_fast(small ? 0.5f * logs[i] : logs[i]);
+        if (channel < NP) {
+          store(between + pair * NP + channel, factor);
+          if (step != nullptr && second == first + 1) step[second * NP + channel] = factor;
+        }
+      }
+    }
+  }
+}
+
+// A token's own r u k, summed over channels by the two lanes that share it: rows of the warp's tile.
+template <int NP>
+__device__ __forceinline__ float own_sum(const float* own, int row) {
+  constexpr int kShares = NP / kQuad / 2;
+  const int lane = threadIdx.x % 32;
+  const float* shares = own + (row + lane / 2) * kOwnStride<NP> + lane % 2 * kShares;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kShares; ++i) sum += shares[i];
+  return sum + shuffle_xor(sum, 1);
+}
+
+// One encoder's way through the matrix A for the rows of a tile: `own` is r and `other` k for y, and
+// the other way round for gv.
+struct Attention {
+  const bf16* own_from;
+  const bf16* own_to;
+  const bf16* other_from;
+  const bf16* other_to;
+  const bf16* value;
+  const bf16* between;
+  const int* rooted;
+  const float* own;
+};
+
+// out[t, :] = sum_s A[t, s] value[s, :] for the tokens t of a warp's tile.
+template <int NP>
+__device__ __forceinline__ void attend_tiles(float (&out)[NP / 8][4], const Attention& x, int tile,
+                                             int tiles, const Lane& lane) {
+  const float sum = own_sum<NP>(x.own, tile * kTile);
+  const float own[2] = {shuffle(sum, 2 * lane.group), shuffle(sum, 2 * lane.group + 16)};
+  clear<NP>(out);
+  Operand<NP> a;
+  load_operand<NP>(a, x.own_from, tile);
+#pragma unroll 1
+  for (int other = 0; other < tile; ++other) {
+    const int pair = between_tiles(other, tile);
+    float scores[2][4] = {};
+    Operand<NP> scaled;
+    scale_operand<NP>(scaled, a, x.between + pair * NP, x.rooted[pair], lane);
+    score_tile<NP>(scores, scaled, x.other_to, other);
+    apply_tile<NP>(out, scores, x.value, other);
+  }
+  float scores[2][4] = {};
+  float ahead[2][4] = {};
+  score_tile<NP>(scores, a, x.other_to, tile);
+  load_operand<NP>(a, x.own_to, tile);
+  score_tile<NP>(ahead, a, x.other_from, tile);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int later = row_less_column(i / 4, i % 4, lane);
+    float& score = scores[i / 4][i % 4];
+    score = later > 0 ? score : later < 0 ? ahead[i / 4][i % 4] : own[i % 4 / 2];
+  }
+  apply_tile<NP>(out, scores, x.value, tile);
+#pragma unroll 1
+  for (int other = tile + 1; other < tiles; ++other) {
+    const int pair = between_tiles(tile, other);
+    float scores[2][4] = {};
+    Operand<NP> scaled;
+    scale_operand<NP>(scaled, a, x.between + pair * NP, x.rooted[pair], lane);
+    score_tile<NP>(scores, scaled, x.other_from, other);
+    apply_tile<NP>(out, scores, x.value, other);
+  }
+}
+
+// A warp's result to its rows of a [T, N] tensor, through its own rows of shared memory.
+template <int NP>
+__device__ __forceinline__ void store_tile(bf16* global, bf16* shared,
+                                           const float (&tile)[NP / 8][4], int index,
+                                           const Chunk& chunk, const Lane& lane) {
+  constexpr int kVector = 8;
+  bf16* rows = shared + index * kTile * kStride<NP>;
+  sync_warp();
+#pragma unroll
+  for (int n = 0; n < NP / 8; ++n) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      store_packed(rows + (lane.group + 8 * side) * kStride<NP> + 8 * n + lane.pair,
+                   pack_bf16(tile[n][2 * side], tile[n][2 * side + 1]));
+    }
+  }
+  sync_warp();
+#pragma unroll
+  for (int at = 0; at < kTile * NP / kVector / 32; ++at) {
+    const int i = at * 32 + static_cast<int>(threadIdx.x % 32);
+    const int row = i / (NP / kVector);
+    const int column = i % (NP / kVector) * kVector;
+    const int token = index * kTile + row;
+    if (token < chunk.rows && column < chunk.N) {
+      *reinterpret_cast<uint4*>(global + chunk.offset + token * chunk.token + column) =
+          *reinterpret_cast<const uint4*>(rows + row * kStride<NP> + column);
+    }
+  }
+}
+
+// The same without shared memory, in pieces of 16 bytes a row.
+template <int NP>
+__device__ __forceinline__ void store_fragments(bf16* global, const float (&tile)[NP / 8][4],
+                                                int index, const Chunk& chunk, const Lane& lane) {
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const int token = index * kTile + lane.group + 8 * side;
+    if (token >= chunk.rows) continue;
+    bf16* row = global + chunk.offset + token * chunk.token + lane.pair;
+#pragma unroll
+    for (int n = 0; n < NP / 8; ++n) {
+      if (8 * n < chunk.N) {
+        store_packed(row + 8 * n, pack_bf16(tile[n][2 * side], tile[n][2 * side + 1]));
+      }
+    }
+  }
+}
+
+constexpr int kMaxDenseForwardThreads = 512;
+// Fewer threads may have more registers each; widest and narrowest heads need them.
+template <int NP>
+constexpr int kMaxDenseBackwardThreads = NP == 16 || NP > 96 ? 256 : 320;
+
+// Threads of a block: one for each piece, and a warp for each tile.
+template <int NP>
+int dense_threads(int64_t T) {
+  const int64_t pieces = (T + kHalf - 1) / kHalf * (NP / kQuad);
+  const int64_t tiles = (T + kTile - 1) / kTile;
+  const int64_t warps = (pieces + 31) / 32;
+  return static_cast<int>(32 * (warps > tiles ? warps : tiles));
+}
+
+// Bytes of what scale_tokens and join_tiles leave beside the tokens.
+template <int NP>
+__host__ __device__ constexpr size_t dense_tables(int length) {
+  const int tiles = length / kTile;
+  return sizeof(float) * (3 * tiles * NP + length * kOwnStride<NP>) +
+         (sizeof(bf16) * NP + sizeof(int)) * (tiles * (tiles - 1) / 2);
+}
+
+template <int NP>
+size_t dense_forward_shared(int length) {
+  return dense_tables<NP>(length) + sizeof(bf16) * 5 * length * kStride<NP>;
+}
+
+// One block a head, one warp a tile.
+template <int NP>
+__global__ void __launch_bounds__(kMaxDenseForwardThreads)
+    dense_forward_kernel(Shape shape, Inputs<bf16> in, bf16* y) {
+  RWKV_CLIP_SHARED(shared);
+  const Chunk chunk = chunk_of_block(shape);
+  const int tiles = chunk.length / kTile;
+  const int size = chunk.length * kStride<NP>;
+  bf16* r_from = reinterpret_cast<bf16*>(shared);
+  bf16* v = r_from + 4 * size;
+  float* halves = reinterpret_cast<float*>(v + size);
+  float* middles = halves + 2 * tiles * NP;
+  float* own = middles + tiles * NP;
+  int* rooted = reinterpret_cast<int*>(own + chunk.length * kOwnStride<NP>);
+  bf16* between = reinterpret_cast<bf16*>(rooted + tiles * (tiles - 1) / 2);
+  const Scaled scaled{r_from, r_from + size, r_from + 2 * size, r_from + 3 * size,
+                      halves, middles,       own};
+  copy_tokens<NP>(v, in.v, chunk);
+  scale_tokens<NP>(scaled, in, chunk, shape.H);
+  __syncthreads();
+  join_tiles<NP>(between, nullptr, rooted, middles, tiles);
+  wait_for_copies();
+  __syncthreads();
+  const Lane lane;
+  if (lane.warp >= tiles) return;
+  float out[NP / 8][4];
+  attend_tiles<NP>(out,
+                   {scaled.r_from, scaled.r_to, scaled.k_from, scaled.k_to, v, between, rooted, own},
+                   lane.warp, tiles, lane);
+  // A tile's rows of r are read by its own warp alone.
+  store_tile<NP>(y, scaled.r_from, out, lane.warp, chunk, lane);
+}
+
+// tile[:, c] *= factor[c], once or twice.
+template <int NP>
+__device__ __forceinline__ void scale_columns(float (&tile)[NP / 8][4], const float* factor,
+                                              bool twice, const Lane& lane) {
+#pragma unroll
+  for (int n = 0; n < NP / 8; ++n) {
+    const float2 pair = load_pair(factor + 8 * n + lane.pair);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float f = i % 2 == 0 ? pair.x : pair.y;
+      tile[n][i] *= f;
+      if (twice) tile[n][i] *= f;
+    }
+  }
+}
+
+// What one gradient sums: M[t, s] = x[t] . z[s], over the other tokens' r or k.
+struct Gathering {
+  const bf16* z;
+  const bf16* other_from;
+  const bf16* other_to;
+  const float* step;
+  const int* rooted;
+  float* own;  // receives M[t, t], or null
+};
+
+// before[t, :] = sum over s before t of M[t, s] (other G)[s, :], decayed to the middle of t's tile;
+// behind[t, :] = sum over s behind t of M[t, s] (other F)[s, :], likewise.
+template <int NP>
+__device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (&behind)[NP / 8][4],
+                                             const Operand<NP>& x, const Gathering& of, int tile,
+                                             int tiles, const Lane& lane) {
+  clear<NP>(before);
+  clear<NP>(behind);
+#pragma unroll 1
+  for (int other = 0; other < tile; ++other) {
+    float scores[2][4] = {};
+    score_tile<NP>(scores, x, of.z, other);
+    apply_tile<NP>(before, scores, of.other_to, other);
+    scale_columns<NP>(before, of.step + (other + 1) * NP,
+                      of.rooted[between_tiles(other, other + 1)], lane);
+  }
+#pragma unroll 1
+  for (int other = tiles - 1; other > tile; --other) {
+    float scores[2][4] = {};
+    score_tile<NP>(scores, x, of.z, other);
+    apply_tile<NP>(behind, scores, of.other_from, other);
+    scale_columns<NP>(behind, of.step + other * NP, of.rooted[between_tiles(other - 1, other)],
+                      lane);
+  }
+  float scores[2][4] = {};
+  float ahead[2][4];
+  score_tile<NP>(scores, x, of.z, tile);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int later = row_less_column(i / 4, i % 4, lane);
+    float& score = scores[i / 4][i % 4];
+    if (later == 0 && of.own != nullptr) of.own[tile * kTile + lane.group + 8 * (i % 4 / 2)] = score;
+    ahead[i / 4][i % 4] = later < 0 ? score : 0.0f;
+    score = later > 0 ? score : 0.0f;
+  }
+  apply_tile<NP>(before, scores, of.other_to, tile);
+  apply_tile<NP>(behind, ahead, of.other_from, tile);
+}
+
+// A warp's sums to its rows of [length, NP] float32 in shared memory.
+template <int NP>
+__device__ __forceinline__ void put_sums(float* shared, const float (&tile)[NP / 8][4], int index,
+                                         const Lane& lane) {
+#pragma unroll
+  for (int n = 0; n < NP / 8; ++n) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      store_pair(shared + (index * kTile + lane.group + 8 * side) * kStride<NP> + 8 * n + lane.pair,
+                 tile[n][2 * side], tile[n][2 * side + 1]);
+    }
+  }
+}
+
+// What the gradients are made of, float32 [length, NP] each: the sums of gather_tiles.
+struct Sums {
+  float* r_before;
+  float* r_behind;
+  float* k_before;
+  float* k_behind;
+};
+
+// The gradients of r and k, from their sums; leaves X, Y and d(log d)/dw in the sums' place, and for
+// each half tile [2 * tiles, NP] the sum of X - Y and this block's share of gu.
+template <int NP>
+__device__ void finish_tokens(const Sums& sums, float* crossing, float* bonus,
+                              const Inputs<bf16>& in, const Gradients<bf16>& out,
+                              const float* halves, const float* own, const Chunk& chunk,
+                              int64_t H) {
+  const Piece piece = piece_of<NP>(threadIdx.x);
+  if (piece.half < halves_of(chunk)) {
+    PieceInputs x;
+    load_piece(x, in, piece, chunk);
+    float middle[kQuad], log[kQuad], bonus_of[kQuad];
+    float enclosing[kQuad] = {};
+    float gu[kQuad] = {};
+    find_middle<NP>(middle, log, halves, piece);
+    load_bonus(bonus_of, in, piece, chunk, H);
+#pragma unroll
+    for (int step = 0; step < kHalf; ++step) {
+      float r[kQuad], k[kQuad], r_from[kQuad], r_to[kQuad], k_from[kQuad], k_to[kQuad];
+      float inner[kQuad], outer[kQuad], slope[kQuad];
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        const float rate = decay_rate(x.w[step][c]);
+        const float decay = fmaxf(-rate, kFastest);
+        next_factors(inner[c], outer[c], log[c], decay);
+        // The bound keeps infinity times zero out: there the decay is zero.
+        slope[c] = -kLn2 * fminf(rate, 1e30f) * exp2_fast(-rate - decay);
+      }
+      unpack_quad(r, x.r[step]);
+      unpack_quad(k, x.k[step]);
+      const float(&from)[kQuad] = piece.upper ? inner : outer;
+      const float(&to)[kQuad] = piece.upper ? outer : inner;
+      unpack_quad(r_from, scale_quad(r, from));
+      unpack_quad(r_to, scale_quad(r, to));
+      unpack_quad(k_from, scale_quad(k, from));
+      unpack_quad(k_to, scale_quad(k, to));
+      const int token = piece.token(step);
+      const int at = token * kStride<NP> + piece.channel;
+      float r_before[kQuad], r_behind[kQuad], k_before[kQuad], k_behind[kQuad];
+      load_quad(r_before, sums.r_before + at);
+      load_quad(r_behind, sums.r_behind + at);
+      load_quad(k_before, sums.k_before + at);
+      load_quad(k_behind, sums.k_behind + at);
+      float gr[kQuad], gk[kQuad], later[kQuad], earlier[kQuad];
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        const float weight = own[token] * bonus_of[c];
+        gr[c] = from[c] * r_before[c] + to[c] * r_behind[c] + weight * k[c];
+        gk[c] = from[c] * k_before[c] + to[c] * k_behind[c] + weight * r[c];
+        later[c] = r_from[c] * r_before[c] + k_from[c] * k_before[c];
+        earlier[c] = r_to[c] * r_behind[c] + k_to[c] * k_behind[c];
+        enclosing[c] += later[c] - earlier[c];
+        gu[c] += own[token] * r[c] * k[c];
+      }
+      store_quad(sums.r_before + at, later);
+      store_quad(sums.r_behind + at, earlier);
+      store_quad(sums.k_before + at, slope);
+      if (is_inside(piece, step, chunk)) {
+        const int64_t to_global = chunk.offset + token * chunk.token + piece.channel;
+        store_quad(out.r + to_global, gr);
+        store_quad(out.k + to_global, gk);
+      }
+    }
+    store_quad(crossing + piece.half * NP + piece.channel, enclosing);
+    store_quad(bonus + piece.half * NP + piece.channel, gu);
+  }
+}
+
+// gw[q] = slope[q] * (sum of X - Y behind q, less Y[q]); zero at both ends, which enclose nothing.
+template <int NP, typename W>
+__device__ void finish_decays(W* gw, const Sums& sums, const float* crossing, const Chunk& chunk) {
+  const int halves = halves_of(chunk);
+  const Piece piece = piece_of<NP>(threadIdx.x);
+  if (piece.half < halves && piece.channel < chunk.N) {
+    float behind[kQuad] = {};
+    for (int half = halves - 1; half > piece.half; --half) {
+      float sum[kQuad];
+      load_quad(sum, crossing + half * NP + piece.channel);
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) behind[c] += sum[c];
+    }
+#pragma unroll
+    for (int step = kHalf - 1; step >= 0; --step) {
+      const int token = piece.half * kHalf + step;
+      const int at = token * kStride<NP> + piece.channel;
+      float later[kQuad], earlier[kQuad], slope[kQuad], gradient[kQuad];
+      load_quad(later, sums.r_before + at);
+      load_quad(earlier, sums.r_behind + at);
+      load_quad(slope, sums.k_before + at);
+      const bool inside = token > 0 && token < chunk.rows - 1;
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        gradient[c] = inside ? slope[c] * (behind[c] - earlier[c]) : 0.0f;
+        behind[c] += later[c] - earlier[c];
+      }
+      if (token < chunk.rows) {
+        store_quad(gw + chunk.offset + token * chunk.token + piece.channel, gradient);
+      }
+    }
+  }
+}
+
+// Of a region that first holds three [length, NP] of bfloat16 and then two of float32.
+template <int NP>
+__host__ __device__ constexpr size_t dense_region(int length) {
+  return sizeof(float) * 2 * length * kStride<NP>;
+}
+
+template <int NP>
+size_t dense_backward_shared(int length) {
+  const int tiles = length / kTile;
+  return dense_tables<NP>(length) + 2 * dense_region<NP>(length) +
+         sizeof(float) * (tiles * NP + length + 2 * 2 * tiles * NP);
+}
+
+template <int NP>
+__global__ void __launch_bounds__(kMaxDenseBackwardThreads<NP>)
+    dense_backward_kernel(Shape shape, Inputs<bf16> in, Gradients<bf16> out) {
+  RWKV_CLIP_SHARED(shared);
+  const Chunk chunk = chunk_of_block(shape);
+  const int tiles = chunk.length / kTile;
+  const int size = chunk.length * kStride<NP>;
+  bf16* k_from = reinterpret_cast<bf16*>(shared);
+  bf16* k_to = k_from + size;
+  bf16* v = k_to + size;
+  float* of_r = reinterpret_cast<float*>(shared);
+  float* of_k = of_r + 2 * size;
+  bf16* r_from = reinterpret_cast<bf16*>(of_k);
+  bf16* r_to = r_from + size;
+  bf16* gy = r_to + size;
+  float* halves = of_k + 2 * size;
+  float* middles = halves + 2 * tiles * NP;
+  float* step = middles + tiles * NP;
+  float* crossing = step + tiles * NP;
+  float* bonus = crossing + 2 * tiles * NP;
+  float* weights = bonus + 2 * tiles * NP;  // M[t, t]
+  float* own = weights + chunk.length;
+  int* rooted = reinterpret_cast<int*>(own + chunk.length * kOwnStride<NP>);
+  bf16* between = reinterpret_cast<bf16*>(rooted + tiles * (tiles - 1) / 2);
+  const Scaled scaled{r_from, r_to, k_from, k_to, halves, middles, own};
+  const Sums sums{of_r, of_r + size, of_k, of_k + size};
+  copy_tokens<NP>(v, in.v, chunk);
+  copy_tokens<NP>(gy, in.gy, chunk);
+  scale_tokens<NP>(scaled, in, chunk, shape.H);
+  __syncthreads();
+  join_tiles<NP>(between, step, rooted, middles, tiles);
+  wait_for_copies();
+  __syncthreads();
+
+  const Lane lane;
+  const int tile = lane.warp;
+  const bool works = tile < tiles;
+  float before[NP / 8][4];
+  float behind[NP / 8][4];
+  Operand<NP> x;
+  if (works) {
+    attend_tiles<NP>(before, {k_from, k_to, r_from, r_to, gy, between, rooted, own}, tile, tiles, lane);
+    store_fragments<NP>(out.v, before, tile, chunk, lane);
+    load_operand<NP>(x, gy, tile);
+    gather_tiles<NP>(before, behind, x, {v, k_from, k_to, step, rooted, weights}, tile, tiles, lane);
+    load_operand<NP>(x, v, tile);
+  }
+  __syncthreads();  // k and v are done with: what r's gradient is made of takes their place
+  if (works) {
+    put_sums<NP>(sums.r_before, before, tile, lane);
+    put_sums<NP>(sums.r_behind, behind, tile, lane);
+    gather_tiles<NP>(before, behind, x, {gy, r_from, r_to, step, rooted, nullptr}, tile, tiles, lane);
+  }
+  __syncthreads();
+  if (works) {
+    put_sums<NP>(sums.k_before, before, tile, lane);
+    put_sums<NP>(sums.k_behind, behind, tile, lane);
+  }
+  __syncthreads();
+  finish_tokens<NP>(sums, crossing, bonus, in, out, halves, weights, chunk, shape.H);
+  __syncthreads();
+  for (int j = threadIdx.x; j < chunk.N; j += blockDim.x) {
+    float sum = 0.0f;
+    for (int half = 0; half < halves_of(chunk); ++half) sum += bonus[half * NP + j];
+    out.bonus[chunk.head * chunk.N + j] = sum;
+  }
+  if (in.w_float) {
+    finish_decays<NP>(static_cast<float*>(out.w), sums, crossing, chunk);
+  } else {
+    finish_decays<NP>(static_cast<bf16*>(out.w), sums, crossing, chunk);
+  }
+}
+
+}  // namespace rwkv_clip::cuda
