@@ -1,6 +1,7 @@
 """The linear probe is scikit-learn's logistic regression, and chooses its penalty fairly."""
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,15 @@ from rwkv_clip.evaluation import STRENGTHS, fit_logistic_regression, linear_prob
 
 # Weaker penalties take many times the iterations.
 FEW = (1.0, 1e1, 1e2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several would wait for one another longer than they compute on arrays as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def clusters(
