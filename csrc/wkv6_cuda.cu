@@ -9,15 +9,20 @@
 
 #include <type_traits>
 
-#include "wkv6_cuda_dense.cuh"
+#include "wkv6_cuda_dense_backward.cuh"
 
 namespace rwkv_clip::cuda {
 namespace {
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
+// In bfloat16, a sequence that fits in shared memory: by one kernel, or its gradients by three. Others
+// are cut into chunks, of which there may be one.
+enum class Form { kDense, kSides, kChunks };
+
 // How a sequence is cut on the current device, and what the workspace holds.
 struct Plan {
+  Form form;
   Shape shape;
   int64_t B;
   int64_t heads;
@@ -39,21 +44,29 @@ struct Plan {
 
 int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-// Whole sequences in one block of at most `most` threads; `fits` says whether they are.
+// Whether a block of at most `most` threads takes a whole sequence.
 template <int NP>
-Plan make_dense_plan(const Wkv6Args& args, int most, size_t (*shared)(int), bool& fits) {
+bool fits_dense(const Wkv6Args& args, int most, size_t (*shared)(int)) {
   const int64_t length = round_up(args.T, kTile);
-  fits = length <= most && dense_threads<NP>(args.T) <= most &&
+  return length <= most && dense_threads<NP>(args.T) <= most &&
          shared(static_cast<int>(length)) <= shared_memory_limit();
-  Plan plan{{args.T, args.H, static_cast<int>(args.N), static_cast<int>(length), 1}, args.B,
-            args.B * args.H, NP, nullptr};
+}
+
+Plan make_dense_plan(const Wkv6Args& args, int padded, Form form) {
+  Plan plan{form,
+            {args.T, args.H, static_cast<int>(args.N), static_cast<int>(round_up(args.T, kTile)), 1},
+            args.B,
+            args.B * args.H,
+            padded,
+            nullptr};
   if (plan.heads > kMaxBlocks) plan.error = "wkv6: more than 2^31 - 1 heads (batch * heads)";
   return plan;
 }
 
 Plan make_plan(const Wkv6Args& args, int padded, int max_tiles, size_t (*shared)(int)) {
-  Plan plan{{args.T, args.H, static_cast<int>(args.N), 0, 1}, args.B, args.B * args.H, padded,
-            nullptr};
+  Plan plan{Form::kChunks, {args.T, args.H, static_cast<int>(args.N), 0, 1},
+            args.B,        args.B * args.H,
+            padded,        nullptr};
   const size_t limit = shared_memory_limit();
   int longest = max_tiles * kTile;
   while (longest > 0 && shared(longest) > limit) longest -= kTile;
@@ -83,23 +96,47 @@ template <int NP, typename T>
 struct Kernels {
   static constexpr bool kMayBeDense = std::is_same_v<T, bf16>;
 
-  static Plan forward_plan(const Wkv6Args& args, bool& dense) {
-    dense = false;
+  static Plan forward_plan(const Wkv6Args& args) {
     if constexpr (kMayBeDense) {
-      const Plan plan =
-          make_dense_plan<NP>(args, kMaxDenseForwardThreads, dense_forward_shared<NP>, dense);
-      if (dense) return plan;
+      if (fits_dense<NP>(args, kMaxDenseThreads, dense_forward_shared<NP>)) {
+        return make_dense_plan(args, NP, Form::kDense);
+      }
     }
     return make_plan(args, NP, kMaxForwardTiles<NP, T>, forward_shared<NP, T>);
   }
-  static Plan backward_plan(const Wkv6Args& args, bool& dense) {
-    dense = false;
+  static Plan backward_plan(const Wkv6Args& args) {
     if constexpr (kMayBeDense) {
-      const Plan plan =
-          make_dense_plan<NP>(args, kMaxDenseBackwardThreads<NP>, dense_backward_shared<NP>, dense);
-      if (dense) return plan;
+      if (fits_dense<NP>(args, kMaxDenseBackwardThreads<NP>, dense_backward_shared<NP>)) {
+        return make_dense_plan(args, NP, Form::kDense);
+      }
+      if (fits_dense<NP>(args, kMaxSideThreads<NP>, dense_side_shared<NP>) &&
+          fits_dense<NP>(args, kMaxDenseThreads, dense_forward_shared<NP>)) {
+        return make_dense_plan(args, NP, Form::kSides);
+      }
     }
     return make_plan(args, NP, kMaxBackwardTiles, backward_shared<NP, T>);
+  }
+
+  static const char* launch_forward(const Plan& plan, const Inputs<bf16>& in, bf16* y,
+                                    void* stream) {
+    return launch(dense_forward_kernel<NP>, plan.blocks(), dense_threads<NP>(plan.shape.T),
+                  dense_forward_shared<NP>(plan.shape.length), stream, plan.shape, in, y);
+  }
+
+  // The gradient of v is the forward product of gy with r and k exchanged, since A is symmetric in them.
+  static const char* launch_sides(const Plan& plan, const Inputs<bf16>& in,
+                                  const Gradients<bf16>& out, void* stream) {
+    const Inputs<bf16> exchanged{in.v, in.k, in.r, in.gy, in.w, in.w_float, in.u};
+    float* enclosing = out.bonus + plan.blocks() * plan.shape.N;
+    const DenseSide of_r{in, out.r, enclosing, out.bonus, nullptr};
+    const DenseSide of_k{exchanged, out.k, enclosing, nullptr, out.w};
+    const char* error = launch_forward(plan, exchanged, out.v, stream);
+    for (const DenseSide& side : {of_r, of_k}) {
+      if (error != nullptr) return error;
+      error = launch(dense_side_kernel<NP>, plan.blocks(), dense_threads<NP>(plan.shape.T),
+                     dense_side_shared<NP>(plan.shape.length), stream, plan.shape, side);
+    }
+    return error;
   }
 
   static const char* make_states(const Plan& plan, const Inputs<T>& in, const T* key,
@@ -115,15 +152,10 @@ struct Kernels {
 
   static const char* forward(const Wkv6Args& args, const Inputs<T>& in, T* y, float* workspace,
                              void* stream) {
-    bool dense;
-    const Plan plan = forward_plan(args, dense);
+    const Plan plan = forward_plan(args);
     if (plan.error != nullptr) return plan.error;
     if constexpr (kMayBeDense) {
-      if (dense) {
-        return launch(dense_forward_kernel<NP>, plan.blocks(),
-                      dense_threads<NP>(args.T),
-                      dense_forward_shared<NP>(plan.shape.length), stream, plan.shape, in, y);
-      }
+      if (plan.form == Form::kDense) return launch_forward(plan, in, y, stream);
     }
     const States states = plan.states(workspace);
     if (states.left != nullptr) {
@@ -136,18 +168,18 @@ struct Kernels {
 
   static const char* backward(const Wkv6Args& args, const Inputs<T>& in, Gradients<T> out,
                               float* gu, float* workspace, void* stream) {
-    bool dense;
-    const Plan plan = backward_plan(args, dense);
+    const Plan plan = backward_plan(args);
     if (plan.error != nullptr) return plan.error;
     const States keys = plan.states(workspace);
     const States queries = plan.states(workspace + plan.state_floats());
     out.bonus = workspace + 2 * plan.state_floats();
     if constexpr (kMayBeDense) {
-      if (dense) {
+      if (plan.form != Form::kChunks) {
         const char* error =
-            launch(dense_backward_kernel<NP>, plan.blocks(),
-                   dense_threads<NP>(args.T),
-                   dense_backward_shared<NP>(plan.shape.length), stream, plan.shape, in, out);
+            plan.form == Form::kSides
+                ? launch_sides(plan, in, out, stream)
+                : launch(dense_backward_kernel<NP>, plan.blocks(), dense_threads<NP>(args.T),
+                         dense_backward_shared<NP>(plan.shape.length), stream, plan.shape, in, out);
         return error != nullptr ? error : sum_bonus(args, 1, out.bonus, gu, stream);
       }
     }
@@ -212,17 +244,17 @@ const char* check_alignment(Pointers... pointers) {
 size_t wkv6_forward_workspace(const Wkv6Args& args) {
   if (check(args) != nullptr || args.B == 0) return 0;
   return with_kernels(args, [&](auto kernels, auto) {
-    bool dense;
-    return sizeof(float) * kernels.forward_plan(args, dense).state_floats();
+    return sizeof(float) * kernels.forward_plan(args).state_floats();
   });
 }
 
 size_t wkv6_backward_workspace(const Wkv6Args& args) {
   if (check(args) != nullptr || args.B == 0) return 0;
   return with_kernels(args, [&](auto kernels, auto) {
-    bool dense;
-    const Plan plan = kernels.backward_plan(args, dense);
-    return sizeof(float) * (2 * plan.state_floats() + static_cast<size_t>(plan.blocks() * args.N));
+    const Plan plan = kernels.backward_plan(args);
+    const size_t tensor = static_cast<size_t>(args.B * args.T * args.H * args.N);
+    return sizeof(float) * (2 * plan.state_floats() + static_cast<size_t>(plan.blocks() * args.N) +
+                            (plan.form == Form::kSides ? tensor : 0));
   });
 }
 
@@ -230,7 +262,7 @@ const char* wkv6_forward(const Wkv6Args& args, const void* r, const void* k, con
                          const void* w, const float* u, void* y, void* workspace, void* stream) {
   if (const char* error = check(args)) return error;
   if (args.B == 0) return nullptr;
-  if (const char* error = check_alignment(r, k, v, w, y, workspace)) return error;
+  if (const char* error = check_alignment(r, k, v, w, u, y, workspace)) return error;
   return with_kernels(args, [&](auto kernels, auto zero) {
     using T = decltype(zero);
     const bool w_float = args.w_type == DType::kFloat32;
@@ -245,7 +277,7 @@ const char* wkv6_backward(const Wkv6Args& args, const void* gy, const void* r, c
                           void* gv, void* gw, float* gu, void* workspace, void* stream) {
   if (const char* error = check(args)) return error;
   if (args.B == 0) return sum_bonus(args, 1, nullptr, gu, stream);
-  if (const char* error = check_alignment(gy, r, k, v, w, gr, gk, gv, gw, workspace)) return error;
+  if (const char* error = check_alignment(gy, r, k, v, w, u, gr, gk, gv, gw, workspace)) return error;
   return with_kernels(args, [&](auto kernels, auto zero) {
     using T = decltype(zero);
     const bool w_float = args.w_type == DType::kFloat32;

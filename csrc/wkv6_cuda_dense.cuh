@@ -11,14 +11,9 @@
 // 2^-14, and a half tile of them is 2^112. That moves a weight by less than 2^-14, which is a sixtieth
 // of bfloat16's rounding; where the decay is held, its gradient is scaled to the true one. Between two
 // middles lie two half tiles at least, so that decay is kept as its root and multiplied in twice.
-//
-// The gradient of log d[q] is the sum over the pairs that enclose q. With X[t] the sum of the pairs
-// whose later token is t and Y[s] of those whose earlier token is s, it is the sum of X behind q less
-// that of Y from q on. The pairs next to each other, which enclose nothing, are in both sums and
-// cancel; both are made of the same rounded operands, so what is left of them is float32's rounding.
 #pragma once
 
-#include "wkv6_cuda_backward.cuh"
+#include "wkv6_cuda_forward.cuh"
 
 namespace rwkv_clip::cuda {
 
@@ -149,11 +144,12 @@ __device__ __forceinline__ Piece piece_of(int index) {
   return {half, index % (NP / kQuad) * kQuad, half % 2 == 1};
 }
 
-// r, k and w of a piece; beyond the sequence zeros, and no decay.
+// r, k and w of some steps of a piece; beyond the sequence zeros, and no decay.
+template <int kSteps = kHalf>
 struct PieceInputs {
-  float w[kHalf][kQuad];
-  uint2 r[kHalf];
-  uint2 k[kHalf];
+  float w[kSteps][kQuad];
+  uint2 r[kSteps];
+  uint2 k[kSteps];
 };
 
 __device__ __forceinline__ bool is_inside(const Piece& piece, int step, const Chunk& chunk) {
@@ -161,14 +157,16 @@ __device__ __forceinline__ bool is_inside(const Piece& piece, int step, const Ch
 }
 
 // No load waits for another, and none is conditional: beyond the sequence, its last token is read.
-__device__ __forceinline__ void load_piece(PieceInputs& x, const Inputs<bf16>& in,
-                                           const Piece& piece, const Chunk& chunk) {
+template <int kSteps>
+__device__ __forceinline__ void load_piece(PieceInputs<kSteps>& x, const Inputs<bf16>& in,
+                                           const Piece& piece, const Chunk& chunk,
+                                           int first_step = 0) {
   const int channel = piece.channel < chunk.N ? piece.channel : chunk.N - kQuad;
   const int64_t first = chunk.offset + channel;
-  int at[kHalf];
+  int at[kSteps];
 #pragma unroll
-  for (int step = 0; step < kHalf; ++step) {
-    const int token = piece.token(step);
+  for (int step = 0; step < kSteps; ++step) {
+    const int token = piece.token(first_step + step);
     at[step] = (token < chunk.rows ? token : chunk.rows - 1) * static_cast<int>(chunk.token);
     x.r[step] = *reinterpret_cast<const uint2*>(in.r + first + at[step]);
     x.k[step] = *reinterpret_cast<const uint2*>(in.k + first + at[step]);
@@ -176,21 +174,21 @@ __device__ __forceinline__ void load_piece(PieceInputs& x, const Inputs<bf16>& i
   if (in.w_float) {
     const float* w = static_cast<const float*>(in.w) + first;
 #pragma unroll
-    for (int step = 0; step < kHalf; ++step) load_quad(x.w[step], w + at[step]);
+    for (int step = 0; step < kSteps; ++step) load_quad(x.w[step], w + at[step]);
   } else {
     const bf16* w = static_cast<const bf16*>(in.w) + first;
-    uint2 packed[kHalf];
+    uint2 packed[kSteps];
 #pragma unroll
-    for (int step = 0; step < kHalf; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       packed[step] = *reinterpret_cast<const uint2*>(w + at[step]);
     }
 #pragma unroll
-    for (int step = 0; step < kHalf; ++step) unpack_quad(x.w[step], packed[step]);
+    for (int step = 0; step < kSteps; ++step) unpack_quad(x.w[step], packed[step]);
   }
   if (is_inside(piece, 0, chunk) && is_inside(piece, kHalf - 1, chunk)) return;
 #pragma unroll
-  for (int step = 0; step < kHalf; ++step) {
-    if (is_inside(piece, step, chunk)) continue;
+  for (int step = 0; step < kSteps; ++step) {
+    if (is_inside(piece, first_step + step, chunk)) continue;
     x.r[step] = x.k[step] = make_uint2(0, 0);
 #pragma unroll
     for (int c = 0; c < kQuad; ++c) x.w[step][c] = -1e30f;
@@ -264,13 +262,13 @@ __device__ __forceinline__ void find_middle(float (&middle)[kQuad], float (&move
   }
 }
 
-// One piece a thread; the whole block must call it.
-template <int NP>
+// One piece a thread; the whole block must call it. Only k, without r and u, unless kBoth.
+template <int NP, bool kBoth>
 __device__ void scale_tokens(const Scaled& to, const Inputs<bf16>& in, const Chunk& chunk,
                              int64_t H) {
   const Piece piece = piece_of<NP>(threadIdx.x);
   const bool works = piece.half < halves_of(chunk);
-  PieceInputs x;
+  PieceInputs<> x;
   if (works) {
     float total[kQuad] = {};
     load_piece(x, in, piece, chunk);
@@ -289,44 +287,52 @@ __device__ void scale_tokens(const Scaled& to, const Inputs<bf16>& in, const Chu
   for (int index = threadIdx.x; index < (chunk.length - first) * (NP / kQuad); index += blockDim.x) {
     const int token = first + index / (NP / kQuad);
     const int quad = index % (NP / kQuad);
-    for (bf16* array : {to.r_from, to.r_to, to.k_from, to.k_to}) {
-      *reinterpret_cast<uint2*>(array + token * kStride<NP> + quad * kQuad) = make_uint2(0, 0);
+    const int at = token * kStride<NP> + quad * kQuad;
+    *reinterpret_cast<uint2*>(to.k_from + at) = make_uint2(0, 0);
+    *reinterpret_cast<uint2*>(to.k_to + at) = make_uint2(0, 0);
+    if constexpr (kBoth) {
+      *reinterpret_cast<uint2*>(to.r_from + at) = make_uint2(0, 0);
+      *reinterpret_cast<uint2*>(to.r_to + at) = make_uint2(0, 0);
+      to.own[token * kOwnStride<NP> + quad] = 0.0f;
     }
-    to.own[token * kOwnStride<NP> + quad] = 0.0f;
   }
   __syncthreads();
   if (!works) return;
   float middle[kQuad], log[kQuad], bonus[kQuad];
   find_middle<NP>(middle, log, to.halves, piece);
   if (!piece.upper) store_quad(to.middles + piece.half / 2 * NP + piece.channel, middle);
-  bf16* r_inner = (piece.upper ? to.r_from : to.r_to) + piece.channel;
-  bf16* r_outer = (piece.upper ? to.r_to : to.r_from) + piece.channel;
   bf16* k_inner = (piece.upper ? to.k_from : to.k_to) + piece.channel;
   bf16* k_outer = (piece.upper ? to.k_to : to.k_from) + piece.channel;
-  load_bonus(bonus, in, piece, chunk, H);
+  if constexpr (kBoth) load_bonus(bonus, in, piece, chunk, H);
 #pragma unroll
   for (int step = 0; step < kHalf; ++step) {
-    float inner[kQuad], outer[kQuad], r[kQuad], k[kQuad];
+    float inner[kQuad], outer[kQuad], k[kQuad];
 #pragma unroll
     for (int c = 0; c < kQuad; ++c) next_factors(inner[c], outer[c], log[c], x.w[step][c]);
-    unpack_quad(r, x.r[step]);
-    unpack_quad(k, x.k[step]);
     const int token = piece.token(step);
     const int at = token * kStride<NP>;
-    *reinterpret_cast<uint2*>(r_inner + at) = scale_quad(r, inner);
-    *reinterpret_cast<uint2*>(r_outer + at) = scale_quad(r, outer);
+    unpack_quad(k, x.k[step]);
     *reinterpret_cast<uint2*>(k_inner + at) = scale_quad(k, inner);
     *reinterpret_cast<uint2*>(k_outer + at) = scale_quad(k, outer);
-    float share = 0.0f;
+    if constexpr (kBoth) {
+      bf16* r_inner = (piece.upper ? to.r_from : to.r_to) + piece.channel;
+      bf16* r_outer = (piece.upper ? to.r_to : to.r_from) + piece.channel;
+      float r[kQuad];
+      float share = 0.0f;
+      unpack_quad(r, x.r[step]);
+      *reinterpret_cast<uint2*>(r_inner + at) = scale_quad(r, inner);
+      *reinterpret_cast<uint2*>(r_outer + at) = scale_quad(r, outer);
 #pragma unroll
-    for (int c = 0; c < kQuad; ++c) share += r[c] * bonus[c] * k[c];
-    to.own[token * kOwnStride<NP> + piece.channel / kQuad] = share;
+      for (int c = 0; c < kQuad; ++c) share += r[c] * bonus[c] * k[c];
+      to.own[token * kOwnStride<NP> + piece.channel / kQuad] = share;
+    }
   }
 }
 
 // The decays between where tiles are seen from: `between` [pairs of tiles, NP], and for tiles next to
-// each other `step` [tiles, NP], that from the tile before (null: not wanted). Where one of a pair's is
-// too small a number, its roots are kept, which `rooted` [pairs of tiles] says. A warp takes a pair.
+// each other `step` [tiles, NP], that from the tile before (either null: not wanted). Where one of a
+// pair's is too small a number, its roots are kept, which `rooted` [pairs of tiles] says. A warp takes
+// a pair.
 template <int NP>
 __device__ void join_tiles(bf16* between, float* step, int* rooted, const float* middles,
                            int tiles) {
@@ -335,7 +341,7 @@ __device__ void join_tiles(bf16* between, float* step, int* rooted, const float*
   const int warps = blockDim.x / 32;
   int turn = threadIdx.x / 32;
   for (int second = 1; second < tiles; ++second) {
-    for (int first = 0; first < second; ++first) {
+    for (int first = between != nullptr ? 0 : second - 1; first < second; ++first) {
       if (turn-- > 0) continue;
       turn = warps - 1;
       const int pair = between_tiles(first, second);
@@ -355,7 +361,7 @@ __device__ void join_tiles(bf16* between, float* step, int* rooted, const float*
         const int channel = i * 32 + lane;
         const float factor = exp2_fast(small ? 0.5f * logs[i] : logs[i]);
         if (channel < NP) {
-          store(between + pair * NP + channel, factor);
+          if (between != nullptr) store(between + pair * NP + channel, factor);
           if (step != nullptr && second == first + 1) step[second * NP + channel] = factor;
         }
       }
@@ -477,11 +483,7 @@ __device__ __forceinline__ void store_fragments(bf16* global, const float (&tile
   }
 }
 
-constexpr int kMaxDenseForwardThreads = 512;
-// Fewer threads may have more registers each; widest and narrowest heads need them.
-template <int NP>
-constexpr int kMaxDenseBackwardThreads = NP == 16 || NP > 96 ? 256 : 320;
-
+constexpr int kMaxDenseThreads = 512;
 // Threads of a block: one for each piece, and a warp for each tile.
 template <int NP>
 int dense_threads(int64_t T) {
@@ -506,7 +508,7 @@ size_t dense_forward_shared(int length) {
 
 // One block a head, one warp a tile.
 template <int NP>
-__global__ void __launch_bounds__(kMaxDenseForwardThreads)
+__global__ void __launch_bounds__(kMaxDenseThreads)
     dense_forward_kernel(Shape shape, Inputs<bf16> in, bf16* y) {
   RWKV_CLIP_SHARED(shared);
   const Chunk chunk = chunk_of_block(shape);
@@ -522,7 +524,7 @@ __global__ void __launch_bounds__(kMaxDenseForwardThreads)
   const Scaled scaled{r_from, r_from + size, r_from + 2 * size, r_from + 3 * size,
                       halves, middles,       own};
   copy_tokens<NP>(v, in.v, chunk);
-  scale_tokens<NP>(scaled, in, chunk, shape.H);
+  scale_tokens<NP, true>(scaled, in, chunk, shape.H);
   __syncthreads();
   join_tiles<NP>(between, nullptr, rooted, middles, tiles);
   wait_for_copies();
@@ -535,281 +537,6 @@ __global__ void __launch_bounds__(kMaxDenseForwardThreads)
                    lane.warp, tiles, lane);
   // A tile's rows of r are read by its own warp alone.
   store_tile<NP>(y, scaled.r_from, out, lane.warp, chunk, lane);
-}
-
-// tile[:, c] *= factor[c], once or twice.
-template <int NP>
-__device__ __forceinline__ void scale_columns(float (&tile)[NP / 8][4], const float* factor,
-                                              bool twice, const Lane& lane) {
-#pragma unroll
-  for (int n = 0; n < NP / 8; ++n) {
-    const float2 pair = load_pair(factor + 8 * n + lane.pair);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float f = i % 2 == 0 ? pair.x : pair.y;
-      tile[n][i] *= f;
-      if (twice) tile[n][i] *= f;
-    }
-  }
-}
-
-// What one gradient sums: M[t, s] = x[t] . z[s], over the other tokens' r or k.
-struct Gathering {
-  const bf16* z;
-  const bf16* other_from;
-  const bf16* other_to;
-  const float* step;
-  const int* rooted;
-  float* own;  // receives M[t, t], or null
-};
-
-// before[t, :] = sum over s before t of M[t, s] (other G)[s, :], decayed to the middle of t's tile;
-// behind[t, :] = sum over s behind t of M[t, s] (other F)[s, :], likewise.
-template <int NP>
-__device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (&behind)[NP / 8][4],
-                                             const Operand<NP>& x, const Gathering& of, int tile,
-                                             int tiles, const Lane& lane) {
-  clear<NP>(before);
-  clear<NP>(behind);
-#pragma unroll 1
-  for (int other = 0; other < tile; ++other) {
-    float scores[2][4] = {};
-    score_tile<NP>(scores, x, of.z, other);
-    apply_tile<NP>(before, scores, of.other_to, other);
-    scale_columns<NP>(before, of.step + (other + 1) * NP,
-                      of.rooted[between_tiles(other, other + 1)], lane);
-  }
-#pragma unroll 1
-  for (int other = tiles - 1; other > tile; --other) {
-    float scores[2][4] = {};
-    score_tile<NP>(scores, x, of.z, other);
-    apply_tile<NP>(behind, scores, of.other_from, other);
-    scale_columns<NP>(behind, of.step + other * NP, of.rooted[between_tiles(other - 1, other)],
-                      lane);
-  }
-  float scores[2][4] = {};
-  float ahead[2][4];
-  score_tile<NP>(scores, x, of.z, tile);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int later = row_less_column(i / 4, i % 4, lane);
-    float& score = scores[i / 4][i % 4];
-    if (later == 0 && of.own != nullptr) of.own[tile * kTile + lane.group + 8 * (i % 4 / 2)] = score;
-    ahead[i / 4][i % 4] = later < 0 ? score : 0.0f;
-    score = later > 0 ? score : 0.0f;
-  }
-  apply_tile<NP>(before, scores, of.other_to, tile);
-  apply_tile<NP>(behind, ahead, of.other_from, tile);
-}
-
-// A warp's sums to its rows of [length, NP] float32 in shared memory.
-template <int NP>
-__device__ __forceinline__ void put_sums(float* shared, const float (&tile)[NP / 8][4], int index,
-                                         const Lane& lane) {
-#pragma unroll
-  for (int n = 0; n < NP / 8; ++n) {
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      store_pair(shared + (index * kTile + lane.group + 8 * side) * kStride<NP> + 8 * n + lane.pair,
-                 tile[n][2 * side], tile[n][2 * side + 1]);
-    }
-  }
-}
-
-// What the gradients are made of, float32 [length, NP] each: the sums of gather_tiles.
-struct Sums {
-  float* r_before;
-  float* r_behind;
-  float* k_before;
-  float* k_behind;
-};
-
-// The gradients of r and k, from their sums; leaves X, Y and d(log d)/dw in the sums' place, and for
-// each half tile [2 * tiles, NP] the sum of X - Y and this block's share of gu.
-template <int NP>
-__device__ void finish_tokens(const Sums& sums, float* crossing, float* bonus,
-                              const Inputs<bf16>& in, const Gradients<bf16>& out,
-                              const float* halves, const float* own, const Chunk& chunk,
-                              int64_t H) {
-  const Piece piece = piece_of<NP>(threadIdx.x);
-  if (piece.half < halves_of(chunk)) {
-    PieceInputs x;
-    load_piece(x, in, piece, chunk);
-    float middle[kQuad], log[kQuad], bonus_of[kQuad];
-    float enclosing[kQuad] = {};
-    float gu[kQuad] = {};
-    find_middle<NP>(middle, log, halves, piece);
-    load_bonus(bonus_of, in, piece, chunk, H);
-#pragma unroll
-    for (int step = 0; step < kHalf; ++step) {
-      float r[kQuad], k[kQuad], r_from[kQuad], r_to[kQuad], k_from[kQuad], k_to[kQuad];
-      float inner[kQuad], outer[kQuad], slope[kQuad];
-#pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        const float rate = decay_rate(x.w[step][c]);
-        const float decay = fmaxf(-rate, kFastest);
-        next_factors(inner[c], outer[c], log[c], decay);
-        // The bound keeps infinity times zero out: there the decay is zero.
-        slope[c] = -kLn2 * fminf(rate, 1e30f) * exp2_fast(-rate - decay);
-      }
-      unpack_quad(r, x.r[step]);
-      unpack_quad(k, x.k[step]);
-      const float(&from)[kQuad] = piece.upper ? inner : outer;
-      const float(&to)[kQuad] = piece.upper ? outer : inner;
-      unpack_quad(r_from, scale_quad(r, from));
-      unpack_quad(r_to, scale_quad(r, to));
-      unpack_quad(k_from, scale_quad(k, from));
-      unpack_quad(k_to, scale_quad(k, to));
-      const int token = piece.token(step);
-      const int at = token * kStride<NP> + piece.channel;
-      float r_before[kQuad], r_behind[kQuad], k_before[kQuad], k_behind[kQuad];
-      load_quad(r_before, sums.r_before + at);
-      load_quad(r_behind, sums.r_behind + at);
-      load_quad(k_before, sums.k_before + at);
-      load_quad(k_behind, sums.k_behind + at);
-      float gr[kQuad], gk[kQuad], later[kQuad], earlier[kQuad];
-#pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        const float weight = own[token] * bonus_of[c];
-        gr[c] = from[c] * r_before[c] + to[c] * r_behind[c] + weight * k[c];
-        gk[c] = from[c] * k_before[c] + to[c] * k_behind[c] + weight * r[c];
-        later[c] = r_from[c] * r_before[c] + k_from[c] * k_before[c];
-        earlier[c] = r_to[c] * r_behind[c] + k_to[c] * k_behind[c];
-        enclosing[c] += later[c] - earlier[c];
-        gu[c] += own[token] * r[c] * k[c];
-      }
-      store_quad(sums.r_before + at, later);
-      store_quad(sums.r_behind + at, earlier);
-      store_quad(sums.k_before + at, slope);
-      if (is_inside(piece, step, chunk)) {
-        const int64_t to_global = chunk.offset + token * chunk.token + piece.channel;
-        store_quad(out.r + to_global, gr);
-        store_quad(out.k + to_global, gk);
-      }
-    }
-    store_quad(crossing + piece.half * NP + piece.channel, enclosing);
-    store_quad(bonus + piece.half * NP + piece.channel, gu);
-  }
-}
-
-// gw[q] = slope[q] * (sum of X - Y behind q, less Y[q]); zero at both ends, which enclose nothing.
-template <int NP, typename W>
-__device__ void finish_decays(W* gw, const Sums& sums, const float* crossing, const Chunk& chunk) {
-  const int halves = halves_of(chunk);
-  const Piece piece = piece_of<NP>(threadIdx.x);
-  if (piece.half < halves && piece.channel < chunk.N) {
-    float behind[kQuad] = {};
-    for (int half = halves - 1; half > piece.half; --half) {
-      float sum[kQuad];
-      load_quad(sum, crossing + half * NP + piece.channel);
-#pragma unroll
-      for (int c = 0; c < kQuad; ++c) behind[c] += sum[c];
-    }
-#pragma unroll
-    for (int step = kHalf - 1; step >= 0; --step) {
-      const int token = piece.half * kHalf + step;
-      const int at = token * kStride<NP> + piece.channel;
-      float later[kQuad], earlier[kQuad], slope[kQuad], gradient[kQuad];
-      load_quad(later, sums.r_before + at);
-      load_quad(earlier, sums.r_behind + at);
-      load_quad(slope, sums.k_before + at);
-      const bool inside = token > 0 && token < chunk.rows - 1;
-#pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        gradient[c] = inside ? slope[c] * (behind[c] - earlier[c]) : 0.0f;
-        behind[c] += later[c] - earlier[c];
-      }
-      if (token < chunk.rows) {
-        store_quad(gw + chunk.offset + token * chunk.token + piece.channel, gradient);
-      }
-    }
-  }
-}
-
-// Of a region that first holds three [length, NP] of bfloat16 and then two of float32.
-template <int NP>
-__host__ __device__ constexpr size_t dense_region(int length) {
-  return sizeof(float) * 2 * length * kStride<NP>;
-}
-
-template <int NP>
-size_t dense_backward_shared(int length) {
-  const int tiles = length / kTile;
-  return dense_tables<NP>(length) + 2 * dense_region<NP>(length) +
-         sizeof(float) * (tiles * NP + length + 2 * 2 * tiles * NP);
-}
-
-template <int NP>
-__global__ void __launch_bounds__(kMaxDenseBackwardThreads<NP>)
-    dense_backward_kernel(Shape shape, Inputs<bf16> in, Gradients<bf16> out) {
-  RWKV_CLIP_SHARED(shared);
-  const Chunk chunk = chunk_of_block(shape);
-  const int tiles = chunk.length / kTile;
-  const int size = chunk.length * kStride<NP>;
-  bf16* k_from = reinterpret_cast<bf16*>(shared);
-  bf16* k_to = k_from + size;
-  bf16* v = k_to + size;
-  float* of_r = reinterpret_cast<float*>(shared);
-  float* of_k = of_r + 2 * size;
-  bf16* r_from = reinterpret_cast<bf16*>(of_k);
-  bf16* r_to = r_from + size;
-  bf16* gy = r_to + size;
-  float* halves = of_k + 2 * size;
-  float* middles = halves + 2 * tiles * NP;
-  float* step = middles + tiles * NP;
-  float* crossing = step + tiles * NP;
-  float* bonus = crossing + 2 * tiles * NP;
-  float* weights = bonus + 2 * tiles * NP;  // M[t, t]
-  float* own = weights + chunk.length;
-  int* rooted = reinterpret_cast<int*>(own + chunk.length * kOwnStride<NP>);
-  bf16* between = reinterpret_cast<bf16*>(rooted + tiles * (tiles - 1) / 2);
-  const Scaled scaled{r_from, r_to, k_from, k_to, halves, middles, own};
-  const Sums sums{of_r, of_r + size, of_k, of_k + size};
-  copy_tokens<NP>(v, in.v, chunk);
-  copy_tokens<NP>(gy, in.gy, chunk);
-  scale_tokens<NP>(scaled, in, chunk, shape.H);
-  __syncthreads();
-  join_tiles<NP>(between, step, rooted, middles, tiles);
-  wait_for_copies();
-  __syncthreads();
-
-  const Lane lane;
-  const int tile = lane.warp;
-  const bool works = tile < tiles;
-  float before[NP / 8][4];
-  float behind[NP / 8][4];
-  Operand<NP> x;
-  if (works) {
-    attend_tiles<NP>(before, {k_from, k_to, r_from, r_to, gy, between, rooted, own}, tile, tiles, lane);
-    store_fragments<NP>(out.v, before, tile, chunk, lane);
-    load_operand<NP>(x, gy, tile);
-    gather_tiles<NP>(before, behind, x, {v, k_from, k_to, step, rooted, weights}, tile, tiles, lane);
-    load_operand<NP>(x, v, tile);
-  }
-  __syncthreads();  // k and v are done with: what r's gradient is made of takes their place
-  if (works) {
-    put_sums<NP>(sums.r_before, before, tile, lane);
-    put_sums<NP>(sums.r_behind, behind, tile, lane);
-    gather_tiles<NP>(before, behind, x, {gy, r_from, r_to, step, rooted, nullptr}, tile, tiles, lane);
-  }
-  __syncthreads();
-  if (works) {
-    put_sums<NP>(sums.k_before, before, tile, lane);
-    put_sums<NP>(sums.k_behind, behind, tile, lane);
-  }
-  __syncthreads();
-  finish_tokens<NP>(sums, crossing, bonus, in, out, halves, weights, chunk, shape.H);
-  __syncthreads();
-  for (int j = threadIdx.x; j < chunk.N; j += blockDim.x) {
-    float sum = 0.0f;
-    for (int half = 0; half < halves_of(chunk); ++half) sum += bonus[half * NP + j];
-    out.bonus[chunk.head * chunk.N + j] = sum;
-  }
-  if (in.w_float) {
-    finish_decays<NP>(static_cast<float*>(out.w), sums, crossing, chunk);
-  } else {
-    finish_decays<NP>(static_cast<bf16*>(out.w), sums, crossing, chunk);
-  }
 }
 
 }  // namespace rwkv_clip::cuda

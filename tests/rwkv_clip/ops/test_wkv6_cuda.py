@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 NAMES = ("y", "gr", "gk", "gv", "gw", "gu")
-# The largest error over the largest value. A bfloat16 result is rounded, and so are both operands of
+# The largest error over the largest value. A bfloat16 result is rounded, as are both operands of
 # what it sums, by up to 2^-8 each; a single pair of tokens may have all three at once.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8, torch.float16: 1e-3}
 # The error's norm over the values' norm: over many sums, roundings do not come together.

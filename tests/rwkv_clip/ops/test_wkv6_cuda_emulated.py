@@ -121,6 +121,12 @@ def test_every_length_agrees_with_the_definition(library: ctypes.CDLL, tokens: i
     check(run(library, inputs), inputs)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 25, 49, 64, 65, 77])
+def test_every_length_agrees_in_bfloat16(library: ctypes.CDLL, tokens: int) -> None:
+    inputs = random_inputs((2, tokens, 2, 16), torch.bfloat16, torch.float32, seed=tokens)
+    check(run(library, inputs), inputs)
+
+
 @pytest.mark.parametrize("size", [8, 24, 32, 48, 64, 80, 96, 104, 128])
 @pytest.mark.parametrize("dtype", list(TYPES))
 def test_every_head_size_and_type_agrees(
@@ -155,9 +161,20 @@ def test_quick_decays_keep_their_relative_gradient(library: ctypes.CDLL) -> None
     assert (got - want).norm() <= 5e-3 * want.norm()
 
 
-@pytest.mark.parametrize("tokens", [128, 176, 196, 197])
-def test_lengths_around_the_longest_single_chunk_agree(library: ctypes.CDLL, tokens: int) -> None:
-    inputs = random_inputs((1, tokens, 1, 80), torch.bfloat16)
+# In bfloat16 one kernel has the gradients of up to 96 tokens, three have those of up to 200.
+@pytest.mark.parametrize("tokens", [96, 97, 128, 176, 196, 197, 200, 201])
+@pytest.mark.parametrize("decays", [(-6.0, 1.5), (1.0, 3.0)])
+def test_lengths_around_those_that_change_the_form_agree(
+    library: ctypes.CDLL, tokens: int, decays: tuple[float, float]
+) -> None:
+    inputs = random_inputs((1, tokens, 1, 80), torch.bfloat16, torch.float32, decays)
+    check(run(library, inputs), inputs)
+
+
+@pytest.mark.parametrize("tokens", [49, 130])
+def test_large_numbers_under_the_fastest_decays_agree(library: ctypes.CDLL, tokens: int) -> None:
+    inputs = random_inputs((1, tokens, 1, 64), torch.bfloat16, torch.float32, (0.0, 9.0))
+    inputs = [x * 256 if i in (0, 1) else x for i, x in enumerate(inputs)]
     check(run(library, inputs), inputs)
 
 
@@ -179,9 +196,20 @@ def test_long_sequences_are_cut_into_chunks_and_agree(
     check(run(library, inputs, shared), inputs)
 
 
-@pytest.mark.parametrize("shared", [H200_SHARED, 60_000])
-def test_results_do_not_depend_on_the_order_of_threads(library: ctypes.CDLL, shared: int) -> None:
-    inputs = random_inputs((2, 77, 2, 32))
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "shared"),
+    [
+        (77, torch.float32, H200_SHARED),
+        (77, torch.float32, 60_000),
+        (77, torch.bfloat16, H200_SHARED),
+        (77, torch.bfloat16, 60_000),
+        (400, torch.bfloat16, H200_SHARED),
+    ],
+)
+def test_results_do_not_depend_on_the_order_of_threads(
+    library: ctypes.CDLL, tokens: int, dtype: torch.dtype, shared: int
+) -> None:
+    inputs = random_inputs((2, tokens, 2, 32), dtype)
     for one, other in zip(
         run(library, inputs, shared), run(library, inputs, shared, reverse=True), strict=True
     ):

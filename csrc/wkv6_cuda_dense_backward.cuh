@@ -1,0 +1,487 @@
+// The gradients of WKV6 in bfloat16 where a head's whole sequence fits in shared memory.
+//
+// Notation as in wkv6_cuda_backward.cuh and wkv6_cuda_dense.cuh. The gradients of r and k sum M over
+// the tokens before and behind, with the other's G and F, and gv is the forward product with r and k
+// exchanged.
+//
+// The gradient of log d[q] is the sum over the pairs that enclose q. With X[t] the sum of the pairs
+// whose later token is t and Y[s] of those whose earlier token is s, it is the sum of X behind q less
+// that of Y from q on. The pairs next to each other, which enclose nothing, are in both sums and
+// cancel; both are made of the same rounded operands, so what is left of them is float32's rounding.
+//
+// A short sequence is one block's work; a longer one is three kernels', which hold less each.
+#pragma once
+
+#include "wkv6_cuda_backward.cuh"
+#include "wkv6_cuda_dense.cuh"
+
+namespace rwkv_clip::cuda {
+
+// tile[:, c] *= factor[c], once or twice.
+template <int NP>
+__device__ __forceinline__ void scale_columns(float (&tile)[NP / 8][4], const float* factor,
+                                              bool twice, const Lane& lane) {
+#pragma unroll
+  for (int n = 0; n < NP / 8; ++n) {
+    const float2 pair = load_pair(factor + 8 * n + lane.pair);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float f = i % 2 == 0 ? pair.x : pair.y;
+      tile[n][i] *= f;
+      if (twice) tile[n][i] *= f;
+    }
+  }
+}
+
+// What one gradient sums: M[t, s] = x[t] . z[s], over the other tokens' r or k.
+struct Gathering {
+  const bf16* z;
+  const bf16* other_from;
+  const bf16* other_to;
+  const float* step;
+  const int* rooted;
+  float* own;  // receives M[t, t], or null
+};
+
+// The left operand of a tile, in registers or still in shared memory.
+template <int NP>
+__device__ __forceinline__ void get_operand(Operand<NP>& a, const Operand<NP>& held, int) {
+#pragma unroll
+  for (int k = 0; k < NP / kTile; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[k][i] = held[k][i];
+  }
+}
+template <int NP>
+__device__ __forceinline__ void get_operand(Operand<NP>& a, const bf16* x, int tile) {
+  load_operand<NP>(a, x, tile);
+}
+
+// before[t, :] = sum over s before t of M[t, s] (other G)[s, :], decayed to the middle of t's tile;
+// behind[t, :] = sum over s behind t of M[t, s] (other F)[s, :], likewise.
+template <int NP, typename X>
+__device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (&behind)[NP / 8][4],
+                                             const X& x, const Gathering& of, int tile, int tiles,
+                                             const Lane& lane) {
+  Operand<NP> a;
+  clear<NP>(before);
+  clear<NP>(behind);
+#pragma unroll 1
+  for (int other = 0; other < tile; ++other) {
+    float scores[2][4] = {};
+    get_operand<NP>(a, x, tile);
+    score_tile<NP>(scores, a, of.z, other);
+    apply_tile<NP>(before, scores, of.other_to, other);
+    scale_columns<NP>(before, of.step + (other + 1) * NP,
+                      of.rooted[between_tiles(other, other + 1)], lane);
+  }
+#pragma unroll 1
+  for (int other = tiles - 1; other > tile; --other) {
+    float scores[2][4] = {};
+    get_operand<NP>(a, x, tile);
+    score_tile<NP>(scores, a, of.z, other);
+    apply_tile<NP>(behind, scores, of.other_from, other);
+    scale_columns<NP>(behind, of.step + other * NP, of.rooted[between_tiles(other - 1, other)],
+                      lane);
+  }
+  float scores[2][4] = {};
+  float ahead[2][4];
+  get_operand<NP>(a, x, tile);
+  score_tile<NP>(scores, a, of.z, tile);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int later = row_less_column(i / 4, i % 4, lane);
+    float& score = scores[i / 4][i % 4];
+    if (later == 0 && of.own != nullptr) of.own[tile * kTile + lane.group + 8 * (i % 4 / 2)] = score;
+    ahead[i / 4][i % 4] = later < 0 ? score : 0.0f;
+    score = later > 0 ? score : 0.0f;
+  }
+  apply_tile<NP>(before, scores, of.other_to, tile);
+  apply_tile<NP>(behind, ahead, of.other_from, tile);
+}
+
+// A warp's sums to its rows of [length, NP] float32 in shared memory.
+template <int NP>
+__device__ __forceinline__ void put_sums(float* shared, const float (&tile)[NP / 8][4], int index,
+                                         const Lane& lane) {
+#pragma unroll
+  for (int n = 0; n < NP / 8; ++n) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      store_pair(shared + (index * kTile + lane.group + 8 * side) * kStride<NP> + 8 * n + lane.pair,
+                 tile[n][2 * side], tile[n][2 * side + 1]);
+    }
+  }
+}
+
+// d(log d)/dw, with what holding a decay takes from it: log d is -exp(w). The bound keeps infinity times
+// zero out: there the decay is zero.
+__device__ __forceinline__ float decay_slope(float rate) {
+  const float decay = fmaxf(-rate, kFastest);
+  return -kLn2 * fminf(rate, 1e30f) * exp2_fast(-rate - decay);
+}
+
+// What the gradients are made of, float32 [length, NP] each: the sums of gather_tiles.
+struct Sums {
+  float* r_before;
+  float* r_behind;
+  float* k_before;
+  float* k_behind;
+};
+
+// The gradients of r and k, from their sums; leaves X, Y and d(log d)/dw in the sums' place, and for
+// each half tile [2 * tiles, NP] the sum of X - Y and this block's share of gu.
+template <int NP>
+__device__ void finish_tokens(const Sums& sums, float* crossing, float* bonus,
+                              const Inputs<bf16>& in, const Gradients<bf16>& out,
+                              const float* halves, const float* own, const Chunk& chunk,
+                              int64_t H) {
+  const Piece piece = piece_of<NP>(threadIdx.x);
+  if (piece.half < halves_of(chunk)) {
+    PieceInputs<> x;
+    load_piece(x, in, piece, chunk);
+    float middle[kQuad], log[kQuad], bonus_of[kQuad];
+    float enclosing[kQuad] = {};
+    float gu[kQuad] = {};
+    find_middle<NP>(middle, log, halves, piece);
+    load_bonus(bonus_of, in, piece, chunk, H);
+#pragma unroll
+    for (int step = 0; step < kHalf; ++step) {
+      float r[kQuad], k[kQuad], r_from[kQuad], r_to[kQuad], k_from[kQuad], k_to[kQuad];
+      float inner[kQuad], outer[kQuad], slope[kQuad];
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        const float rate = decay_rate(x.w[step][c]);
+        const float decay = fmaxf(-rate, kFastest);
+        next_factors(inner[c], outer[c], log[c], decay);
+        slope[c] = decay_slope(rate);
+      }
+      unpack_quad(r, x.r[step]);
+      unpack_quad(k, x.k[step]);
+      const float(&from)[kQuad] = piece.upper ? inner : outer;
+      const float(&to)[kQuad] = piece.upper ? outer : inner;
+      unpack_quad(r_from, scale_quad(r, from));
+      unpack_quad(r_to, scale_quad(r, to));
+      unpack_quad(k_from, scale_quad(k, from));
+      unpack_quad(k_to, scale_quad(k, to));
+      const int token = piece.token(step);
+      const int at = token * kStride<NP> + piece.channel;
+      float r_before[kQuad], r_behind[kQuad], k_before[kQuad], k_behind[kQuad];
+      load_quad(r_before, sums.r_before + at);
+      load_quad(r_behind, sums.r_behind + at);
+      load_quad(k_before, sums.k_before + at);
+      load_quad(k_behind, sums.k_behind + at);
+      float gr[kQuad], gk[kQuad], later[kQuad], earlier[kQuad];
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        const float weight = own[token] * bonus_of[c];
+        gr[c] = from[c] * r_before[c] + to[c] * r_behind[c] + weight * k[c];
+        gk[c] = from[c] * k_before[c] + to[c] * k_behind[c] + weight * r[c];
+        later[c] = r_from[c] * r_before[c] + k_from[c] * k_before[c];
+        earlier[c] = r_to[c] * r_behind[c] + k_to[c] * k_behind[c];
+        enclosing[c] += later[c] - earlier[c];
+        gu[c] += own[token] * r[c] * k[c];
+      }
+      store_quad(sums.r_before + at, later);
+      store_quad(sums.r_behind + at, earlier);
+      store_quad(sums.k_before + at, slope);
+      if (is_inside(piece, step, chunk)) {
+        const int64_t to_global = chunk.offset + token * chunk.token + piece.channel;
+        store_quad(out.r + to_global, gr);
+        store_quad(out.k + to_global, gk);
+      }
+    }
+    store_quad(crossing + piece.half * NP + piece.channel, enclosing);
+    store_quad(bonus + piece.half * NP + piece.channel, gu);
+  }
+}
+
+// This block's share of gu, from that of its half tiles.
+template <int NP>
+__device__ __forceinline__ void store_bonus(float* global, const float* halves,
+                                            const Chunk& chunk) {
+  for (int j = threadIdx.x; j < chunk.N; j += blockDim.x) {
+    float sum = 0.0f;
+    for (int half = 0; half < halves_of(chunk); ++half) sum += halves[half * NP + j];
+    global[chunk.head * chunk.N + j] = sum;
+  }
+}
+
+// Calls body(offset in a tensor, offset in the sums, gradient of log d) for a piece's tokens: the sum of X - Y behind
+// the token, less its own Y; zero at both ends, which enclose nothing.
+template <int NP, typename Body>
+__device__ __forceinline__ void enclose_tokens(const float* later, const float* earlier,
+                                               const float* crossing, const Chunk& chunk,
+                                               Body body) {
+  const int halves = halves_of(chunk);
+  const Piece piece = piece_of<NP>(threadIdx.x);
+  if (piece.half >= halves || piece.channel >= chunk.N) return;
+  float behind[kQuad] = {};
+  for (int half = halves - 1; half > piece.half; --half) {
+    float sum[kQuad];
+    load_quad(sum, crossing + half * NP + piece.channel);
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) behind[c] += sum[c];
+  }
+#pragma unroll
+  for (int step = kHalf - 1; step >= 0; --step) {
+    const int token = piece.half * kHalf + step;
+    const int at = token * kStride<NP> + piece.channel;
+    float x[kQuad], y[kQuad], gradient[kQuad];
+    load_quad(x, later + at);
+    load_quad(y, earlier + at);
+    const bool inside = token > 0 && token < chunk.rows - 1;
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) {
+      gradient[c] = inside ? behind[c] - y[c] : 0.0f;
+      behind[c] += x[c] - y[c];
+    }
+    if (token < chunk.rows) {
+      body(chunk.offset + token * chunk.token + piece.channel, at, gradient);
+    }
+  }
+}
+
+// Of a region that first holds three [length, NP] of bfloat16 and then two of float32.
+template <int NP>
+__host__ __device__ constexpr size_t dense_region(int length) {
+  return sizeof(float) * 2 * length * kStride<NP>;
+}
+
+template <int NP>
+size_t dense_backward_shared(int length) {
+  const int tiles = length / kTile;
+  return dense_tables<NP>(length) + 2 * dense_region<NP>(length) +
+         sizeof(float) * (tiles * NP + length + 2 * 2 * tiles * NP);
+}
+
+// Fewer threads may have more registers each; widest and narrowest heads need them.
+template <int NP>
+constexpr int kMaxDenseBackwardThreads = NP == 16 || NP > 96 ? 256 : 320;
+
+template <int NP>
+__global__ void __launch_bounds__(kMaxDenseBackwardThreads<NP>)
+    dense_backward_kernel(Shape shape, Inputs<bf16> in, Gradients<bf16> out) {
+  RWKV_CLIP_SHARED(shared);
+  const Chunk chunk = chunk_of_block(shape);
+  const int tiles = chunk.length / kTile;
+  const int size = chunk.length * kStride<NP>;
+  bf16* k_from = reinterpret_cast<bf16*>(shared);
+  bf16* k_to = k_from + size;
+  bf16* v = k_to + size;
+  float* of_r = reinterpret_cast<float*>(shared);
+  float* of_k = of_r + 2 * size;
+  bf16* r_from = reinterpret_cast<bf16*>(of_k);
+  bf16* r_to = r_from + size;
+  bf16* gy = r_to + size;
+  float* halves = of_k + 2 * size;
+  float* middles = halves + 2 * tiles * NP;
+  float* step = middles + tiles * NP;
+  float* crossing = step + tiles * NP;
+  float* bonus = crossing + 2 * tiles * NP;
+  float* weights = bonus + 2 * tiles * NP;  // M[t, t]
+  float* own = weights + chunk.length;
+  int* rooted = reinterpret_cast<int*>(own + chunk.length * kOwnStride<NP>);
+  bf16* between = reinterpret_cast<bf16*>(rooted + tiles * (tiles - 1) / 2);
+  const Scaled scaled{r_from, r_to, k_from, k_to, halves, middles, own};
+  const Sums sums{of_r, of_r + size, of_k, of_k + size};
+  copy_tokens<NP>(v, in.v, chunk);
+  copy_tokens<NP>(gy, in.gy, chunk);
+  scale_tokens<NP, true>(scaled, in, chunk, shape.H);
+  __syncthreads();
+  join_tiles<NP>(between, step, rooted, middles, tiles);
+  wait_for_copies();
+  __syncthreads();
+
+  const Lane lane;
+  const int tile = lane.warp;
+  const bool works = tile < tiles;
+  float before[NP / 8][4];
+  float behind[NP / 8][4];
+  Operand<NP> x;
+  if (works) {
+    attend_tiles<NP>(before, {k_from, k_to, r_from, r_to, gy, between, rooted, own}, tile, tiles, lane);
+    store_fragments<NP>(out.v, before, tile, chunk, lane);
+    load_operand<NP>(x, gy, tile);
+    gather_tiles<NP>(before, behind, x, {v, k_from, k_to, step, rooted, weights}, tile, tiles, lane);
+    load_operand<NP>(x, v, tile);
+  }
+  __syncthreads();  // k and v are done with: what r's gradient is made of takes their place
+  if (works) {
+    put_sums<NP>(sums.r_before, before, tile, lane);
+    put_sums<NP>(sums.r_behind, behind, tile, lane);
+    gather_tiles<NP>(before, behind, x, {gy, r_from, r_to, step, rooted, nullptr}, tile, tiles, lane);
+  }
+  __syncthreads();
+  if (works) {
+    put_sums<NP>(sums.k_before, before, tile, lane);
+    put_sums<NP>(sums.k_behind, behind, tile, lane);
+  }
+  __syncthreads();
+  finish_tokens<NP>(sums, crossing, bonus, in, out, halves, weights, chunk, shape.H);
+  __syncthreads();
+  store_bonus<NP>(out.bonus, bonus, chunk);
+  enclose_tokens<NP>(sums.r_before, sums.r_behind, crossing, chunk,
+                     [&](int64_t to, int at, float(&gradient)[kQuad]) {
+                       float slope[kQuad];
+                       load_quad(slope, sums.k_before + at);
+#pragma unroll
+                       for (int c = 0; c < kQuad; ++c) gradient[c] *= slope[c];
+                       if (in.w_float) {
+                         store_quad(static_cast<float*>(out.w) + to, gradient);
+                       } else {
+                         store_quad(static_cast<bf16*>(out.w) + to, gradient);
+                       }
+                     });
+}
+
+// One gradient of a longer sequence, and its share of that of log d. `in` has the gradient's own r or k
+// in r's place, the other in k's, and x and z of M[t, s] = x[t] . z[s] in those of gy and v.
+struct DenseSide {
+  Inputs<bf16> in;
+  bf16* gradient;
+  float* enclosing;  // [B, T, H, N], the first side's share of the gradient of log d
+  float* bonus;      // [B, H, N], the first side's: each block's share of gu
+  void* gw;          // the second side's, null for the first
+};
+
+template <int NP>
+size_t dense_side_shared(int length) {
+  const int tiles = length / kTile;
+  return sizeof(bf16) * 4 * length * kStride<NP> +
+         sizeof(float) * (8 * tiles * NP + length + tiles * (tiles - 1) / 2);
+}
+
+// The gradient from its sums; leaves X and Y in their place, and for each half tile the sum of X - Y and
+// of the shares of gu.
+template <int NP>
+__device__ void finish_side(const DenseSide& side, float* before, float* behind, float* crossing,
+                            float* bonus, const float* halves, const float* weights,
+                            const Chunk& chunk, int64_t H) {
+  const Piece piece = piece_of<NP>(threadIdx.x);
+  if (piece.half >= halves_of(chunk)) return;
+  float middle[kQuad], log[kQuad], u[kQuad];
+  float enclosing[kQuad] = {};
+  float gu[kQuad] = {};
+  find_middle<NP>(middle, log, halves, piece);
+  load_bonus(u, side.in, piece, chunk, H);
+  constexpr int kSteps = kHalf / 2;  // at once, for want of registers
+#pragma unroll
+  for (int first = 0; first < kHalf; first += kSteps) {
+    PieceInputs<kSteps> x;
+    load_piece(x, side.in, piece, chunk, first);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      float own[kQuad], other[kQuad], own_from[kQuad], own_to[kQuad], inner[kQuad], outer[kQuad];
+      float later[kQuad], earlier[kQuad], gradient[kQuad];
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        next_factors(inner[c], outer[c], log[c], fmaxf(-decay_rate(x.w[step][c]), kFastest));
+      }
+      const float(&from)[kQuad] = piece.upper ? inner : outer;
+      const float(&to)[kQuad] = piece.upper ? outer : inner;
+      unpack_quad(own, x.r[step]);
+      unpack_quad(other, x.k[step]);
+      unpack_quad(own_from, scale_quad(own, from));
+      unpack_quad(own_to, scale_quad(own, to));
+      const int token = piece.token(first + step);
+      const int at = token * kStride<NP> + piece.channel;
+      load_quad(later, before + at);
+      load_quad(earlier, behind + at);
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        gradient[c] = from[c] * later[c] + to[c] * earlier[c] + weights[token] * u[c] * other[c];
+        gu[c] += weights[token] * own[c] * other[c];
+        later[c] *= own_from[c];
+        earlier[c] *= own_to[c];
+        enclosing[c] += later[c] - earlier[c];
+      }
+      store_quad(before + at, later);
+      store_quad(behind + at, earlier);
+      if (is_inside(piece, first + step, chunk)) {
+        store_quad(side.gradient + chunk.offset + token * chunk.token + piece.channel, gradient);
+      }
+    }
+  }
+  store_quad(crossing + piece.half * NP + piece.channel, enclosing);
+  store_quad(bonus + piece.half * NP + piece.channel, gu);
+}
+
+// So that each thread has the registers that it needs.
+template <int NP>
+constexpr int kMaxSideThreads = NP == 64 || NP == 80 ? kMaxDenseThreads : NP > 96 ? 256 : 384;
+
+template <int NP>
+__global__ void __launch_bounds__(kMaxSideThreads<NP>)
+    dense_side_kernel(Shape shape, DenseSide side) {
+  RWKV_CLIP_SHARED(shared);
+  const Chunk chunk = chunk_of_block(shape);
+  const int tiles = chunk.length / kTile;
+  const int size = chunk.length * kStride<NP>;
+  bf16* from = reinterpret_cast<bf16*>(shared);
+  bf16* to = from + size;
+  bf16* x = to + size;
+  bf16* z = x + size;
+  float* sums_before = reinterpret_cast<float*>(shared);
+  float* sums_behind = sums_before + size;
+  float* halves = sums_behind + size;
+  float* middles = halves + 2 * tiles * NP;
+  float* step = middles + tiles * NP;
+  float* crossing = step + tiles * NP;
+  float* bonus = crossing + 2 * tiles * NP;
+  float* weights = bonus + 2 * tiles * NP;  // M[t, t]
+  int* rooted = reinterpret_cast<int*>(weights + chunk.length);
+  copy_tokens<NP>(x, side.in.gy, chunk);
+  copy_tokens<NP>(z, side.in.v, chunk);
+  scale_tokens<NP, false>({nullptr, nullptr, from, to, halves, middles, nullptr}, side.in, chunk,
+                          shape.H);
+  __syncthreads();
+  join_tiles<NP>(nullptr, step, rooted, middles, tiles);
+  wait_for_copies();
+  __syncthreads();
+
+  const Lane lane;
+  const int tile = lane.warp;
+  float before[NP / 8][4];
+  float behind[NP / 8][4];
+  if (tile < tiles) {
+    const bf16* rows = x;
+    gather_tiles<NP>(before, behind, rows, {z, from, to, step, rooted, weights}, tile, tiles, lane);
+  }
+  __syncthreads();
+  if (tile < tiles) {
+    put_sums<NP>(sums_before, before, tile, lane);
+    put_sums<NP>(sums_behind, behind, tile, lane);
+  }
+  __syncthreads();
+  finish_side<NP>(side, sums_before, sums_behind, crossing, bonus, halves, weights, chunk, shape.H);
+  __syncthreads();
+  if (side.gw == nullptr) {
+    store_bonus<NP>(side.bonus, bonus, chunk);
+    enclose_tokens<NP>(
+        sums_before, sums_behind, crossing, chunk,
+        [&](int64_t at, int, float(&gradient)[kQuad]) { store_quad(side.enclosing + at, gradient); });
+    return;
+  }
+  enclose_tokens<NP>(sums_before, sums_behind, crossing, chunk,
+                     [&](int64_t at, int, float(&gradient)[kQuad]) {
+                       float others[kQuad], w[kQuad];
+                       load_quad(others, side.enclosing + at);
+                       if (side.in.w_float) {
+                         load_quad(w, static_cast<const float*>(side.in.w) + at);
+                       } else {
+                         load_quad(w, static_cast<const bf16*>(side.in.w) + at);
+                       }
+#pragma unroll
+                       for (int c = 0; c < kQuad; ++c) {
+                         gradient[c] = (gradient[c] + others[c]) * decay_slope(decay_rate(w[c]));
+                       }
+                       if (side.in.w_float) {
+                         store_quad(static_cast<float*>(side.gw) + at, gradient);
+                       } else {
+                         store_quad(static_cast<bf16*>(side.gw) + at, gradient);
+                       }
+                     });
+}
+
+}  // namespace rwkv_clip::cuda
