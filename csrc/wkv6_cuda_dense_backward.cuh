@@ -255,12 +255,20 @@ size_t dense_backward_shared(int length) {
          sizeof(float) * (tiles * NP + length + 2 * 2 * tiles * NP);
 }
 
-// Fewer threads may have more registers each; widest and narrowest heads need them.
+constexpr int kMaxDenseBackwardThreads = 256;
+
+// For how many threads there must be registers: on GPUs with shared memory for two blocks of the
+// published models, for both.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 template <int NP>
-constexpr int kMaxDenseBackwardThreads = NP == 16 || NP > 96 ? 256 : 320;
+constexpr int kDenseBackwardBound = NP == 16 || NP > 96 ? kMaxDenseBackwardThreads : 320;
+#else
+template <int NP>
+constexpr int kDenseBackwardBound = kMaxDenseBackwardThreads;
+#endif
 
 template <int NP>
-__global__ void __launch_bounds__(kMaxDenseBackwardThreads<NP>)
+__global__ void __launch_bounds__(kDenseBackwardBound<NP>)
     dense_backward_kernel(Shape shape, Inputs<bf16> in, Gradients<bf16> out) {
   RWKV_CLIP_SHARED(shared);
   const Chunk chunk = chunk_of_block(shape);

@@ -1,4 +1,4 @@
-// CUDA's execution model for a host compiler, as far as csrc/wkv6_cuda.cu uses it.
+// CUDA's execution model for a host compiler, as far as csrc/wkv6_cuda_*.cuh use it.
 //
 // Each CUDA thread is a fiber. A warp's fibers run until all of them wait at a block barrier, then
 // the next warp runs, so a missing __syncthreads shows as a read of what another warp has not

@@ -1,6 +1,10 @@
 // The CUDA launchers, compiled for the host over the emulation, with a C face for ctypes.
 #define RWKV_CLIP_EMULATE_CUDA
-#include "wkv6_cuda.cu"
+#define RWKV_CLIP_WITH_CUDA
+#include "wkv6_cuda.cpp"
+#include "wkv6_cuda_bf16.cu"
+#include "wkv6_cuda_fp16.cu"
+#include "wkv6_cuda_fp32.cu"
 
 using rwkv_clip::cuda::DType;
 using rwkv_clip::cuda::Wkv6Args;

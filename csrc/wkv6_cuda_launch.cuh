@@ -1,20 +1,17 @@
-// The WKV6 operator on CUDA: launchers.
+// Which kernels take which arguments, and their launches; included once for each type.
 //
-// One block computes one chunk of one head; a sequence that fits in shared memory is one chunk (the
-// dense form, each input read once). Longer ones are cut evenly: one kernel computes what every
-// chunk adds to the N x N states of both directions, one carries them along the sequence, and the
-// main kernel takes them as two more levels of the product.
-
-#include "wkv6_cuda.h"
+// A sequence that fits in shared memory is one chunk: each input is read once. Longer ones are cut
+// evenly: one kernel computes what every chunk adds to the N x N states of both directions, one carries
+// them along the sequence, and the main kernel takes them as two more levels of the product.
+#pragma once
 
 #include <type_traits>
 
 #include "wkv6_cuda_dense_backward.cuh"
+#include "wkv6_cuda_typed.h"
 
 namespace rwkv_clip::cuda {
 namespace {
-
-constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 // In bfloat16, a sequence that fits in shared memory: by one kernel, or its gradients by three. Others
 // are cut into chunks, of which there may be one.
@@ -106,7 +103,7 @@ struct Kernels {
   }
   static Plan backward_plan(const Wkv6Args& args) {
     if constexpr (kMayBeDense) {
-      if (fits_dense<NP>(args, kMaxDenseBackwardThreads<NP>, dense_backward_shared<NP>)) {
+      if (fits_dense<NP>(args, kMaxDenseBackwardThreads, dense_backward_shared<NP>)) {
         return make_dense_plan(args, NP, Form::kDense);
       }
       if (fits_dense<NP>(args, kMaxSideThreads<NP>, dense_side_shared<NP>) &&
@@ -208,49 +205,35 @@ auto with_head_size(const Wkv6Args& args, F f) {
   return f(Kernels<128, T>{});
 }
 
-template <typename F>
-auto with_kernels(const Wkv6Args& args, F f) {
-  switch (args.type) {
-    case DType::kBFloat16:
-      return with_head_size<bf16>(args, [&](auto kernels) { return f(kernels, bf16{}); });
-    case DType::kFloat16:
-      return with_head_size<fp16>(args, [&](auto kernels) { return f(kernels, fp16{}); });
-    default:
-      return with_head_size<float>(args, [&](auto kernels) { return f(kernels, float{}); });
-  }
-}
-
-const char* check(const Wkv6Args& args) {
-  if (args.B < 0 || args.T < 1 || args.H < 1) return "wkv6: needs B >= 0, T >= 1 and H >= 1";
-  if (args.N < 8 || args.N > 128 || args.N % 8 != 0) {
-    return "wkv6: head size must be a multiple of 8 up to 128";
-  }
-  if (args.T > kMaxBlocks / 2) return "wkv6: T is above 2^30";
-  if (args.w_type != args.type && args.w_type != DType::kFloat32) {
-    return "wkv6: w must be float32 or of the type of r";
-  }
-  return nullptr;
-}
-
-// Whole rows are moved 16 bytes at a time; PyTorch allocates on 512, so only an odd view fails.
-template <typename... Pointers>
-const char* check_alignment(Pointers... pointers) {
-  const bool aligned = (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
-  return aligned ? nullptr : "wkv6: tensors must start on a multiple of 16 bytes (clone the view)";
-}
+template <DType kType>
+struct TypeOf;
+template <>
+struct TypeOf<DType::kFloat32> {
+  using Type = float;
+};
+template <>
+struct TypeOf<DType::kBFloat16> {
+  using Type = bf16;
+};
+template <>
+struct TypeOf<DType::kFloat16> {
+  using Type = fp16;
+};
 
 }  // namespace
 
-size_t wkv6_forward_workspace(const Wkv6Args& args) {
-  if (check(args) != nullptr || args.B == 0) return 0;
-  return with_kernels(args, [&](auto kernels, auto) {
+template <DType kType>
+size_t Typed<kType>::forward_workspace(const Wkv6Args& args) {
+  using T = typename TypeOf<kType>::Type;
+  return with_head_size<T>(args, [&](auto kernels) {
     return sizeof(float) * kernels.forward_plan(args).state_floats();
   });
 }
 
-size_t wkv6_backward_workspace(const Wkv6Args& args) {
-  if (check(args) != nullptr || args.B == 0) return 0;
-  return with_kernels(args, [&](auto kernels, auto) {
+template <DType kType>
+size_t Typed<kType>::backward_workspace(const Wkv6Args& args) {
+  using T = typename TypeOf<kType>::Type;
+  return with_head_size<T>(args, [&](auto kernels) {
     const Plan plan = kernels.backward_plan(args);
     const size_t tensor = static_cast<size_t>(args.B * args.T * args.H * args.N);
     return sizeof(float) * (2 * plan.state_floats() + static_cast<size_t>(plan.blocks() * args.N) +
@@ -258,33 +241,31 @@ size_t wkv6_backward_workspace(const Wkv6Args& args) {
   });
 }
 
-const char* wkv6_forward(const Wkv6Args& args, const void* r, const void* k, const void* v,
-                         const void* w, const float* u, void* y, void* workspace, void* stream) {
-  if (const char* error = check(args)) return error;
-  if (args.B == 0) return nullptr;
-  if (const char* error = check_alignment(r, k, v, w, u, y, workspace)) return error;
-  return with_kernels(args, [&](auto kernels, auto zero) {
-    using T = decltype(zero);
-    const bool w_float = args.w_type == DType::kFloat32;
-    const Inputs<T> in{nullptr, static_cast<const T*>(r), static_cast<const T*>(k),
-                       static_cast<const T*>(v), w, w_float, u};
+template <DType kType>
+const char* Typed<kType>::forward(const Wkv6Args& args, const void* r, const void* k, const void* v,
+                                  const void* w, const float* u, void* y, void* workspace,
+                                  void* stream) {
+  using T = typename TypeOf<kType>::Type;
+  const bool w_float = args.w_type == DType::kFloat32;
+  const Inputs<T> in{nullptr, static_cast<const T*>(r), static_cast<const T*>(k),
+                     static_cast<const T*>(v), w, w_float, u};
+  return with_head_size<T>(args, [&](auto kernels) {
     return kernels.forward(args, in, static_cast<T*>(y), static_cast<float*>(workspace), stream);
   });
 }
 
-const char* wkv6_backward(const Wkv6Args& args, const void* gy, const void* r, const void* k,
-                          const void* v, const void* w, const float* u, void* gr, void* gk,
-                          void* gv, void* gw, float* gu, void* workspace, void* stream) {
-  if (const char* error = check(args)) return error;
+template <DType kType>
+const char* Typed<kType>::backward(const Wkv6Args& args, const void* gy, const void* r,
+                                   const void* k, const void* v, const void* w, const float* u,
+                                   void* gr, void* gk, void* gv, void* gw, float* gu,
+                                   void* workspace, void* stream) {
+  using T = typename TypeOf<kType>::Type;
   if (args.B == 0) return sum_bonus(args, 1, nullptr, gu, stream);
-  if (const char* error = check_alignment(gy, r, k, v, w, u, gr, gk, gv, gw, workspace)) return error;
-  return with_kernels(args, [&](auto kernels, auto zero) {
-    using T = decltype(zero);
-    const bool w_float = args.w_type == DType::kFloat32;
-    const Inputs<T> in{static_cast<const T*>(gy), static_cast<const T*>(r),
-                       static_cast<const T*>(k),  static_cast<const T*>(v), w, w_float, u};
-    const Gradients<T> out{static_cast<T*>(gr), static_cast<T*>(gk), static_cast<T*>(gv), gw,
-                           nullptr};
+  const bool w_float = args.w_type == DType::kFloat32;
+  const Inputs<T> in{static_cast<const T*>(gy), static_cast<const T*>(r), static_cast<const T*>(k),
+                     static_cast<const T*>(v), w, w_float, u};
+  const Gradients<T> out{static_cast<T*>(gr), static_cast<T*>(gk), static_cast<T*>(gv), gw, nullptr};
+  return with_head_size<T>(args, [&](auto kernels) {
     return kernels.backward(args, in, out, gu, static_cast<float*>(workspace), stream);
   });
 }
