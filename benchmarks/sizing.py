@@ -1,9 +1,9 @@
 """How large a cluster, and how long: 15 million, 100 million and 1 billion pairs, computed.
 
 Measured are the rates that benchmarks/README.md records, read from its tables: images that a core
-prepares, and the pipeline's share of bare vLLM. Counted are the operations of a training step, by
-PyTorch, on the model itself. Everything about GPUs is assumed, since none was at hand; each
-assumption is an option.
+prepares, the pipeline's share of bare vLLM, and the pairs that an H200 trains on. Counted are the
+operations of a training step, by PyTorch, on the model itself. The rest is assumed; each assumption
+is an option.
 
     python benchmarks/sizing.py [--gpu-tflops 989] [--cores 32] ...
 """
@@ -21,6 +21,7 @@ import rwkv_clip
 
 RECORD = Path(__file__).with_name("README.md")
 PAIRS = 2  # of the step that is counted
+MEASURED_TFLOPS = 989.0  # the bfloat16 peak of the GPU that was measured
 BATCHED_BYTES = 224 * 224 * 3 + 4 * 77  # of a pair on its way to a GPU: uint8 pixels, int32 tokens
 
 
@@ -56,10 +57,10 @@ def recorded(row: str) -> list[float]:
 
 def step_gflop() -> float:
     """Operations of a pair, forward and backward, in B/32's products."""
-    model = rwkv_clip.create_model("RWKV-CLIP-B-32").train()
+    model = rwkv_clip.create_model("RWKV-CLIP-B-32", device="meta").train()
     config = model.config
-    pixels = torch.randn(PAIRS, 3, config.image_size, config.image_size)
-    tokens = torch.randint(1, 1000, (PAIRS, config.context_length))
+    pixels = torch.empty(PAIRS, 3, config.image_size, config.image_size, device="meta")
+    tokens = torch.zeros(PAIRS, config.context_length, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:
         image, text = model.encode_image(pixels), model.encode_text(tokens)
         (image @ text.T).sum().backward()
@@ -108,9 +109,9 @@ def table(given: argparse.Namespace, images_a_core: float, share: float, gflop: 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """What is assumed."""
     parser = argparse.ArgumentParser(description="Size a cluster.")
-    for name, value, told in (
+    assumptions: tuple[tuple[str, float | None, str], ...] = (
         ("gpu-tflops", 989.0, "a GPU's bfloat16 peak; an H100's by default, an A100 has 312"),
-        ("train-share", 0.3, "of that peak in training"),
+        ("train-share", None, "of that peak in training; by default an H200's, as measured"),
         ("llm-share", 0.3, "of that peak in vLLM"),
         ("llm-billions", 8.0, "of parameters of the language model"),
         ("llm-tokens", 230.0, "that a description takes, read and written"),
@@ -118,7 +119,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         ("cores", 32.0, "for each GPU, on its node and on workers without GPUs"),
         ("ingest-a-core", 200.0, "pairs a second that a core reads, decodes and writes"),
         ("pair-kb", 40.0, "of a stored pair"),
-    ):
+    )
+    for name, value, told in assumptions:
         parser.add_argument(f"--{name}", type=float, default=value, help=told)
     return parser.parse_args(given)
 
@@ -128,7 +130,13 @@ def main() -> int:
     given = arguments()
     (images_a_core, *_), (_, share, *_) = recorded("Ray Data, our transform"), recorded("pipeline")
     gflop = step_gflop()
-    print(f"measured: {images_a_core:g} images a second and core, {share:g} of bare vLLM")
+    pairs_a_gpu, *_ = recorded("pairs a second on the GPU")
+    if given.train_share is None:
+        given.train_share = round(pairs_a_gpu * gflop / 1e3 / MEASURED_TFLOPS, 3)
+    print(
+        f"measured: {images_a_core:g} images a second and core, {share:g} of bare vLLM, "
+        f"{pairs_a_gpu:g} pairs a second on a GPU"
+    )
     print(f"counted:  {gflop:.1f} GFLOP a pair, forward and backward")
     print("assumed: ", ", ".join(f"{key} {value:g}" for key, value in vars(given).items()))
     print()
