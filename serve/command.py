@@ -131,11 +131,17 @@ def _take_away(config: ServeConfig) -> None:
     until = time.monotonic() + config.request_seconds + _REPORTED_SECONDS
     pause = threading.Event()
     director: Handle | None = None
+    told: set[str] = set()
     while _director_runs() and time.monotonic() < until:
-        # One handle for all looks: each has a router of its own.
-        director = director or serve.get_deployment_handle("director", APPLICATION)
-        if _ended(director):
-            break
+        try:
+            director = director or _director()  # once: each handle has a router of its own
+            if _ended(director):
+                break
+        except Exception as error:  # a busy machine is slow, and a director may die: again
+            why = type(error).__name__
+            if why not in told:
+                told.add(why)
+                _tell(f"the director has not answered yet ({why})")
         pause.wait(_POLL_SECONDS)
     with suppress(TimeoutError):
         serve.delete(APPLICATION)
@@ -153,13 +159,19 @@ def _deployments() -> Mapping[str, DeploymentStatusOverview]:
     return application.deployments if application else {}
 
 
+def _director() -> Handle:
+    """The director's handle, whose router has an event loop of its own.
+
+    A pod's environment says that routers share their caller's, and there is none here.
+    """
+    handle: Handle = serve.get_deployment_handle("director", APPLICATION)
+    handle._init(_run_router_in_separate_loop=True)  # type: ignore[no-untyped-call]
+    return handle
+
+
 def _ended(director: Handle) -> bool:
     """Tell the ingresses to end; whether they have answered what came."""
-    try:
-        return bool(director.end.remote().result(timeout_s=_ASK_SECONDS))
-    except Exception as error:  # a busy machine is slow to answer, and a director may die: again
-        _tell(f"the director has not answered yet ({type(error).__name__})")
-        return False
+    return bool(director.end.remote().result(timeout_s=_ASK_SECONDS))
 
 
 def fewer_hops() -> None:

@@ -27,6 +27,7 @@ from ray.serve.schema import ServeDeploySchema
 from rwkv_clip.cli import main
 from rwkv_clip.config import load_config
 from serve import app
+from serve.command import FEWER_HOPS
 from serve.config import ServeFile
 from tests.machine import free_port
 
@@ -68,7 +69,8 @@ def _answer(response: http.client.HTTPResponse) -> tuple[int, str]:
     return response.status, json.loads(response.read()).get("error", {}).get("code", "")
 
 
-def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
+@pytest.mark.parametrize("environment", [{}, FEWER_HOPS], ids=["plain", "as in a pod"])
+def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment):
     port = free_port()
     tower = {"cpus": 0.1}
     file = config_file(
@@ -83,7 +85,8 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
             text=True,
             cwd=ROOT,
             env={
-                **os.environ,
+                **{key: value for key, value in os.environ.items() if key not in FEWER_HOPS},
+                **environment,
                 "RWKV_CLIP_API_KEYS": "a-key",
                 "OTEL_EXPORTER_OTLP_ENDPOINT": traces_to,
                 "OTEL_BSP_SCHEDULE_DELAY": "100",  # milliseconds between exports
@@ -131,6 +134,7 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path):
         told = process.stderr.read()
         assert process.wait() == 0, told
     assert "those that came are answered" in told
+    assert "RuntimeError" not in told
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive
 
