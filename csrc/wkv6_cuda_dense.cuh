@@ -211,6 +211,9 @@ __device__ __forceinline__ float decay_rate(float w) {
   return exp2_fast(w * kLog2e + kLog2OfLog2e);
 }
 
+// The logarithm that is used: held, so that its inverse fits.
+__device__ __forceinline__ float held_decay(float rate) { return fmaxf(-rate, kFastest); }
+
 // Walks on by a token. `inner` leads from it to the middle or back, itself excluded, `outer` is the
 // inverse of that with itself; `log` is the logarithm so far.
 __device__ __forceinline__ void next_factors(float& inner, float& outer, float& log, float decay) {
@@ -276,7 +279,7 @@ __device__ void scale_tokens(const Scaled& to, const Inputs<bf16>& in, const Chu
     for (int step = 0; step < kHalf; ++step) {
 #pragma unroll
       for (int c = 0; c < kQuad; ++c) {
-        x.w[step][c] = fmaxf(-decay_rate(x.w[step][c]), kFastest);
+        x.w[step][c] = held_decay(decay_rate(x.w[step][c]));
         total[c] += x.w[step][c];
       }
     }
@@ -394,6 +397,18 @@ struct Attention {
   const float* own;
 };
 
+// out += what another tile's tokens give: `a` is the own operand that leads there, `keys` theirs.
+template <int NP>
+__device__ __forceinline__ void attend_other(float (&out)[NP / 8][4], const Operand<NP>& a,
+                                             const Attention& x, int pair, const bf16* keys,
+                                             int other, const Lane& lane) {
+  float scores[2][4] = {};
+  Operand<NP> scaled;
+  scale_operand<NP>(scaled, a, x.between + pair * NP, x.rooted[pair], lane);
+  score_tile<NP>(scores, scaled, keys, other);
+  apply_tile<NP>(out, scores, x.value, other);
+}
+
 // out[t, :] = sum_s A[t, s] value[s, :] for the tokens t of a warp's tile.
 template <int NP>
 __device__ __forceinline__ void attend_tiles(float (&out)[NP / 8][4], const Attention& x, int tile,
@@ -405,12 +420,7 @@ __device__ __forceinline__ void attend_tiles(float (&out)[NP / 8][4], const Atte
   load_operand<NP>(a, x.own_from, tile);
 #pragma unroll 1
   for (int other = 0; other < tile; ++other) {
-    const int pair = between_tiles(other, tile);
-    float scores[2][4] = {};
-    Operand<NP> scaled;
-    scale_operand<NP>(scaled, a, x.between + pair * NP, x.rooted[pair], lane);
-    score_tile<NP>(scores, scaled, x.other_to, other);
-    apply_tile<NP>(out, scores, x.value, other);
+    attend_other<NP>(out, a, x, between_tiles(other, tile), x.other_to, other, lane);
   }
   float scores[2][4] = {};
   float ahead[2][4] = {};
@@ -426,12 +436,7 @@ __device__ __forceinline__ void attend_tiles(float (&out)[NP / 8][4], const Atte
   apply_tile<NP>(out, scores, x.value, tile);
 #pragma unroll 1
   for (int other = tile + 1; other < tiles; ++other) {
-    const int pair = between_tiles(tile, other);
-    float scores[2][4] = {};
-    Operand<NP> scaled;
-    scale_operand<NP>(scaled, a, x.between + pair * NP, x.rooted[pair], lane);
-    score_tile<NP>(scores, scaled, x.other_from, other);
-    apply_tile<NP>(out, scores, x.value, other);
+    attend_other<NP>(out, a, x, between_tiles(tile, other), x.other_from, other, lane);
   }
 }
 

@@ -117,8 +117,7 @@ __device__ __forceinline__ void put_sums(float* shared, const float (&tile)[NP /
 // d(log d)/dw, with what holding a decay takes from it: log d is -exp(w). The bound keeps infinity times
 // zero out: there the decay is zero.
 __device__ __forceinline__ float decay_slope(float rate) {
-  const float decay = fmaxf(-rate, kFastest);
-  return -kLn2 * fminf(rate, 1e30f) * exp2_fast(-rate - decay);
+  return -kLn2 * fminf(rate, 1e30f) * exp2_fast(-rate - held_decay(rate));
 }
 
 // What the gradients are made of, float32 [length, NP] each: the sums of gather_tiles.
@@ -152,8 +151,7 @@ __device__ void finish_tokens(const Sums& sums, float* crossing, float* bonus,
 #pragma unroll
       for (int c = 0; c < kQuad; ++c) {
         const float rate = decay_rate(x.w[step][c]);
-        const float decay = fmaxf(-rate, kFastest);
-        next_factors(inner[c], outer[c], log[c], decay);
+        next_factors(inner[c], outer[c], log[c], held_decay(rate));
         slope[c] = decay_slope(rate);
       }
       unpack_quad(r, x.r[step]);
@@ -207,8 +205,18 @@ __device__ __forceinline__ void store_bonus(float* global, const float* halves,
   }
 }
 
-// Calls body(offset in a tensor, offset in the sums, gradient of log d) for a piece's tokens: the sum of X - Y behind
-// the token, less its own Y; zero at both ends, which enclose nothing.
+// Four gradients of w, in w's type.
+__device__ __forceinline__ void store_decays(void* gw, const Inputs<bf16>& in, int64_t at,
+                                             const float (&gradient)[kQuad]) {
+  if (in.w_float) {
+    store_quad(static_cast<float*>(gw) + at, gradient);
+  } else {
+    store_quad(static_cast<bf16*>(gw) + at, gradient);
+  }
+}
+
+// Calls body(offset in a tensor, offset in the sums, gradient of log d) for a piece's tokens: the sum of
+// X - Y behind the token, less its own Y; zero at both ends, which enclose nothing.
 template <int NP, typename Body>
 __device__ __forceinline__ void enclose_tokens(const float* later, const float* earlier,
                                                const float* crossing, const Chunk& chunk,
@@ -335,11 +343,7 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
                        load_quad(slope, sums.k_before + at);
 #pragma unroll
                        for (int c = 0; c < kQuad; ++c) gradient[c] *= slope[c];
-                       if (in.w_float) {
-                         store_quad(static_cast<float*>(out.w) + to, gradient);
-                       } else {
-                         store_quad(static_cast<bf16*>(out.w) + to, gradient);
-                       }
+                       store_decays(out.w, in, to, gradient);
                      });
 }
 
@@ -384,7 +388,7 @@ __device__ void finish_side(const DenseSide& side, float* before, float* behind,
       float later[kQuad], earlier[kQuad], gradient[kQuad];
 #pragma unroll
       for (int c = 0; c < kQuad; ++c) {
-        next_factors(inner[c], outer[c], log[c], fmaxf(-decay_rate(x.w[step][c]), kFastest));
+        next_factors(inner[c], outer[c], log[c], held_decay(decay_rate(x.w[step][c])));
       }
       const float(&from)[kQuad] = piece.upper ? inner : outer;
       const float(&to)[kQuad] = piece.upper ? outer : inner;
@@ -484,11 +488,7 @@ __global__ void __launch_bounds__(kMaxSideThreads<NP>)
                        for (int c = 0; c < kQuad; ++c) {
                          gradient[c] = (gradient[c] + others[c]) * decay_slope(decay_rate(w[c]));
                        }
-                       if (side.in.w_float) {
-                         store_quad(static_cast<float*>(side.gw) + at, gradient);
-                       } else {
-                         store_quad(static_cast<bf16*>(side.gw) + at, gradient);
-                       }
+                       store_decays(side.gw, side.in, at, gradient);
                      });
 }
 
