@@ -7,6 +7,8 @@ LOCK ?= requirements/cpu.txt
 # Has PyTorch without CUDA, as the image's TORCH_INDEX; asked first, and done without where it is away.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 SOURCES := pyproject.toml setup.py rwkv_clip/_build.py $(wildcard csrc/*)
+# Each may start a Ray cluster.
+TEST_PROCESSES ?= 2
 OPERATOR_TESTS := tests/rwkv_clip/ops tests/rwkv_clip/model
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -53,8 +55,9 @@ demo: setup ## run the main job on emoji: describe, train, evaluate, register, r
 comparison: setup ## the same, and a second training on web texts alone to compare it with
 	$(BIN)/rwkv-clip pipeline --config configs/emoji-comparison.yaml
 
-test: setup ## run every test but those of chaos
-	$(BIN)/python -m pytest
+# OpenMP's threads do not spin while they wait, for the cores have other processes' work to do.
+test: setup ## run every test but those of chaos, in TEST_PROCESSES processes
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
 
 chaos: setup ## kill nodes, workers, jobs and servers, print what it cost, and try what takes long
 	$(BIN)/python -m pytest -m 'chaos or not chaos' tests/ray_jobs/chaos \

@@ -4,8 +4,12 @@ else is.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -51,3 +55,22 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+# Whose tests share what takes long to make.
+_TOGETHER = ("tests/serve/", "tests/ray_jobs/training/")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadScopeScheduling":
+    """Share the tests out among processes, as `make test` does: a file at a time, or a folder."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = next((one for one in _TOGETHER if nodeid.startswith(one)), None)
+            return folder or nodeid.partition("::")[0]
+
+    # As they are collected: the long ones first, and small ones to fill what is left at the end.
+    config.option.loadscopereorder = False
+    return Files(config, log)

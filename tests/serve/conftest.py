@@ -73,9 +73,9 @@ def settings(searched: Storage, registry: Registry) -> ServeFile:
     return ServeFile.model_validate(whole)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def endpoint(ray_cluster: None, settings: ServeFile) -> Iterator[str]:
-    """Its address."""
+    """Its address. It ends with this folder's tests, because it holds CPUs of the cluster."""
     start(settings.serve)
     serve.run(build(settings), name="rwkv-clip")
     yield f"http://127.0.0.1:{settings.serve.port}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine import small_file_system
-from tests.ray_jobs.chaos.conftest import Figures
+from tests.ray_jobs.chaos.conftest import AddFigures, Figures
 from tests.ray_jobs.clusters import cluster
 from tests.ray_jobs.killing import wait_until
 
@@ -36,9 +36,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.chaos
-def test_a_full_spill_folder_is_told_with_what_to_do(
-    small_disk: Path, figures: list[Figures]
-) -> None:
+def test_a_full_spill_folder_is_told_with_what_to_do(small_disk: Path, figures: AddFigures) -> None:
     with cluster(cpus=1) as made:
         options = [f"--address={made.address}", f"--object-spilling-directory={small_disk}"]
         made.start_node(options, 1, {"spills": 1})
@@ -48,4 +46,4 @@ def test_a_full_spill_folder_is_told_with_what_to_do(
         told = log.read_text()
     assert "TOLD Local disk is full: Ray's object store overflowed" in told
     assert "Free some and start again" in told
-    figures.append(Figures("spill folder full", 0, 0, "a clear error; what is done is kept", None))
+    figures(Figures("spill folder full", 0, 0, "a clear error; what is done is kept", None))

@@ -12,7 +12,7 @@ import yaml
 
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 from ray_jobs.train import trained
-from tests.ray_jobs.chaos.conftest import Figures
+from tests.ray_jobs.chaos.conftest import AddFigures, Figures
 from tests.ray_jobs.chaos.runs import missing_and_double, pair_ids, written_ids
 from tests.ray_jobs.clusters import Cluster, cluster
 from tests.ray_jobs.killing import below, wait_until
@@ -58,7 +58,7 @@ def running(job: "subprocess.Popen[bytes]", log: Path) -> bool:
 
 @pytest.mark.chaos
 def test_a_pipeline_on_s3_outlives_503_and_a_killed_driver(
-    tmp_path: Path, figures: list[Figures], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, figures: AddFigures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {**CREDENTIALS, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
@@ -103,7 +103,7 @@ def test_a_pipeline_on_s3_outlives_503_and_a_killed_driver(
         assert job.returncode == 0, log.read_text()[-6000:]
         lost, twice = missing_and_double(written_ids(storage), pair_ids(storage))
         redone = f"nothing; {s3.refused} requests were asked again"
-        figures.append(Figures("S3 answers 503", lost, twice, redone, seconds))
+        figures(Figures("S3 answers 503", lost, twice, redone, seconds))
         assert (lost, twice) == (0, 0)
         history: Any = trained(storage).history
         steps = [int(record["step"]) for record in history]
@@ -111,9 +111,7 @@ def test_a_pipeline_on_s3_outlives_503_and_a_killed_driver(
             [str(one) for one in steps], [str(one) for one in range(1, max(steps) + 1)]
         )
         redone = f"at most {STEPS_BETWEEN} steps, from the last checkpoint to the end"
-        figures.append(
-            Figures("job's driver killed, submitted again", missing, double, redone, resumed)
-        )
+        figures(Figures("job's driver killed, submitted again", missing, double, redone, resumed))
         assert (missing, double) == (0, 0)
         assert max(steps) == 8 * (ROWS // 32)
         assert "were done already" in log.read_text()

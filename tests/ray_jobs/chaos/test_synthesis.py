@@ -12,7 +12,7 @@ import pytest
 
 from ray_jobs.storage import Storage
 from ray_jobs.synthesize import SynthesisConfig, SynthesisResult, synthesize
-from tests.ray_jobs.chaos.conftest import Figures
+from tests.ray_jobs.chaos.conftest import AddFigures, Figures
 from tests.ray_jobs.chaos.runs import make_pairs, missing_and_double, pair_ids, start, written_ids
 from tests.ray_jobs.clusters import cluster
 from tests.ray_jobs.killing import PATIENCE, below, processes_named, wait_until
@@ -27,7 +27,7 @@ def chunk_files(storage: Storage) -> list[str]:
 
 
 def test_a_node_dies_while_pairs_are_described(
-    ray_cluster: None, tmp_path: Path, figures: list[Figures]
+    ray_cluster: None, tmp_path: Path, figures: AddFigures
 ) -> None:
     storage = make_pairs(tmp_path, ROWS, PART_ROWS)
     thinking = threading.Event()
@@ -69,7 +69,7 @@ def test_a_node_dies_while_pairs_are_described(
     ]
     recovered = max(seen) - killed
     redone = f"{len(chunks)} chunks of {CHUNK_ROWS} rows, what one engine had in work"
-    figures.append(Figures("node dies during synthesis", lost, twice, redone, recovered))
+    figures(Figures("node dies during synthesis", lost, twice, redone, recovered))
     assert (lost, twice) == (0, 0)
     assert 1 <= len(chunks) <= 4, json.dumps(record)  # an engine has four at a time
     assert asked - ROWS <= len(chunks) * CHUNK_ROWS
@@ -91,7 +91,7 @@ def test_an_engine_fails_while_pairs_are_described(
     kind: str,
     ray_cluster: None,
     tmp_path: Path,
-    figures: list[Figures],
+    figures: AddFigures,
 ) -> None:
     in_flight = 2
     storage = make_pairs(tmp_path, 96, 48)
@@ -118,7 +118,7 @@ def test_an_engine_fails_while_pairs_are_described(
     kinds = Counter(one["kind"] for one in results[0].incidents)
     lost, twice = missing_and_double(written_ids(storage), pair_ids(storage))
     redone = f"{kinds.total()} chunks of {CHUNK_ROWS} rows, what the engine had in work"
-    figures.append(Figures(f"{fault} during synthesis", lost, twice, redone, recovered))
+    figures(Figures(f"{fault} during synthesis", lost, twice, redone, recovered))
     assert (lost, twice) == (0, 0)
     assert kinds[kind] >= 1
     assert kinds.total() <= in_flight

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from ray_jobs.storage import Storage
 from ray_jobs.tracking import Tracker, TrackingConfig
-from tests.ray_jobs.chaos.conftest import Figures
+from tests.ray_jobs.chaos.conftest import AddFigures, Figures
 from tests.ray_jobs.clusters import free_port, responds
 from tests.ray_jobs.killing import kill_all, wait_until
 
@@ -34,7 +34,7 @@ def serve(folder: Path, port: int) -> "subprocess.Popen[bytes]":
 
 @pytest.mark.chaos
 def test_mlflow_is_away_for_a_while_and_gets_every_step_once(
-    tmp_path: Path, figures: list[Figures], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, figures: AddFigures, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
     config = TrackingConfig(uri=f"http://127.0.0.1:{port}", system_metrics_seconds=None)
@@ -59,7 +59,7 @@ def test_mlflow_is_away_for_a_while_and_gets_every_step_once(
         kill_all(server)
     assert "training goes on, and they are logged when it is back" in caplog.text
     lost, twice = len(set(range(1, 6)) - set(steps)), len(steps) - len(set(steps))
-    figures.append(
+    figures(
         Figures("MLflow away during training", lost, twice, "no work; 4 steps came later", seconds)
     )
     assert (lost, twice) == (0, 0)

@@ -10,7 +10,7 @@ import pytest
 from ray_jobs.storage import Storage
 from ray_jobs.train import TrainResult, train, trained
 from ray_jobs.training.config import TrainConfig
-from tests.ray_jobs.chaos.conftest import Figures
+from tests.ray_jobs.chaos.conftest import AddFigures, Figures
 from tests.ray_jobs.chaos.runs import make_pairs, start
 from tests.ray_jobs.clusters import cluster
 from tests.ray_jobs.killing import wait_until
@@ -59,7 +59,7 @@ def latest(storage: Storage) -> dict[str, float]:
 
 @pytest.mark.chaos
 def test_a_node_dies_and_another_joins_while_a_model_is_trained(
-    undisturbed: tuple[Storage, TrainResult], tmp_path: Path, figures: list[Figures]
+    undisturbed: tuple[Storage, TrainResult], tmp_path: Path, figures: AddFigures
 ) -> None:
     calm, expected = undisturbed
     storage = Storage.at(tmp_path / "disturbed")
@@ -100,8 +100,8 @@ def test_a_node_dies_and_another_joins_while_a_model_is_trained(
     lost = len(set(range(1, expected.steps + 1)) - set(steps))
     twice = len(steps) - len(set(steps))
     redone = f"at most {STEPS_BETWEEN} steps; workers {changes} with the same batches"
-    figures.append(Figures("node dies during training", lost, twice, redone, shrunk))
-    figures.append(Figures("node joins during training", lost, twice, redone, grown))
+    figures(Figures("node dies during training", lost, twice, redone, shrunk))
+    figures(Figures("node joins during training", lost, twice, redone, grown))
     assert (lost, twice) == (0, 0)
     assert changes == [2, 1, 2]
     losses = np.array([record["loss"] for record in result.history])
