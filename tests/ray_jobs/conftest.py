@@ -1,9 +1,12 @@
 """What the tests of jobs share."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from tests.ray_jobs.figures import PROPERTY, AddFigures, Figures, print_table
 
 if TYPE_CHECKING:
     from tests.ray_jobs.s3_server import Server
@@ -18,3 +21,18 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Server]":
         monkeypatch.setenv(name, value)
     with s3_server() as made:
         yield made
+
+
+@pytest.fixture
+def figures(record_property: Callable[[str, object], None]) -> AddFigures:
+    """A function that puts a row into the table of what faults cost."""
+
+    def add(row: Figures) -> None:
+        record_property(PROPERTY, asdict(row))
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print that table."""
+    print_table(terminalreporter)

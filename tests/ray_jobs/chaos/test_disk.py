@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.machine import small_file_system
-from tests.ray_jobs.chaos.conftest import AddFigures, Figures
 from tests.ray_jobs.clusters import cluster
+from tests.ray_jobs.figures import AddFigures, Figures
 from tests.ray_jobs.killing import wait_until
 
 # Twelve objects of 20 MB, where 80 MB fit the object store and 40 MB its spill folder.

@@ -12,9 +12,9 @@ import yaml
 
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 from ray_jobs.train import trained
-from tests.ray_jobs.chaos.conftest import AddFigures, Figures
 from tests.ray_jobs.chaos.runs import missing_and_double, pair_ids, written_ids
 from tests.ray_jobs.clusters import Cluster, cluster
+from tests.ray_jobs.figures import AddFigures, Figures
 from tests.ray_jobs.killing import below, wait_until
 from tests.ray_jobs.s3_server import BUCKET, CREDENTIALS, Server, s3_server
 from tests.ray_jobs.small import TRAIN

@@ -12,9 +12,9 @@ import pytest
 
 from ray_jobs.storage import Storage
 from ray_jobs.synthesize import SynthesisConfig, SynthesisResult, synthesize
-from tests.ray_jobs.chaos.conftest import AddFigures, Figures
 from tests.ray_jobs.chaos.runs import make_pairs, missing_and_double, pair_ids, start, written_ids
 from tests.ray_jobs.clusters import cluster
+from tests.ray_jobs.figures import AddFigures, Figures
 from tests.ray_jobs.killing import PATIENCE, below, processes_named, wait_until
 from tests.ray_jobs.synthesis.llm_server import ANSWER, chat, server
 

@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 
 from ray_jobs.storage import Storage
 from ray_jobs.tracking import Tracker, TrackingConfig
-from tests.ray_jobs.chaos.conftest import AddFigures, Figures
 from tests.ray_jobs.clusters import free_port, responds
+from tests.ray_jobs.figures import AddFigures, Figures
 from tests.ray_jobs.killing import kill_all, wait_until
 
 RECORDS = [{"step": float(step), "loss": 5.0 - step, "seconds": 1.0} for step in range(1, 6)]

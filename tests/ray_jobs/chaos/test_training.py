@@ -10,9 +10,9 @@ import pytest
 from ray_jobs.storage import Storage
 from ray_jobs.train import TrainResult, train, trained
 from ray_jobs.training.config import TrainConfig
-from tests.ray_jobs.chaos.conftest import AddFigures, Figures
 from tests.ray_jobs.chaos.runs import make_pairs, start
 from tests.ray_jobs.clusters import cluster
+from tests.ray_jobs.figures import AddFigures, Figures
 from tests.ray_jobs.killing import wait_until
 from tests.ray_jobs.small import PAIRS, TRAIN
 

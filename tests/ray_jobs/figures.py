@@ -1,13 +1,14 @@
-"""Faults on clusters of several nodes, and a table of what they cost.
+"""What faults cost: rows for a table that is printed at the end.
 
-`make chaos` runs all of them; the default run leaves out those marked `chaos`.
+`make chaos` tries all of them, on clusters of several nodes; the default run leaves out those that
+are marked `chaos`.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import pytest
+PROPERTY = "figures"  # of a test's report, which comes from whichever process ran it
 
 
 @dataclass(frozen=True)
@@ -31,29 +32,16 @@ class Figures:
 
 AddFigures = Callable[[Figures], None]
 
-_NAME = "figures"
 
-
-@pytest.fixture
-def figures(record_property: Callable[[str, object], None]) -> AddFigures:
-    """A function that puts a row into the table that is printed at the end."""
-
-    def add(row: Figures) -> None:
-        # With the test's report, which comes from whichever process ran it.
-        record_property(_NAME, asdict(row))
-
-    return add
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the table."""
+def print_table(terminalreporter: Any) -> None:
+    """Print all tests' rows, if there are any."""
     rows = [
         Figures(**value)
         for reports in terminalreporter.stats.values()
         for report in reports
         if getattr(report, "when", None) == "call"
         for name, value in report.user_properties
-        if name == _NAME
+        if name == PROPERTY
     ]
     if not rows:
         return
