@@ -61,6 +61,11 @@ def ray_cluster() -> Iterator[None]:
 _TOGETHER = ("tests/serve/", "tests/ray_jobs/training/")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These come first, so that a process does not begin one when the others are done."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_TOGETHER))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadScopeScheduling":
     """Share the tests out among processes, as `make test` does: a file at a time, or a folder."""
