@@ -133,7 +133,8 @@ def main() -> int:
     pairs_a_gpu, *_ = recorded("pairs a second on the GPU")
     assumed = {key: value for key, value in vars(given).items() if value is not None}
     measured = round(pairs_a_gpu * gflop / 1e3 / MEASURED_TFLOPS, 3)
-    given.train_share = given.train_share or measured
+    if given.train_share is None:
+        given.train_share = measured
     print(
         f"measured: {images_a_core:g} images a second and core, {share:g} of bare vLLM, "
         f"{pairs_a_gpu:g} pairs a second on a GPU ({measured:g} of its peak)"
