@@ -39,7 +39,8 @@ import rwkv_clip
 from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
-from ray_jobs.training.batches import BatchMaker, PairFiles, normalise, stream
+from ray_jobs.training.batches import BatchMaker, Images, PairFiles, stream
+from ray_jobs.training.loop import normalise
 from ray_jobs.training.plan import DataPlan
 from rwkv_clip.memory import keep_freed_memory
 from rwkv_clip.model.config import named_config
@@ -136,8 +137,9 @@ def ray_rate(storage: Storage, workers: int, batches: int) -> float:
     """Images a second that Ray Data delivers, as to a training worker."""
     files = PairFiles.of(storage)
     plan = DataPlan(files.flat_row_groups, BATCH, 2 * workers, 4, 0)
-    transform = image_transform(named_config("RWKV-CLIP-B-32"), train=True)
-    maker = BatchMaker(files, plan, plan.lanes_of(0, 1), transform, CONTEXT)
+    model = named_config("RWKV-CLIP-B-32")
+    images = Images(model.image_size, model.image_mean, model.image_std)
+    maker = BatchMaker(files, plan, plan.lanes_of(0, 1), images, CONTEXT)
     arrived = stream(maker, 0, batches + WARM_BATCHES + 8, 1.0, workers)
 
     mean, scale = (255 * _MEAN)[None], (1 / (255 * _STD))[None]

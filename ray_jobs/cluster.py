@@ -26,14 +26,23 @@ from rwkv_clip.config import BaseConfig
 logger = logging.getLogger(__name__)
 
 _NO_SPACE = os.strerror(errno.ENOSPC)
-# Of a local cluster, unless the environment says otherwise. A worker takes 2 % of a core even when
-# it has nothing to do, so idle ones are ended when ten seconds have passed without a task. Nor does
-# anybody drain a local node, which Ray Train would have a process watch for.
-_LOCAL = {
+# Of a local cluster, unless the environment says otherwise. Ray's log monitor looks for new files
+# ten times a second, to print on a terminal what we keep off it, and its agent adds up what every
+# process uses each five seconds, for a dashboard that is not there: together 2 % of a core at rest,
+# and several times that among a few hundred log files. Nor does anybody drain a local node, which
+# Ray Train would have a process watch for.
+QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+# A worker takes 1 to 2 % of a core even when it has nothing to do, so idle ones are ended when ten
+# seconds have passed without a task.
+_FEW_IDLE = {
     "RAY_num_workers_soft_limit": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "10000",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _SPILL_FULL = "Local disk is full"  # Ray's OutOfDiskError, however it is wrapped
 
@@ -65,7 +74,7 @@ def connected(config: RayConfig) -> Iterator[Path]:
     if address := config.running():
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        os.environ.update({**_LOCAL, **os.environ})
+        os.environ.update({**QUIET, **_FEW_IDLE, **os.environ})
         ray.init(
             "local",  # without an address Ray would join whatever `ray start` began on this machine
             num_cpus=config.num_cpus,

@@ -26,8 +26,9 @@ from ray_jobs.storage import Storage
 from ray_jobs.training.batches import TEXTS, PairFiles
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.evaluation import RetrievalResult
+from rwkv_clip.images import ImageDecodeError
 from rwkv_clip.model import RWKVCLIP, load_checkpoint
-from rwkv_clip.transforms import ImageDecodeError, TransformedBatch
+from rwkv_clip.transforms import TransformedBatch
 
 logger = logging.getLogger(__name__)
 

@@ -36,11 +36,11 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rwkv_clip.images import open_image
+from rwkv_clip.images import Encoded, ImageDecodeError, eight_bits, open_named
 from rwkv_clip.jitter import ColourJitter
 from rwkv_clip.resize import Box, Pixels, resize_bicubic, resize_rows_first
 
@@ -51,11 +51,7 @@ MAX_FULL_ASPECT = 4
 CROP_AREA = (0.7, 1.0)
 CROP_ASPECT = (0.8, 1.25)
 
-Encoded = bytes | bytearray | memoryview
 ImageInput = Encoded | Image.Image | Pixels
-
-# Modes that Pillow resizes with every filter and whose conversion to RGB keeps eight bits.
-_RESIZABLE = frozenset({"RGB", "L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
 
 
 class _Turn(NamedTuple):
@@ -97,23 +93,6 @@ class ImageSettings(Protocol):
     def image_mean(self) -> tuple[float, ...]: ...
     @property
     def image_std(self) -> tuple[float, ...]: ...
-
-
-class ImageDecodeError(ValueError):
-    """An input that is no usable image.
-
-    Attributes:
-        reason: what is wrong with it.
-        name: which input it is (its index in a batch, or the id the caller gave), or None.
-    """
-
-    def __init__(self, reason: str, name: object = None) -> None:
-        super().__init__(reason if name is None else f"image {name!r}: {reason}")
-        self.reason = reason
-        self.name = name
-
-    def __reduce__(self) -> tuple[type[ImageDecodeError], tuple[str, object]]:
-        return type(self), (self.reason, self.name)
 
 
 class TransformedBatch(NamedTuple):
@@ -286,7 +265,7 @@ class ImageTransform:
             pixels = _decode_jpeg(image, encoded, scale)
         crop = crop._replace(box=_scaled(crop, whole, image.size, scale))
         if pixels is None:
-            decoded = _eight_bits(image)
+            decoded = eight_bits(image)
             return self._resize_decoded(
                 decoded.transpose(crop.turn.how) if crop.turn else decoded, crop
             )
@@ -329,27 +308,6 @@ def image_transform(config: ImageSettings, train: bool = False, **options: Any) 
     return ImageTransform(
         config.image_size, config.image_mean, config.image_std, train=train, **options
     )
-
-
-def small_picture(image: bytes, side: int, name: object = None) -> Image.Image:
-    """An encoded image as RGB, on white where it is transparent, no side longer than `side`.
-
-    Raises:
-        ImageDecodeError: it is no image, or a broken one; says `name`.
-    """
-    opened = _open(image, name)
-    try:
-        if opened.format == "JPEG":
-            opened.draft(None, (side, side))
-        opened = _eight_bits(ImageOps.exif_transpose(opened))
-        opened.thumbnail((side, side), Image.Resampling.BICUBIC)
-        if opened.mode in ("RGBA", "LA"):
-            opened = opened.convert("RGBA")
-            white = Image.new("RGBA", opened.size, "white")
-            opened = Image.alpha_composite(white, opened)
-        return opened.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
-        raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
 
 
 def _centre(size: tuple[int, int], side: int) -> _Crop:
@@ -474,15 +432,7 @@ def _open(image: ImageInput, name: object) -> Image.Image:
             f"an image is encoded bytes, a Pillow image or a uint8 array, not "
             f"{type(image).__name__}"
         )
-    if len(image) == 0:
-        raise ImageDecodeError("is empty (0 bytes)", name)
-    try:
-        return open_image(image)
-    except UnidentifiedImageError:
-        start = bytes(image[:12])
-        raise ImageDecodeError(f"is not a known image format (starts {start!r})", name) from None
-    except Exception as error:  # Pillow's parsers raise whatever a broken header leads them to
-        raise ImageDecodeError(f"cannot be opened ({error})", name) from error
+    return open_named(image, name)
 
 
 def _from_array(array: Pixels, name: object) -> Image.Image:
@@ -496,16 +446,3 @@ def _from_array(array: Pixels, name: object) -> Image.Image:
     if array.size == 0:
         raise ImageDecodeError(f"is empty ({array.shape[1]}x{array.shape[0]} pixels)", name)
     return Image.fromarray(array.reshape(array.shape[:2]) if grey else array)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Decodes, into a mode that Pillow resizes with every filter and that has eight bits."""
-    image.load()
-    if image.mode.startswith("I"):  # I and I;16: in PNG, TIFF and PGM files these hold 16 bits
-        grey = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
-        return Image.fromarray(grey.astype(np.uint8))
-    if image.mode in _RESIZABLE:
-        return image
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours, and no warning about what is dropped
-    return image.convert("RGB")

@@ -18,14 +18,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
+
+from serve.messages import Vectors
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
-Vectors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+import numpy as np
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from rwkv_clip.evaluation import class_embeddings
 from serve.errors import ApiError
 from serve.inputs import Reader, Shape
+from serve.messages import Vectors
 from serve.towers import Served, answer_headers, answered_by, check_model
 
 
@@ -71,9 +71,8 @@ async def classify(asked: ClassifyRequest, served: Served, reader: Reader) -> Re
     )
     if seen.failures:
         raise ApiError(400, "broken_image", f"image: {seen.failures[0]}", "image")
-    vectors = torch.from_numpy(told.vectors).unflatten(0, (len(asked.labels), -1))
-    similarity = class_embeddings(vectors) @ torch.from_numpy(seen.vectors[0])
-    chances = (card.scale * similarity).softmax(0).tolist()
+    similarity = _classes(told.vectors, len(asked.labels)) @ seen.vectors[0]
+    chances = _softmax(card.scale * similarity)
     order = sorted(range(len(chances)), key=lambda at: -chances[at])
     return JSONResponse(
         {
@@ -83,7 +82,7 @@ async def classify(asked: ClassifyRequest, served: Served, reader: Reader) -> Re
                     "object": "label",
                     "index": at,
                     "label": asked.labels[at],
-                    "probability": chances[at],
+                    "probability": float(chances[at]),
                     "similarity": float(similarity[at]),
                 }
                 for at in order
@@ -92,6 +91,24 @@ async def classify(asked: ClassifyRequest, served: Served, reader: Reader) -> Re
         },
         headers=answer_headers(card, [seen, told]),
     )
+
+
+def _classes(vectors: Vectors, labels: int) -> Vectors:
+    """Of length one, [labels, D], from those of the prompts, [labels * templates, D].
+
+    As `rwkv_clip.evaluation.class_embeddings`, without PyTorch and for vectors of length one. A
+    label whose prompts cancel each other fits nothing: it gets zeros.
+    """
+    mean = vectors.reshape(labels, -1, vectors.shape[1]).mean(1)
+    norm = np.linalg.norm(mean, axis=1, keepdims=True)
+    classes: Vectors = np.divide(mean, norm, out=np.zeros_like(mean), where=norm > 0)
+    return classes
+
+
+def _softmax(logits: Vectors) -> Vectors:
+    powers = np.exp(logits - logits.max())
+    chances: Vectors = powers / powers.sum()
+    return chances
 
 
 @contextmanager

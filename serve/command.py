@@ -38,6 +38,13 @@ FEWER_HOPS = {
     # A call carries a request's images, or vectors of all its texts; Serve's own limit is 4 MiB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(1 << 30),
 }
+# Of a cluster that begins here: nobody reads its logs on a terminal, or looks at a dashboard of it.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
 _POLL_SECONDS = 0.2
 _ASK_SECONDS = 5.0  # for the director to answer
 _REPORTED_SECONDS = 5.0  # from when a request is answered to when its ingress has said so
@@ -76,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
     fewer_hops()
+    if not address:
+        os.environ.update({**_QUIET, **os.environ})
     ray.init(
         address=address or "local",
         log_to_driver=False,

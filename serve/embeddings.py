@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from fastapi.responses import JSONResponse, Response
 
-from serve.encoders import Encoded
 from serve.errors import ApiError
 from serve.inputs import EmbeddingsRequest, Picture, Reader, Text, encoded_vector, request_items
-from serve.succession import Tower
+from serve.messages import Encoded, Tower
 from serve.towers import Served, answer_headers, answered_by, check_model
 
 

@@ -17,62 +17,31 @@ from ray.serve.handle import DeploymentHandle
 from threadpoolctl import threadpool_limits
 
 from rwkv_clip import image_transform, tokenize
+from rwkv_clip.images import ImageDecodeError
 from rwkv_clip.model import RWKVCLIP
-from rwkv_clip.transforms import ImageDecodeError, ImageTransform
-from serve.batching import Batcher, Done, Room, Vectors
+from rwkv_clip.transforms import ImageTransform
+from serve.batching import Batcher, Done, Room
 from serve.config import EncoderConfig, ServeFile
+from serve.messages import (
+    REPORT_SECONDS,
+    Elsewhere,
+    Encoded,
+    ModelCard,
+    ModelPlace,
+    Orders,
+    Report,
+    Tower,
+    Vectors,
+)
 from serve.metrics import TowerMetrics
-from serve.models import ModelError, ModelPlace, check_model, check_vectors, load_model
-from serve.succession import REPORT_SECONDS, Director, Orders, Report, Tower
+from serve.models import check_model, check_vectors, load_model
+from serve.registry import ModelError
+from serve.succession import Director
 
 logger = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 4  # that may be decoded and wait for the model
 _SHORT = 2000  # characters that are tokenized sooner than a thread is woken
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What a served model is.
-
-    Attributes:
-        name, version: as in `ModelPlace`.
-        digest: SHA-256 of its weights' file.
-        dimensions: of an embedding.
-        scale: that similarities are multiplied by before a softmax.
-    """
-
-    name: str
-    version: str
-    digest: str
-    dimensions: int
-    scale: float
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What a tower made of a request's items.
-
-    Attributes:
-        vectors: [n, D], of the items that could be read.
-        indices: of these n among the items that were sent.
-        failures: messages by the index of each other item.
-        tokens: that went through the tower, for `usage`.
-        seconds: of `preprocess`, `queue` and `inference`.
-    """
-
-    vectors: Vectors
-    indices: list[int]
-    failures: dict[int, str]
-    tokens: int
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """The replica does not hold the model that was asked for; `serving` is the one to ask for."""
-
-    serving: ModelPlace
 
 
 @dataclass(frozen=True, eq=False)

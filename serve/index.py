@@ -29,10 +29,10 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from rwkv_clip.transforms import ImageDecodeError, small_picture
+from rwkv_clip.images import ImageDecodeError, small_picture
 from serve.config import FaissConfig, SearchConfig, ServeFile, StorageSection
 from serve.files import open_filesystem
-from serve.succession import REPORT_SECONDS
+from serve.messages import REPORT_SECONDS
 
 logger = logging.getLogger(__name__)
 

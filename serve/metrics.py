@@ -15,7 +15,7 @@ import httpx
 import ray
 from ray.serve.metrics import Counter, Histogram
 
-from serve.succession import Tower
+from serve.messages import Tower
 
 logger = logging.getLogger(__name__)
 

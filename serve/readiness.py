@@ -6,8 +6,8 @@ import time
 
 from PIL import Image
 
-from serve.encoders import ModelCard
 from serve.errors import ApiError
+from serve.messages import ModelCard
 from serve.towers import Served, Towers
 
 _WAIT_SECONDS = 5.0  # less than probes wait for an answer

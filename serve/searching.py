@@ -9,7 +9,7 @@ from serve.config import SearchConfig
 from serve.errors import ApiError
 from serve.index import Hit, Lacking, told
 from serve.inputs import Item, Reader, Shape, Text
-from serve.succession import Tower
+from serve.messages import Tower
 from serve.towers import Handle, Served, answer_headers, answered_by, call, check_model
 
 _RESULTS = 24  # that fill the page

@@ -15,69 +15,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from serve.config import ServeFile
-from serve.models import ModelError, ModelPlace, find_model
+from serve.messages import REPORT_SECONDS, TOWERS, ModelPlace, Orders, Report, Standing, Tower
+from serve.registry import ModelError, find_model
 
 logger = logging.getLogger(__name__)
 
-Tower = Literal["image", "text"]
-TOWERS: tuple[Tower, ...] = ("image", "text")
-
-REPORT_SECONDS = 1.0
 _GONE_SECONDS = 15.0  # without a report
 _AGAIN_SECONDS = 60.0  # until a refused model is tried again: what it came from may be back
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a replica of a tower says of itself.
-
-    Attributes:
-        tower, replica: which it is.
-        serving: the model that it took for the current one until now.
-        holds: models in its memory, that are good.
-        refused: models that it could not take, with the reason.
-    """
-
-    tower: Tower
-    replica: str
-    serving: ModelPlace | None = None
-    holds: tuple[ModelPlace, ...] = ()
-    refused: tuple[tuple[ModelPlace, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What a replica is to do.
-
-    Attributes:
-        current: the model that is served.
-        hold: models to have in memory, the current one among them.
-    """
-
-    current: ModelPlace
-    hold: tuple[ModelPlace, ...]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How things stand.
-
-    Attributes:
-        current: the model that is served.
-        coming: the one that is being loaded.
-        refused: reasons by version.
-        trouble: why no other model can be looked for.
-        ending: whether the server takes no more requests.
-    """
-
-    current: ModelPlace
-    coming: ModelPlace | None = None
-    refused: tuple[tuple[str, str], ...] = ()
-    trouble: str | None = None
-    ending: bool = False
 
 
 @dataclass

@@ -11,10 +11,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve.encoders import Elsewhere, Encoded, ModelCard
 from serve.errors import ApiError
-from serve.models import ModelPlace
-from serve.succession import TOWERS, Director, Standing, Tower
+from serve.messages import TOWERS, Elsewhere, Encoded, ModelCard, ModelPlace, Standing, Tower
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +57,7 @@ class Towers:
 
     def __init__(
         self,
-        director: DeploymentHandle[Director],
+        director: Handle,
         image: Handle,
         text: Handle,
         ongoing: Callable[[], int],

@@ -35,10 +35,10 @@ def ray_cluster() -> Iterator[None]:
 
     import ray
 
+    from ray_jobs.cluster import QUIET
     from serve.command import fewer_hops
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # as local clusters of jobs have it
+    os.environ.update(QUIET)  # as local clusters of jobs have it
     # Ray Train looks at its workers every two seconds, and hears of a checkpoint at each look.
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     fewer_hops()
@@ -48,7 +48,7 @@ def ray_cluster() -> Iterator[None]:
         log_to_driver=False,
         object_store_memory=300_000_000,
         _system_config={
-            "metrics_report_interval_ms": 1000,  # what is counted is soon told
+            "metrics_report_interval_ms": 2000,  # what is counted is told soon enough for tests
             # A worker that has imported Ray Data and PyTorch waits for the next test's tasks.
             "num_workers_soft_limit": 6,
         },

@@ -31,7 +31,7 @@ from rwkv_clip.descriptions import (
     caption_messages,
     parse_caption,
 )
-from rwkv_clip.transforms import ImageDecodeError, small_picture
+from rwkv_clip.images import ImageDecodeError, small_picture
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from ray_jobs.synthesis.config import PythonConfig
 from ray_jobs.synthesis.task import GIVEN, Row
 from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
 from rwkv_clip.descriptions import Caption
-from rwkv_clip.transforms import ImageDecodeError, small_picture
+from rwkv_clip.images import ImageDecodeError, small_picture
 
 logger = logging.getLogger(__name__)
 

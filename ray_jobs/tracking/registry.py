@@ -19,7 +19,7 @@ import rwkv_clip
 from ray_jobs.storage import Storage
 from ray_jobs.tracking.runs import Tracker, current_store
 from ray_jobs.tracking.source import stored_model
-from rwkv_clip.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 

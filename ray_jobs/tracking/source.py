@@ -12,7 +12,7 @@ import mlflow.artifacts
 from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.tracking.config import STORE_ERRORS, TrackingConfig, tracking_place
 from ray_jobs.tracking.runs import current_store
-from rwkv_clip.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 
 _REGISTRY = "models:/"
 

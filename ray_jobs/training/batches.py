@@ -10,13 +10,15 @@ Choices:
   whenever.
 - A row whose image cannot be decoded (or whose texts are all empty) is marked and left out by the
   worker, which counts it. Ingestion has decoded each image once, so this is rare.
+- PyTorch is imported where batches are made, and not by the process of Ray Data's that only hands
+  the windows out.
 """
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import numpy as np
@@ -24,15 +26,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-from torch import Tensor
 
 from ray_jobs.beside import Beside, lay_over, written
 from ray_jobs.execution import arrange, work_items
 from ray_jobs.ingest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.training.plan import DataPlan, RowAddress, Rows, Window
-from rwkv_clip.tokenizer import tokenize
-from rwkv_clip.transforms import ImageDecodeError, ImageTransform
+from rwkv_clip.images import ImageDecodeError
+
+if TYPE_CHECKING:
+    from rwkv_clip.transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +120,29 @@ def _row_group(storage: Storage, name: str, group: int, columns: list[str]) -> p
 
 
 @dataclass(frozen=True)
+class Images:
+    """What a model's training makes of images; see `rwkv_clip.image_transform`.
+
+    Attributes:
+        image_size, image_mean, image_std: of the model's configuration.
+        jitter: the amounts of `rwkv_clip.jitter.ColourJitter`; None for none.
+    """
+
+    image_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    jitter: Mapping[str, float] | None = None
+
+    def transform(self) -> "ImageTransform":
+        """With training augmentation."""
+        from rwkv_clip.jitter import ColourJitter
+        from rwkv_clip.transforms import image_transform
+
+        jitter = ColourJitter(**self.jitter) if self.jitter else None
+        return image_transform(self, train=True, jitter=jitter)
+
+
+@dataclass(frozen=True)
 class BatchMaker:
     """Turns windows of the plan into batches for one worker.
 
@@ -124,7 +150,7 @@ class BatchMaker:
         files: the pairs.
         plan: their order.
         lanes: those of the worker.
-        transform: of the images, with training augmentation.
+        images: what becomes of them.
         context_length: tokens of a text.
         weights: how often each text is chosen, of those that a pair has.
     """
@@ -132,7 +158,7 @@ class BatchMaker:
     files: PairFiles
     plan: DataPlan
     lanes: range
-    transform: ImageTransform
+    images: Images
     context_length: int
     weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TEXTS, 1.0))
 
@@ -153,8 +179,14 @@ class BatchMaker:
             number = window.epoch * self.plan.steps_per_epoch + window.first + step
             yield self._batch(chosen, window.epoch, number)
 
+    @cached_property
+    def _transform(self) -> "ImageTransform":
+        return self.images.transform()
+
     def _batch(self, pairs: Sequence[Mapping[str, Any]], epoch: int, step: int) -> Batch:
-        size = self.transform.image_size
+        from rwkv_clip.tokenizer import tokenize
+
+        size = self.images.image_size
         pixels = np.zeros((len(pairs), 3, size, size), np.uint8)
         usable = np.ones(len(pairs), np.bool_)
         seeds = np.zeros(len(pairs), np.int64)
@@ -164,7 +196,7 @@ class BatchMaker:
             text = choose_text(pair, self.weights, rng)
             texts.append(text)
             try:
-                pixels[at] = self.transform.planes(pair["image"], rng, name=pair["id"])
+                pixels[at] = self._transform.planes(pair["image"], rng, name=pair["id"])
             except ImageDecodeError as error:
                 logger.warning("left out: %s", error)
                 usable[at] = False
@@ -178,17 +210,6 @@ class BatchMaker:
             "id": np.array([pair["id"] for pair in pairs], dtype=object),
             "step": np.full(len(pairs), step, np.int64),
         }
-
-
-def normalise(pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """(pixels - mean) * scale in float32, [B, 3, S, S].
-
-    Args:
-        pixels: uint8 [B, 3, S, S].
-        mean, scale: of pixels in 0..255, [1, 3, 1, 1] each, where the pixels are.
-    """
-    # In place: a batch of floats is large, and a second one costs more than the arithmetic.
-    return pixels.float().sub_(mean).mul_(scale)
 
 
 def sample_generator(seed: int, epoch: int, identity: str) -> np.random.Generator:
@@ -237,7 +258,9 @@ def stream(
     rows = maker.plan.slice_rows * len(maker.lanes)
     stretch = windows * maker.plan.shuffle_steps
     for first in range(first_step, last_step, stretch):
-        todo = maker.plan.windows(first, min(first + stretch, last_step))
+        plan = maker.plan
+        windows_from = plan.windows_at_first if first == first_step else plan.windows
+        todo = windows_from(first, min(first + stretch, last_step))
         dataset = work_items([asdict(window) for window in todo]).map_batches(
             maker,
             batch_size=1,

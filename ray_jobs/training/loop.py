@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ray_jobs.training.batches import Batch, BatchMaker, PairFiles, normalise, stream
+from ray_jobs.training.batches import Batch, BatchMaker, Images, PairFiles, stream
 from ray_jobs.training.checkpoint import RunState, checkpoint_name, load_state, save_state
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.plan import DataPlan
@@ -40,11 +40,9 @@ from ray_jobs.training.recipe import (
     learning_rate,
     set_learning_rate,
 )
-from rwkv_clip.jitter import ColourJitter
 from rwkv_clip.loss import PairLoss, create_loss
 from rwkv_clip.memory import keep_freed_memory
 from rwkv_clip.model import RWKVCLIP, create_model
-from rwkv_clip.transforms import image_transform
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # pixels, tokens and seeds of a batch
 
@@ -187,13 +185,18 @@ class Worker:
     def _maker(self) -> BatchMaker:
         """What makes this worker's batches."""
         data, plan = self.config.data, self.task.plan
-        jitter = ColourJitter(**data.jitter.model_dump()) if data.jitter else None
+        model = self.model.config
         return BatchMaker(
             self.task.files,
             plan,
             plan.lanes_of(self.rank, self.world_size),
-            image_transform(self.model.config, train=True, jitter=jitter),
-            self.model.config.context_length,
+            Images(
+                model.image_size,
+                model.image_mean,
+                model.image_std,
+                data.jitter.model_dump() if data.jitter else None,
+            ),
+            model.context_length,
             data.texts.model_dump(),
         )
 
@@ -354,6 +357,17 @@ class Worker:
         name = f"{self.task.folder}/not-finite-{self.rank}.json"
         self.task.files.storage.write_json(name, value)
         logger.error("the loss of step %d is not finite: %s", step, json.dumps(value["state"]))
+
+
+def normalise(pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """(pixels - mean) * scale in float32, [B, 3, S, S].
+
+    Args:
+        pixels: uint8 [B, 3, S, S].
+        mean, scale: of pixels in 0..255, [1, 3, 1, 1] each, where the pixels are.
+    """
+    # In place: a batch of floats is large, and a second one costs more than the arithmetic.
+    return pixels.float().sub_(mean).mul_(scale)
 
 
 class _Meter:

@@ -124,6 +124,20 @@ class DataPlan:
             yield Window(epoch, within, end - within)
             step += end - within
 
+    def windows_at_first(self, first_step: int, last_step: int) -> Iterator[Window]:
+        """The same work with smaller windows at its beginning: of one step, of two, of four.
+
+        A small window is ready soon, and whoever waits for its batches has something to do.
+        """
+        most = 1
+        for window in self.windows(first_step, last_step):
+            first, end = window.first, window.first + window.steps
+            while first < end:
+                steps = min(most, end - first)
+                yield Window(window.epoch, first, steps)
+                first += steps
+                most *= 2
+
     def rows_of(self, window: Window, lane: int) -> Rows:
         """The rows of a lane's slices in a window's steps, in order.
 

@@ -21,12 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from rwkv_clip.model.clip import RWKVCLIP, create_model
 from rwkv_clip.model.config import CONFIGS, CLIPConfig, ImageConfig, TextConfig, named_config
 from rwkv_clip.model.image import resize_positions
-
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 
 POSITIONS = "image_model.pos_embed"
 _BFLOAT16_PUBLISHED = re.compile(r"text_model\.blocks\.\d+\.att\.(time_decay|time_faaaa)")

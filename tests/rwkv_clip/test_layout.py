@@ -99,6 +99,12 @@ def test_importing_the_package_imports_nothing_heavy():
     run_without(("torch", "numpy", *REST, *FOREIGN), "import rwkv_clip; rwkv_clip.__version__")
 
 
+def test_what_holds_no_model_imports_where_pytorch_and_mlflow_are_absent():
+    served = "serve.ingress, serve.index"
+    handed_out = "ray_jobs.ingest, ray_jobs.synthesis.captioner, ray_jobs.training.batches"
+    run_without(("torch", "mlflow"), f"import {served}, {handed_out}")
+
+
 def test_every_public_name_is_there_and_an_unknown_one_is_an_attribute_error():
     import rwkv_clip
 

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
+from rwkv_clip.images import ImageDecodeError
 from rwkv_clip.ops import build_info
 from rwkv_clip.resize import resize_bicubic, resize_bicubic_statement
 from rwkv_clip.transforms import (
     CLIP_MEAN,
     CLIP_STD,
-    ImageDecodeError,
     ImageTransform,
     image_transform,
     random_box,

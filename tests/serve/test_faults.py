@@ -26,6 +26,7 @@ from openai import OpenAI
 from PIL import Image
 
 from rwkv_clip import tokenize
+from tests.ray_jobs.killing import wait_until
 from tests.serve.small import data_uri, picture
 
 KIND = {"Content-Type": "application/json"}
@@ -152,13 +153,17 @@ def replicas(deployment: str) -> list[psutil.Process]:
 
 def answered(client: httpx.Client) -> dict[str, float]:
     """How many requests each status has answered, once all that were answered are counted."""
-    changes, last = 0, ""
-    while changes < 3:
+    own = r'ray_rwkv_clip_requests_total\{[^}]*route="/metrics"[^}]*\} .*'
+    text = ""
+    seen: set[str] = set()
+
+    def told() -> int:
+        nonlocal text
         text = client.get("/metrics").text
-        found = re.search(r'ray_rwkv_clip_requests_total\{[^}]*route="/metrics"[^}]*\} .*', text)
-        now = found[0] if found else ""
-        changes += now != last
-        last = now
+        seen.update(re.findall(own, text))
+        return len(seen)
+
+    wait_until(lambda: told() >= 3, "numbers that were told after what they count")
     counted: Counter[str] = Counter()
     pattern = r'ray_rwkv_clip_requests_total\{[^}]*route="/v1/embeddings"[^}]*\} (.*)'
     for sample in re.finditer(pattern, text):

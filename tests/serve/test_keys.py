@@ -7,9 +7,9 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
-from serve.app import Ingress
 from serve.config import ServeFile
 from serve.errors import ApiError
+from serve.ingress import Ingress
 from serve.keys import VARIABLE, Keys
 
 

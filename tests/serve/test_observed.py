@@ -5,9 +5,11 @@ from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from ray import serve
 
-from serve import app, traces
+from serve import ingress, traces
 from serve.config import ServeFile
 from serve.metrics import merged
+from serve.searching import Searcher
+from tests.ray_jobs.killing import wait_until
 from tests.serve.small import data_uri, picture
 
 
@@ -21,12 +23,14 @@ def test_numbers_of_requests_and_towers_are_told(client):
         "ray_rwkv_clip_queue_wait_ms_sum", "ray_rwkv_clip_preprocess_ms_count",
         "ray_rwkv_clip_inference_ms_sum", "ray_rwkv_clip_request_ms_bucket", "ray_serve_",
     ]  # fmt: skip
-    for _ in range(300):
-        answer = client.get("/metrics")
-        if all(one in answer.text for one in wanted):
-            break
-    assert [one for one in wanted if one not in answer.text] == []
-    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+    def missing() -> list[str]:
+        text = client.get("/metrics").text
+        return [one for one in wanted if one not in text]
+
+    wait_until(lambda: not missing(), "all numbers")
+    told = client.get("/metrics").headers["content-type"]
+    assert told.startswith("text/plain; version=0.0.4")
 
 
 def test_expositions_of_several_nodes_are_one():
@@ -40,11 +44,11 @@ def test_expositions_of_several_nodes_are_one():
 @pytest.mark.parametrize("closed", ["docs", "metrics"])
 def test_what_is_closed_is_not_there(closed, checkpoint):
     config = ServeFile.model_validate({"serve": {"model": str(checkpoint), closed: False}})
-    plain = app.Ingress.__bases__[0]  # the class without Serve around it
-    ingress = plain.__new__(plain)
-    ingress.config = config.serve
-    ingress.searcher = app.Searcher(None, None)
-    with TestClient(ingress.__serve_build_asgi_app__()) as client:
+    plain = ingress.Ingress.__bases__[0]  # the class without Serve around it
+    made = plain.__new__(plain)
+    made.config = config.serve
+    made.searcher = Searcher(None, None)
+    with TestClient(made.__serve_build_asgi_app__()) as client:
         paths = {"docs": ["/docs", "/openapi.json"], "metrics": ["/metrics"]}[closed]
         assert [client.get(path).status_code for path in paths] == [404] * len(paths)
 

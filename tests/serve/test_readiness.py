@@ -6,12 +6,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from serve import readiness
-from serve.app import Ingress
 from serve.config import ServeFile
-from serve.encoders import ModelCard
 from serve.errors import ApiError
+from serve.ingress import Ingress
 from serve.keys import VARIABLE
-from serve.models import ModelPlace
+from serve.messages import ModelCard, ModelPlace
 from serve.readiness import Readiness
 from serve.succession import Standing
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve.models import ModelPlace
+from serve.messages import ModelPlace
 from serve.succession import Orders, Report, Succession, Tower
 
 ONE, TWO, THREE = (

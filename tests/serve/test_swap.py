@@ -17,7 +17,8 @@ from rwkv_clip import image_transform, tokenize
 from rwkv_clip.model import RWKVCLIP, create_model, save_checkpoint
 from serve.config import ServeFile
 from serve.encoders import Encoder
-from serve.models import ModelError, find_model, load_model
+from serve.models import load_model
+from serve.registry import ModelError, find_model
 from serve.succession import Director, Orders
 from tests.serve.small import Registry, data_uri, picture, small_config
 

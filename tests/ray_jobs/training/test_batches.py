@@ -1,16 +1,16 @@
 """Batches as a training worker gets them from Ray Data."""
 
-from ray_jobs.training.batches import BatchMaker, PairFiles, stream
+from ray_jobs.training.batches import BatchMaker, Images, PairFiles, stream
 from ray_jobs.training.plan import DataPlan
 from rwkv_clip.model.config import named_config
-from rwkv_clip.transforms import image_transform
 
 
 def test_a_run_of_many_lots_of_windows_has_the_batches_of_one(emoji_storage):
     files = PairFiles.of(emoji_storage)
     plan = DataPlan(files.flat_row_groups, 32, 4, 4, 0)
-    transform = image_transform(named_config("RWKV-CLIP-Tiny"), train=True)
-    maker = BatchMaker(files, plan, plan.lanes_of(0, 2), transform, 16)
+    model = named_config("RWKV-CLIP-Tiny")
+    images = Images(model.image_size, model.image_mean, model.image_std)
+    maker = BatchMaker(files, plan, plan.lanes_of(0, 2), images, 16)
     last = plan.steps_per_epoch + 5
     assert plan.steps_per_epoch % plan.shuffle_steps  # an epoch's last window is cut
 

@@ -49,15 +49,22 @@ def test_the_order_changes_with_the_epoch_and_the_seed_and_with_nothing_else():
     assert first != [whole_batch(plan_of(seed=1), s) for s in range(plan.steps_per_epoch)]
 
 
-def test_windows_cover_all_steps_in_order_and_may_begin_anywhere():
+@pytest.mark.parametrize("name", ["windows", "windows_at_first"])
+def test_windows_cover_all_steps_in_order_and_may_begin_anywhere(name):
     plan = plan_of()
     for start in range(2 * plan.steps_per_epoch):
         steps = [
             window.epoch * plan.steps_per_epoch + window.first + at
-            for window in plan.windows(start, 2 * plan.steps_per_epoch + 1)
+            for window in getattr(plan, name)(start, 2 * plan.steps_per_epoch + 1)
             for at in range(window.steps)
         ]
         assert steps == list(range(start, 2 * plan.steps_per_epoch + 1))
+
+
+def test_the_first_windows_are_small():
+    plan = DataPlan((1000,), batch=10, lanes=2, shuffle_steps=16, seed=0)
+    sizes = [window.steps for window in plan.windows_at_first(0, 80)]
+    assert sizes == [1, 2, 4, 8, 1, 16, 16, 16, 16]
 
 
 def test_a_window_that_begins_in_the_middle_has_the_rows_of_the_whole_one():

@@ -1,0 +1,258 @@
+"""The ingress: the deployment that speaks OpenAI's language.
+
+It holds no model, and so it loads neither PyTorch nor MLflow: it starts soon, and is small.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.staticfiles import StaticFiles
+from ray import serve
+from starlette.exceptions import HTTPException
+
+from rwkv_clip._version import __version__
+from rwkv_clip.memory import give_back_freed_memory
+from serve.bodies import Bodies
+from serve.classification import ClassifyRequest, classify
+from serve.config import ServeFile
+from serve.embeddings import embeddings
+from serve.errors import ApiError
+from serve.inputs import EmbeddingsRequest, Reader, Shape, parse_request
+from serve.keys import VARIABLE, Keys
+from serve.metrics import RequestMetrics, gathered
+from serve.readiness import Readiness
+from serve.remote import Fetcher
+from serve.searching import Searcher, SearchRequest
+from serve.towers import Handle, Served, Towers
+
+logger = logging.getLogger(__name__)
+
+Answer = Callable[[Request], Awaitable[Response]]
+Work = Callable[[Any, Served, Reader], Awaitable[Response]]
+RETRY_SECONDS = 1
+PAGE = Path(__file__).parent / "page"
+_CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@serve.ingress()
+class Ingress:
+    """Reads requests, sends their items to the towers, and writes the answers.
+
+    Args:
+        config: of the endpoint.
+        director: says which model is served.
+        image, text: the towers.
+        index: that searches, if there is anything to be searched.
+        keyed: whether clients need a key.
+
+    Raises:
+        ValueError: they do, and this node's environment has none.
+    """
+
+    def __init__(
+        self,
+        config: ServeFile,
+        director: Handle,
+        image: Handle,
+        text: Handle,
+        index: Handle | None,
+        keyed: bool,
+    ) -> None:
+        give_back_freed_memory()  # that of bodies
+        self.config = config.serve
+        limits, remote = self.config.limits, self.config.remote
+        self.ongoing = 0
+        self.towers = Towers(director, image, text, lambda: self.ongoing)
+        self.searcher = Searcher(self.config.search, index)
+        self.fetcher = Fetcher(remote, limits.image_bytes) if remote else None
+        self.bodies = Bodies(limits.body_bytes, limits.bodies_bytes)
+        self.keys = Keys()
+        if keyed and not self.keys.needed:
+            raise ValueError(
+                f"{VARIABLE} is set where the endpoint was started, and not on this node, whose "
+                "replica would take requests without a key; set it for `ray start` on every node"
+            )
+        self.metrics = RequestMetrics()
+        self.readiness = Readiness(self.towers, self.config.request_seconds)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The routes."""
+        open_docs = self.config.docs
+        app = FastAPI(
+            title="RWKV-CLIP",
+            version=__version__,
+            docs_url="/docs" if open_docs else None,
+            redoc_url=None,
+            openapi_url="/openapi.json" if open_docs else None,
+        )
+        app.add_exception_handler(HTTPException, _http_error)
+        app.post("/v1/embeddings", **_told(EmbeddingsRequest, "Vectors of texts and images"))(
+            self._v1("/v1/embeddings", EmbeddingsRequest, embeddings)
+        )
+        app.post("/v1/classify", **_told(ClassifyRequest, "How well each label fits an image"))(
+            self._v1("/v1/classify", ClassifyRequest, classify)
+        )
+        app.post("/v1/search", **_told(SearchRequest, "The pairs with the nearest images"))(
+            self._v1("/v1/search", SearchRequest, self.searcher.search)
+        )
+        app.get("/v1/models", summary="The served model")(
+            self._answering("/v1/models", self.models)
+        )
+        app.get("/healthz", summary="Whether this process answers")(
+            self._answering("/healthz", self.healthz)
+        )
+        app.get("/readyz", summary="Whether both towers give embeddings")(
+            self._answering("/readyz", self.readyz)
+        )
+        if self.config.metrics:
+            app.get("/metrics", summary="Numbers for Prometheus")(
+                self._answering("/metrics", self.tell_metrics)
+            )
+        app.get("/", include_in_schema=False)(_page)
+        app.mount("/page", StaticFiles(directory=PAGE))
+        return app
+
+    async def models(self, _: Request) -> Response:
+        """The served model."""
+
+        async def tell(served: Served) -> Response:
+            card = served.card
+            told = {
+                "id": card.name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "rwkv-clip",
+                "version": card.version,
+                "dimensions": card.dimensions,
+            }
+            return JSONResponse({"object": "list", "data": [told]})
+
+        return await self.towers.through_one_model(tell)
+
+    async def healthz(self, _: Request) -> Response:
+        """Whether this process answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        """Whether both towers give embeddings, or did and are busy, and how the model stands."""
+        card = await self.readiness.card()
+        if card is None:
+            return JSONResponse({"status": "busy"})
+        standing = await self.towers.standing()
+        told: dict[str, Any] = {
+            "status": "ready",
+            "model": card.name,
+            "model_version": card.version,
+        }
+        if standing.coming is not None:
+            told["loading"] = standing.coming.version
+        # Probes have no key, and the reasons may name hosts and files.
+        if self.keys.good(request.headers.get("authorization")):
+            if standing.refused:
+                told["refused"] = [
+                    {"model_version": version, "reason": reason}
+                    for version, reason in standing.refused
+                ]
+            if standing.trouble is not None:
+                told["trouble"] = standing.trouble
+        return JSONResponse(told)
+
+    async def tell_metrics(self, _: Request) -> Response:
+        """All nodes' numbers."""
+        return PlainTextResponse(await gathered(), media_type="text/plain; version=0.0.4")
+
+    def _v1(self, route: str, shape: type[Shape], work: Work) -> Answer:
+        """A route that takes a JSON object, and answers by one model."""
+
+        async def answer(request: Request) -> Response:
+            async with self.bodies.read(request) as body:
+                asked = parse_request(shape, body.content)
+                reader = Reader(self.config.limits, self.fetcher, body.count)
+                return await self.towers.through_one_model(
+                    lambda served: work(asked, served, reader)
+                )
+
+        return self._answering(route, answer)
+
+    def _answering(self, route: str, answer: Answer) -> Answer:
+        """A route with keys, a limit of time, numbers, and every error in OpenAI's shape."""
+
+        async def answering(request: Request) -> Response:
+            began = time.monotonic()
+            self.ongoing += 1
+            try:
+                response = await self._admitted(request, route, answer)
+            except ApiError as error:
+                response = error_response(error)
+            except Exception:
+                number = request.headers.get("x-request-id", "without an id")
+                # The trace names the place; inputs are in no message of ours.
+                logger.exception("request %s failed", number)
+                response = error_response(
+                    ApiError(500, "internal", f"the server failed; its log has request {number}")
+                )
+            finally:
+                self.ongoing -= 1
+            version = response.headers.get("x-model-version", "")
+            seconds = time.monotonic() - began
+            self.metrics.answered(route, response.status_code, version, seconds)
+            return response
+
+        return answering
+
+    async def _admitted(self, request: Request, route: str, answer: Answer) -> Response:
+        # The route, not the address: that begins with whatever the application is served under.
+        if route.startswith("/v1/"):
+            self.keys.check(request.headers.get("authorization"))
+            if self.towers.ending:
+                raise ApiError(503, "ending", "this server is being ended; ask another one")
+            if self.ongoing > self.config.ingress.max_ongoing:
+                raise ApiError(
+                    429, "overloaded", "too many requests are under way; send this one again later"
+                )
+        try:
+            async with asyncio.timeout(self.config.request_seconds):
+                return await answer(request)
+        except TimeoutError:
+            raise ApiError(
+                503,
+                "timeout",
+                f"there is no answer within {self.config.request_seconds:g} seconds; send fewer "
+                "items, or send it again later",
+            ) from None
+
+
+def _told(shape: type[Shape], summary: str) -> dict[str, Any]:
+    """What /docs says of a route that reads its body by itself."""
+    content = {"application/json": {"schema": shape.model_json_schema()}}
+    return {
+        "summary": summary,
+        "openapi_extra": {"requestBody": {"content": content, "required": True}},
+    }
+
+
+async def _page() -> Response:
+    """The search page; what it loads comes from here alone."""
+    return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": _CONTENT_POLICY})
+
+
+def error_response(error: ApiError) -> Response:
+    """An error as an answer."""
+    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else None
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:  # noqa: ARG001 (FastAPI's)
+    """Unknown paths and methods in OpenAI's shape too."""
+    status = getattr(error, "status_code", 500)
+    told = f"{getattr(error, 'detail', 'error')}; /docs lists what there is"
+    return error_response(ApiError(status, "not_found" if status == 404 else "bad_method", told))
