@@ -136,9 +136,9 @@ def quieten() -> None:
     for name in ("alembic", "mlflow", "ray.dashboard", "vllm"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Ray counts processes that hold next to no CPU as too many.
-    ray_logging.stderr_deduplicator.skip_re = re.compile(
-        "PYTHON worker processes have been started"
-    )
+    too_many = re.compile("PYTHON worker processes have been started")
+    for printer in (ray_logging.stdout_deduplicator, ray_logging.stderr_deduplicator):
+        printer.skip_re = too_many
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from contextlib import suppress
 
 import ray
 from ray import serve
+from ray._private import ray_logging
 from ray.exceptions import RayError
 from ray.serve._private.common import ReplicaState
 from ray.serve.schema import DeploymentStatusOverview
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
     fewer_hops()
+    _quieten()
     if not address:
         os.environ.update({**_QUIET, **os.environ})
     ray.init(
@@ -133,6 +135,13 @@ def run(args: argparse.Namespace) -> int:
         finally:
             ray.shutdown()
     return 0
+
+
+def _quieten() -> None:
+    """Keep off the terminal what Ray and Serve say of each of their own steps."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # Of its last calls, which its own end comes before.
+    ray_logging.stdout_deduplicator.skip_re = re.compile("Task ServeController.* failed")
 
 
 def _take_away(config: ServeConfig) -> None:

@@ -81,6 +81,7 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment):
         collector() as (traces_to, spans),
         subprocess.Popen(
             command,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
@@ -93,6 +94,7 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment):
             },
         ) as process,
     ):
+        assert process.stdout is not None
         assert process.stderr is not None
         before = []
         for line in process.stderr:
@@ -133,6 +135,7 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment):
         assert answers[200, ""] >= 1
         told = process.stderr.read()
         assert process.wait() == 0, told
+        assert process.stdout.read() == "", "Ray's words belong into its files"
     assert "those that came are answered" in told
     assert "RuntimeError" not in told
     _, alive = psutil.wait_procs(processes, timeout=30)
