@@ -47,9 +47,9 @@ class EmbedConfig(EncoderConfig):
     data: str = Field("test", description="a data set of the storage: train, test or validation")
     model: str | None = Field(
         None,
-        description="models:/NAME@ALIAS, or the folder or URI of a checkpoint; if absent the "
-        "registry's champion, which is what is served, and where there is none the model that was "
-        "trained in this storage",
+        description="models:/NAME@ALIAS, or the folder or URI of a checkpoint; if absent what is "
+        "served: `serve.model`, or without it the registry's champion, and where there is none the "
+        "model that was trained in this storage",
     )
     text: TextColumn | None = Field("caption", description="of texts; null for images alone")
     replace: bool = Field(

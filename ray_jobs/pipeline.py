@@ -468,11 +468,12 @@ class _Pipeline:
 
     def _embed_after(self, config: EmbedConfig, registered: Registered | None) -> None:
         """Embed after the registration; leave vectors as they are if MLflow was away then."""
-        if config.model is None and self.tracker is not None and registered is None:
+        asked = self._asked_for(config)
+        if asked is None and self.tracker is not None and registered is None:
             told = "waits until MLflow tells which model is served; start again to embed"
             self.stages.append(Stage("embed", told, 0.0))
             return
-        others = config.model is None and registered is not None and not registered.champion
+        others = asked is None and registered is not None and not registered.champion
         try:
             self._embed(config, registered)
         except EmbedError as error:
@@ -484,13 +485,21 @@ class _Pipeline:
     def _embed(self, config: EmbedConfig, registered: Registered | None = None) -> None:
         with (
             self._stage("embed") as told,
-            self._embedding_model(config.model, registered) as source,
+            self._embedding_model(self._asked_for(config), registered) as source,
         ):
             result = embed(config, self.storage, source)
             told.append(
                 f"{result.rows:,} of {config.data} in {result.dimensions} dimensions by "
                 f"{source.name}" + _already(result.resumed)
             )
+
+    def _asked_for(self, config: EmbedConfig) -> str | None:
+        """The model that the file says vectors are of, or is served; None for the champion."""
+        served, tracking = self.config.serve.get("model"), self.config.tracking
+        if config.model is not None or not isinstance(served, str):
+            return config.model
+        champion = tracking and f"models:/{tracking.model_name}@{CHAMPION}"
+        return None if served == champion else served
 
     @contextmanager
     def _embedding_model(

@@ -129,9 +129,10 @@ def test_the_stage_takes_the_configuration_s_model_or_the_one_that_is_served(ray
         "tracking": {"uri": uri, "model_name": "small", "system_metrics_seconds": None},
     }
 
-    def outcome(**changes: Any) -> str:
+    def outcome(served: str | None = None, **changes: Any) -> str:
         section = {"cpus_per_worker": 0.2, "text": None, **changes}
-        config = PipelineConfig.model_validate({**settings, "embed": section})
+        serve = {} if served is None else {"model": served}
+        config = PipelineConfig.model_validate({**settings, "embed": section, "serve": serve})
         if not copy.exists("pairs/test/manifest.json"):
             run_stage(config, copy, "ingest")
         (stage,) = run_stage(config, copy, "embed")
@@ -149,4 +150,6 @@ def test_the_stage_takes_the_configuration_s_model_or_the_one_that_is_served(ray
     assert outcome(replace=True).endswith("by models:/small/1")
     served = stored_model(Storage.at(tmp_path / "other"), "").digest
     assert copy.read_json(f"{vectors_folder('test')}/manifest.json")["run"]["model"] == served
-    assert outcome(replace=True).endswith("by models:/small/1, were done already")
+    for one in (None, "models:/small@champion", "models:/small/1"):
+        assert outcome(one, replace=True).endswith("by models:/small/1, were done already")
+    assert outcome(copy.path(checkpoint), replace=True).endswith(f"by {copy.path(checkpoint)}")
