@@ -137,8 +137,7 @@ def ray_rate(storage: Storage, workers: int, batches: int) -> float:
     """Images a second that Ray Data delivers, as to a training worker."""
     files = PairFiles.of(storage)
     plan = DataPlan(files.flat_row_groups, BATCH, 2 * workers, 4, 0)
-    model = named_config("RWKV-CLIP-B-32")
-    images = Images(model.image_size, model.image_mean, model.image_std)
+    images = Images.of(named_config("RWKV-CLIP-B-32"))
     maker = BatchMaker(files, plan, plan.lanes_of(0, 1), images, CONTEXT)
     arrived = stream(maker, 0, batches + WARM_BATCHES + 8, 1.0, workers)
 

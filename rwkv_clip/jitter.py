@@ -10,10 +10,12 @@ blue), so an image goes through their product, and is rounded and cut to 0..255 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rwkv_clip.resize import Pixels
+if TYPE_CHECKING:  # who says how far colours change needs no PyTorch
+    from rwkv_clip.resize import Pixels
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
 

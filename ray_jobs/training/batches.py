@@ -33,9 +33,10 @@ from ray_jobs.ingest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.training.plan import DataPlan, RowAddress, Rows, Window
 from rwkv_clip.images import ImageDecodeError
+from rwkv_clip.jitter import ColourJitter
 
 if TYPE_CHECKING:
-    from rwkv_clip.transforms import ImageTransform
+    from rwkv_clip.transforms import ImageSettings, ImageTransform
 
 logger = logging.getLogger(__name__)
 
@@ -125,21 +126,24 @@ class Images:
 
     Attributes:
         image_size, image_mean, image_std: of the model's configuration.
-        jitter: the amounts of `rwkv_clip.jitter.ColourJitter`; None for none.
+        jitter: changes their colours; None keeps them.
     """
 
     image_size: int
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
-    jitter: Mapping[str, float] | None = None
+    jitter: ColourJitter | None = None
+
+    @classmethod
+    def of(cls, model: "ImageSettings", jitter: ColourJitter | None = None) -> "Images":
+        """For a model, by its configuration."""
+        return cls(model.image_size, model.image_mean, model.image_std, jitter)
 
     def transform(self) -> "ImageTransform":
         """With training augmentation."""
-        from rwkv_clip.jitter import ColourJitter
         from rwkv_clip.transforms import image_transform
 
-        jitter = ColourJitter(**self.jitter) if self.jitter else None
-        return image_transform(self, train=True, jitter=jitter)
+        return image_transform(self, train=True, jitter=self.jitter)
 
 
 @dataclass(frozen=True)
@@ -255,10 +259,10 @@ def stream(
         tasks: that make batches at a time; as many as fit if absent.
         windows: of the plan, that Ray Data is given at a time.
     """
-    rows = maker.plan.slice_rows * len(maker.lanes)
-    stretch = windows * maker.plan.shuffle_steps
+    plan = maker.plan
+    rows = plan.slice_rows * len(maker.lanes)
+    stretch = windows * plan.shuffle_steps
     for first in range(first_step, last_step, stretch):
-        plan = maker.plan
         windows_from = plan.windows_at_first if first == first_step else plan.windows
         todo = windows_from(first, min(first + stretch, last_step))
         dataset = work_items([asdict(window) for window in todo]).map_batches(

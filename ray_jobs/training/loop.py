@@ -40,6 +40,7 @@ from ray_jobs.training.recipe import (
     learning_rate,
     set_learning_rate,
 )
+from rwkv_clip.jitter import ColourJitter
 from rwkv_clip.loss import PairLoss, create_loss
 from rwkv_clip.memory import keep_freed_memory
 from rwkv_clip.model import RWKVCLIP, create_model
@@ -185,18 +186,13 @@ class Worker:
     def _maker(self) -> BatchMaker:
         """What makes this worker's batches."""
         data, plan = self.config.data, self.task.plan
-        model = self.model.config
+        jitter = ColourJitter(**data.jitter.model_dump()) if data.jitter else None
         return BatchMaker(
             self.task.files,
             plan,
             plan.lanes_of(self.rank, self.world_size),
-            Images(
-                model.image_size,
-                model.image_mean,
-                model.image_std,
-                data.jitter.model_dump() if data.jitter else None,
-            ),
-            model.context_length,
+            Images.of(self.model.config, jitter),
+            self.model.config.context_length,
             data.texts.model_dump(),
         )
 

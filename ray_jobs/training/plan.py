@@ -136,7 +136,7 @@ class DataPlan:
                 steps = min(most, end - first)
                 yield Window(window.epoch, first, steps)
                 first += steps
-                most *= 2
+                most = min(2 * most, self.shuffle_steps)
 
     def rows_of(self, window: Window, lane: int) -> Rows:
         """The rows of a lane's slices in a window's steps, in order.

@@ -10,9 +10,8 @@ from serve.config import ServeFile
 from serve.errors import ApiError
 from serve.ingress import Ingress
 from serve.keys import VARIABLE
-from serve.messages import ModelCard, ModelPlace
+from serve.messages import ModelCard, ModelPlace, Standing
 from serve.readiness import Readiness
-from serve.succession import Standing
 
 CARD = ModelCard("small", "1", "", 4, 1.0)
 FULL = ApiError(429, "overloaded", "too many requests wait")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from serve.messages import ModelPlace
-from serve.succession import Orders, Report, Succession, Tower
+from serve.messages import ModelPlace, Orders, Report, Tower
+from serve.succession import Succession
 
 ONE, TWO, THREE = (
     ModelPlace("small", str(version), f"models:/small/{version}") for version in "123"

@@ -17,9 +17,10 @@ from rwkv_clip import image_transform, tokenize
 from rwkv_clip.model import RWKVCLIP, create_model, save_checkpoint
 from serve.config import ServeFile
 from serve.encoders import Encoder
+from serve.messages import Orders
 from serve.models import load_model
 from serve.registry import ModelError, find_model
-from serve.succession import Director, Orders
+from serve.succession import Director
 from tests.serve.small import Registry, data_uri, picture, small_config
 
 TEXT, IMAGE = "a red heart", picture(0)

@@ -8,8 +8,7 @@ from rwkv_clip.model.config import named_config
 def test_a_run_of_many_lots_of_windows_has_the_batches_of_one(emoji_storage):
     files = PairFiles.of(emoji_storage)
     plan = DataPlan(files.flat_row_groups, 32, 4, 4, 0)
-    model = named_config("RWKV-CLIP-Tiny")
-    images = Images(model.image_size, model.image_mean, model.image_std)
+    images = Images.of(named_config("RWKV-CLIP-Tiny"))
     maker = BatchMaker(files, plan, plan.lanes_of(0, 2), images, 16)
     last = plan.steps_per_epoch + 5
     assert plan.steps_per_epoch % plan.shuffle_steps  # an epoch's last window is cut
