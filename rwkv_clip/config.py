@@ -10,7 +10,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ class BaseConfig(BaseModel):
         extra="forbid",
         frozen=True,
         validate_default=True,
-        coerce_numbers_to_str=True,  # `--set run.name=2026` is a name, whatever YAML makes of it
+        coerce_numbers_to_str=True,  # a name may be 2026; see _Document.keep_texts for 1.10
         allow_inf_nan=False,
     )
 
@@ -74,6 +74,7 @@ def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str] =
     """
     document = _Document({}, {}) if path is None else _read(path)
     problems = [problem for text in overrides if (problem := document.override(text))]
+    document.keep_texts(cls)
     try:
         config = cls.model_validate(document.data)
     except ValidationError as error:
@@ -104,10 +105,27 @@ def config_from_args(cls: type[Config], args: argparse.Namespace) -> Config:
 
 @dataclass
 class _Document:
-    """A configuration as written: its data, and where each key path comes from."""
+    """A configuration as written.
+
+    Attributes:
+        data: what YAML makes of it.
+        sources: where each key path comes from.
+        written: the texts of numbers that Python would write otherwise: 1.10, 007, 20260101_0930.
+    """
 
     data: Any
     sources: dict[KeyPath, str]
+    written: dict[KeyPath, str] = field(default_factory=dict)
+
+    def keep_texts(self, cls: type[BaseModel]) -> None:
+        """Put what was written where a model takes a text and YAML saw a number."""
+        for path, text in self.written.items():
+            takes = {member for one in _annotations_at(cls, path) for member in _members(one)}
+            if str in takes and not takes & {int, float}:
+                holder = self.data
+                for step in path[:-1]:
+                    holder = holder[step]
+                holder[path[-1]] = text
 
     def where(self, path: KeyPath) -> str:
         """The source of the path, or of the nearest ancestor that was written down."""
@@ -123,7 +141,7 @@ class _Document:
         if not equals or not all(names):
             return Problem(source, "", "takes KEY.PATH=VALUE")
         try:
-            value = yaml.safe_load(written)
+            node, value = _parse(written)
         except yaml.YAMLError as error:
             return Problem(source, key, f"the value is not YAML: {_one_line(error)}")
         holder: Any = self.data
@@ -138,8 +156,11 @@ class _Document:
                 holder[step] = value
             else:
                 holder = _descend(holder, step)
-        self.sources = {old: at for old, at in self.sources.items() if old[: len(path)] != path}
+        for kept in (self.sources, self.written):
+            for old in [old for old in kept if old[: len(path)] == path]:
+                del kept[old]
         self.sources[path] = source
+        self.written |= _texts_of_numbers(node, path)
         return None
 
 
@@ -169,7 +190,7 @@ def _read(path: Path) -> _Document:
         raise ConfigError([Problem(str(path), "", f"cannot be read: {reason}")]) from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        merged, data = _parse(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -181,27 +202,71 @@ def _read(path: Path) -> _Document:
         raise ConfigError([Problem(f"{path}:{node.start_mark.line + 1}", "", text)])
     sources: dict[KeyPath, str] = {(): str(path)}
     twice = []
-    for key_path, line in _lines(node, ()):
-        where = f"{path}:{line}"
+    for key_path, at, _ in _below(node, ()):
+        where = f"{path}:{at.start_mark.line + 1}"
         if key_path in sources:
             text = f"written twice, first at {sources[key_path]}"
             twice.append(Problem(where, _dotted(key_path), text))
         sources[key_path] = where
     if twice:
         raise ConfigError(twice)
-    return _Document(data, sources)
+    return _Document(data, sources, _texts_of_numbers(merged, ()))
 
 
-def _lines(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
-    """Every key path below a node, with the line it is written on."""
+class _Loader(yaml.SafeLoader):
+    """YAML without dates, which no configuration has: a name may look like one."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """A text's node, with what its anchors merge into it, and its value; raises YAMLError."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        value = None if node is None else loader.construct_document(node)
+        return node, _unshared(value)
+    except RecursionError:
+        raise yaml.YAMLError("an alias stands inside its own anchor") from None
+    except ValueError as error:  # of a number that is none
+        raise yaml.YAMLError(str(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no two places are one object, as an anchor and its aliases are."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
+def _texts_of_numbers(node: yaml.Node | None, path: KeyPath) -> dict[KeyPath, str]:
+    """What was written for each number below a node that Python would write otherwise."""
+    if node is None:
+        return {}
+    found = {}
+    for at, child in [(path, node), *((at, value) for at, _, value in _below(node, path))]:
+        number = isinstance(child, yaml.ScalarNode) and child.tag.endswith((":int", ":float"))
+        if number and str(yaml.safe_load(child.value)) != child.value:
+            found[at] = child.value
+    return found
+
+
+def _below(node: yaml.Node | None, path: KeyPath) -> Iterator[tuple[KeyPath, yaml.Node, yaml.Node]]:
+    """Every value below a node: its key path, its key (an item has none: itself), and itself."""
     children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
         children = [(key.value, key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
         children = [(index, item, item) for index, item in enumerate(node.value)]
     for name, at, value in children:
-        yield (*path, name), at.start_mark.line + 1
-        yield from _lines(value, (*path, name))
+        yield (*path, name), at, value
+        yield from _below(value, (*path, name))
 
 
 def _explain(
@@ -265,6 +330,12 @@ def _takes(cls: type[BaseModel], path: KeyPath) -> str:
 
 def _models_at(cls: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
     """The models that may stand at a path, several where a union allows them."""
+    members = [member for one in _annotations_at(cls, path) for member in _members(one)]
+    return [member for member in members if _is_model(member)]
+
+
+def _annotations_at(cls: type[BaseModel], path: KeyPath) -> list[Any]:
+    """What may stand at a path."""
     annotations: list[Any] = [cls]
     for part in path:
         annotations = [
@@ -273,12 +344,13 @@ def _models_at(cls: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
             for member in _members(annotation)
             for inner in _inside(member, part)
         ]
-    members = [member for annotation in annotations for member in _members(annotation)]
-    return [member for member in members if _is_model(member)]
+    return annotations
 
 
 def _members(annotation: Any) -> list[Any]:
     """A union's members; a list of anything else alone."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
         return [annotation]
     return [inner for member in typing.get_args(annotation) for inner in _members(member)]
@@ -287,7 +359,8 @@ def _members(annotation: Any) -> list[Any]:
 def _inside(annotation: Any, part: str | int) -> list[Any]:
     """What a model's field, a list's item or a mapping's value may be."""
     if not _is_model(annotation):
-        return list(typing.get_args(annotation))
+        inner = list(typing.get_args(annotation))
+        return inner[1:] if typing.get_origin(annotation) is dict else inner
     field = annotation.model_fields.get(str(part))
     return [] if field is None else [field.annotation]
 

@@ -1,7 +1,7 @@
 """Configurations: what is read, what is refused, and how the refusal reads."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -28,6 +28,9 @@ class Table(BaseConfig):
 
 class Run(BaseConfig):
     name: str = "run"
+    label: Annotated[str, Field(min_length=1)] | None = None
+    level: float | str = 0.0
+    options: dict[str, Any] = {}
     steps: int = Field(10, ge=1, description="how many updates")
     optimizer: Optimizer = Optimizer()
     sources: tuple[Folder | Table, ...] = ()
@@ -86,6 +89,31 @@ def test_set_reaches_into_lists_and_takes_yaml(write):
     assert config.sources == (Folder(folder="a"), Table(table="b", rows=7))
     assert config.optimizer.kind == "lion"
     assert config.name == "2026"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["20260101_0930", "1.10", "007", "12:30", "0x1f", "2026-02-30", "2026-01-01", "2026", "-1"],
+)
+def test_a_text_is_what_was_written_whatever_yaml_makes_of_it(write, text):
+    path = write(f"name: {text}\nsources: [{{folder: {text}}}]\n")
+    config = load_config(Run, path, [f"label={text}", f"sources.0.folder={text}"])
+    assert (config.name, config.label, config.sources[0]) == (text, text, Folder(folder=text))
+    assert load_config(Run, path, ["name=other"]).name == "other"
+
+
+def test_a_number_is_one_however_it_is_written(write):
+    path = write("steps: 1_000\noptimizer: {rate: 0.10}\noptions: {share: 0.90}\nlevel: 1.50\n")
+    config = load_config(Run, path, ["options.tokens=4_096"])
+    assert (config.steps, config.optimizer.rate, config.level) == (1000, 0.1, 1.5)
+    assert config.options == {"share": 0.9, "tokens": 4096}
+
+
+@pytest.mark.parametrize("how", ["*one", "{<<: *one}"])
+def test_what_an_anchor_is_repeated_in_has_a_value_of_its_own(write, how):
+    path = write(f"workers:\n  a: &one {{rate: 0.10}}\n  b: {how}\n")
+    workers = load_config(Run, path, ["workers.b.rate=0.5"]).workers
+    assert (workers["a"].rate, workers["b"].rate) == (0.1, 0.5)
 
 
 def test_set_makes_the_sections_it_needs():
@@ -148,6 +176,8 @@ def test_a_set_that_cannot_be_applied_is_named(write, override, words):
     [
         ("steps: [1\n", "is not YAML"),
         ("- a\n", "takes a mapping of keys to values, got ['a']"),
+        ("steps: &a [*a]\n", "an alias stands inside its own anchor"),
+        ("steps: !!int many\n", "is not YAML: invalid literal"),
         ("steps: 1\nsteps: 2\n", ":2: steps: written twice, first at"),
         ("steps: !!python/object/apply:os.getcwd []\n", "is not YAML"),
     ],
