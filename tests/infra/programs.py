@@ -15,6 +15,7 @@ from typing import Any
 import click
 import yaml
 from mlflow.cli import server as mlflow_server
+from mlflow.environment_variables import MLFLOW_SERVER_ENABLE_JOB_EXECUTION
 from mlflow.server.security_utils import is_allowed_host_header
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
@@ -166,7 +167,11 @@ def _mlflow(documents: Sequence[Document]) -> Iterator[str]:
     if server is None:
         yield "there is no Deployment mlflow"
         return
-    words = next(pods([server])).main["args"]
+    container = next(pods([server])).main
+    given = {one["name"]: one.get("value") for one in container.get("env", [])}
+    if given.get(MLFLOW_SERVER_ENABLE_JOB_EXECUTION.name) != "false":
+        yield "Deployment/mlflow: starts ten processes for jobs that nobody gives it"
+    words = container["args"]
     try:
         if words[:2] != ["mlflow", "server"]:
             raise ProgramError("its args do not begin with mlflow server")

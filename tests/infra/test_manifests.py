@@ -16,7 +16,7 @@ from serve.keys import VARIABLE
 from serve.metrics import RequestMetrics, TowerMetrics
 from tests.infra.manifests import K8S, ROOT, kustomizations, of_kind, pods, render
 from tests.infra.programs import check_programs
-from tests.infra.rules import GUIDE, check_rules, quantity
+from tests.infra.rules import GUIDE, check_rules, matches, quantity
 from tests.infra.schemas import check_schema
 
 pytestmark = pytest.mark.usefixtures("kustomize")
@@ -52,6 +52,17 @@ def test_a_laptop_of_four_cpus_and_14_gb_holds_one_part_at_a_time(part):
     ]
     assert sum(quantity(one["cpu"]) for one in asked) <= 4 - 1.2  # Kubernetes' and KubeRay's own
     assert sum(quantity(one["memory"]) for one in asked) <= 13e9
+
+
+def test_the_rule_for_lists_of_urls_is_right_without_its_comment(documents):
+    text = (K8S / "base/platform/network.yaml").read_text()
+    text = re.sub(r"^# (?=apiVersion:|kind:|metadata:|spec:|  |---)", "", text, flags=re.MULTILINE)
+    rule = next(one for one in yaml.safe_load_all(text) if one["metadata"]["name"] == "urls")
+    assert check_schema(rule) == []
+    assert [port["port"] for way in rule["spec"]["egress"] for port in way["ports"]] == [80]
+    selector = rule["spec"]["podSelector"]
+    taken = {pod.where.split()[0] for pod in pods(documents) if matches(selector, pod.labels)}
+    assert taken == {"RayJob/pipeline", "RayCluster/workbench"}
 
 
 def test_the_endpoints_nodes_talk_as_the_command_has_it(documents):

@@ -447,6 +447,14 @@ PROGRAMS: dict[str, tuple[Change, str]] = {
         ),
         "MLflow refuses mlflow:5000",
     ),
+    "MLflow runs jobs": (
+        lambda d: env(
+            one(d, "Deployment")["spec"]["template"]["spec"]["containers"][0],
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION",
+            "true",
+        ),
+        "for jobs that nobody gives it",
+    ),
     "MLflow elsewhere": (
         lambda d: one(d, "ConfigMap", "settings")["data"].update(
             MLFLOW_TRACKING_URI="http://localhost:5000"
