@@ -3,9 +3,13 @@
 Pillow resizes in two passes with eight bits between them, rows first when the paper's models were
 trained; later releases order the passes by their cost, and so give tall images other pixels. Here
 rows are always first. The kernel takes a quarter of Pillow's time, and makes only what is kept.
+Pillow, which stands in for it, makes all that is resized, so very long images are cropped first: a
+file of a hundred bytes would take gigabytes.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +20,8 @@ from rwkv_clip.ops import _library
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
+
+MAX_FULL_ASPECT = 4
 
 
 def resize_bicubic(
@@ -34,7 +40,7 @@ def resize_bicubic(
         uint8 [3, S, S].
     """
     if not _library.is_loaded():
-        return resize_bicubic_statement(pixels, box, size, offset, side)
+        return _planes(resize_by_pillow(Image.fromarray(pixels), box, size, offset, side))
     source = torch.from_numpy(np.ascontiguousarray(pixels))
     planes = torch.ops.rwkv_clip.resize_bicubic(source, *map(float, box), *size, *offset, side)
     resized: Pixels = planes.numpy()
@@ -45,14 +51,42 @@ def resize_bicubic_statement(
     pixels: Pixels, box: Box, size: tuple[int, int], offset: tuple[int, int], side: int
 ) -> Pixels:
     """What `resize_bicubic` computes, by Pillow."""
-    image = resize_rows_first(Image.fromarray(pixels), box, size, offset, side)
-    return np.asarray(image).transpose(2, 0, 1)
+    return _planes(_rows_first(Image.fromarray(pixels), box, size, offset, side))
 
 
-def resize_rows_first(
+def resize_by_pillow(
     image: Image.Image, box: Box, size: tuple[int, int], offset: tuple[int, int], side: int
 ) -> Image.Image:
-    """The same of an image of any mode, by Pillow, in a call for each pass."""
+    """The same of an image of any mode; to a level or two where MAX_FULL_ASPECT is exceeded."""
+    if max(size) <= MAX_FULL_ASPECT * min(size):
+        return _rows_first(image, box, size, offset, side)
+    left, upper, right, lower = _kept(box, size, offset, side)
+    # The first pass makes every row that it is given: what the second does not read goes before.
+    reach = 2 * max((lower - upper) / side, 1) + 1
+    top = max(math.floor(upper - reach), 0)
+    bottom = min(math.ceil(lower + reach), image.height)
+    rows = image.crop((0, top, image.width, bottom))
+    return _rows_first(rows, (left, upper - top, right, lower - top), (side, side), (0, 0), side)
+
+
+def _kept(box: Box, size: tuple[int, int], offset: tuple[int, int], side: int) -> Box:
+    """The part of the box that the square shows."""
+    left, upper, right, lower = box
+    across, down = (right - left) / size[0], (lower - upper) / size[1]
+    x, y = offset
+    start = (left + x * across, upper + y * down)
+    return (*start, left + (x + side) * across, upper + (y + side) * down)
+
+
+def _planes(image: Image.Image) -> Pixels:
+    """A view of [3, H, W], of memory that may be written."""
+    return np.array(image).transpose(2, 0, 1)
+
+
+def _rows_first(
+    image: Image.Image, box: Box, size: tuple[int, int], offset: tuple[int, int], side: int
+) -> Image.Image:
+    """Resizes all of the box, in a call for each pass."""
     left, upper, right, lower = box
     # Colours count by their opacity: Pillow's own resize does the same around its two passes.
     opaque = {"RGBA": "RGBa", "LA": "La"}.get(image.mode, image.mode)

@@ -9,8 +9,9 @@ changes its colours where that is asked for (jitter.py). Choices:
   vectorised, Pillow's is not: a quarter of the time, and the same pixels to one level. Pillow
   resizes the other modes.
 - Evaluation resizes as published, rows first, and RGB by a kernel of ours that makes the same
-  pixels and only those that the crop keeps (resize.py). Pillow resizes the other modes, the
-  whole image; only images longer than 4:1 are cropped first, which bounds the memory they take.
+  pixels and only those that the crop keeps (resize.py). Pillow resizes the other modes, and all of
+  them where the library was not built: the whole image, but images longer than 4:1 are cropped
+  first, which bounds the memory they take.
 - Large JPEGs are decoded at 1/2, 1/4 or 1/8 scale, which the format allows at a fraction of the
   cost, as long as twice the wanted resolution remains. A training crop then begins and ends at the
   nearest pixel that was decoded. `draft=False` decodes in full.
@@ -18,7 +19,7 @@ changes its colours where that is asked for (jitter.py). Choices:
   through Pillow, in two thirds of the time. Pillow reads every header, and decodes what simplejpeg
   does not take (CMYK, greys) or complains of: limits, errors and what is tolerated are Pillow's.
 - EXIF orientation is ignored, as the published code does; `exif_orientation=True` applies it, to
-  what was decoded at the scale that is needed.
+  what was decoded at the scale that is needed. A TIFF is always turned, by Pillow.
 - Modes L, LA, RGB, RGBA and CMYK are resized as they are and then converted, as published. Pillow
   has no bicubic filter for palettes and bitmaps (it takes the nearest pixel without a word), so P
   and 1 are converted first. 16-bit greys keep their upper eight bits. Transparency is dropped, as
@@ -42,12 +43,11 @@ from torch.nn.functional import interpolate
 
 from rwkv_clip.images import Encoded, ImageDecodeError, eight_bits, open_named
 from rwkv_clip.jitter import ColourJitter
-from rwkv_clip.resize import Box, Pixels, resize_bicubic, resize_rows_first
+from rwkv_clip.resize import Box, Pixels, resize_bicubic, resize_by_pillow
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 64_000_000
-MAX_FULL_ASPECT = 4
 CROP_AREA = (0.7, 1.0)
 CROP_ASPECT = (0.8, 1.25)
 
@@ -112,7 +112,8 @@ class ImageTransform:
         train: random crop and flip instead of the centre crop.
         jitter: of the colours, in training.
         draft: let the JPEG decoder skip resolution that the output cannot show.
-        exif_orientation: turn the image as its EXIF tag says (the published code does not).
+        exif_orientation: turn the image as its EXIF tag says (the published code does not); a
+            TIFF is turned either way.
         max_pixels: larger images are refused before they are decoded.
     """
 
@@ -229,7 +230,8 @@ class ImageTransform:
             pixels = self._resize(opened, image if isinstance(image, Encoded) else None, crop)
         except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
             raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
-        pixels = pixels[:, :, ::-1] if crop.flip else pixels
+        if crop.flip:  # copied, because PyTorch takes no array that runs backwards
+            pixels = np.ascontiguousarray(pixels[:, :, ::-1])
         return self.jitter(pixels, generator) if self.jitter and generator else pixels
 
     def _open(self, image: ImageInput, name: object) -> Image.Image:
@@ -286,9 +288,7 @@ class ImageTransform:
             return _planes(cut.resize((side, side), Image.Resampling.BILINEAR))
         if image.mode == "RGB":
             return resize_bicubic(np.array(image), crop.box, crop.size, crop.offset, side)
-        if max(crop.size) > MAX_FULL_ASPECT * min(crop.size):
-            crop = _cut_first(crop, side)
-        return _planes(resize_rows_first(image, crop.box, crop.size, crop.offset, side))
+        return _planes(resize_by_pillow(image, crop.box, crop.size, crop.offset, side))
 
     def _normalise(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         out = np.empty(pixels.shape, np.float32)
@@ -320,16 +320,6 @@ def _centre(size: tuple[int, int], side: int) -> _Crop:
     width, height = (side * length // shorter for length in size)
     left, top = round((width - side) / 2), round((height - side) / 2)
     return _Crop((0, 0, *size), (width, height), (left, top))
-
-
-def _cut_first(crop: _Crop, side: int) -> _Crop:
-    """The same square, of which nothing else is resized."""
-    left, top, right, bottom = crop.box
-    across, down = (right - left) / crop.size[0], (bottom - top) / crop.size[1]
-    x, y = crop.offset
-    box = (left + x * across, top + y * down)
-    end = (left + (x + side) * across, top + (y + side) * down)
-    return crop._replace(box=(*box, *end), size=(side, side), offset=(0, 0))
 
 
 def random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
@@ -411,6 +401,8 @@ def _shrink(pixels: Pixels, side: int) -> Pixels:
 
 def _turn(image: Image.Image, name: object) -> _Turn | None:
     """What puts the image upright, by its EXIF tag."""
+    if image.format == "TIFF":  # Pillow turns these itself, when it decodes them
+        return None
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception as error:  # Pillow's parsers raise whatever a broken header leads them to
@@ -418,8 +410,8 @@ def _turn(image: Image.Image, name: object) -> _Turn | None:
 
 
 def _planes(image: Image.Image) -> Pixels:
-    """A view of [3, H, W]."""
-    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    """A view of [3, H, W], of memory that may be written."""
+    return np.array(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def _open(image: ImageInput, name: object) -> Image.Image:

@@ -24,6 +24,10 @@ STOP_WORDS = frozenset(
     """.split()
 )
 
+# What French leaves of a word before an apostrophe: no word of its own.
+ELISIONS = ("c", "d", "j", "l", "m", "n", "qu", "s", "t")
+ENDINGS = ("s", "t", "re", "ve", "ll", "d", "m")  # what English adds behind one
+
 NEGATIONS = frozenset("no not without never none nor neither cannot nobody nothing non".split())
 
 PRONOUNS = {
@@ -35,13 +39,13 @@ PRONOUNS = {
     "herself": "she",
 }
 
-# One meaning an entry: words that say the same.
+# One meaning an entry: words that say the same. Their -ing and -ed may say something else.
 SYNONYMS = """
     man, men, guy, gentleman; woman, lady, gal; boy, lad; girl, lass; child, kid, youngster;
     baby, infant, newborn; person, human, individual; people, folk; doctor, physician;
     police, policeman, policewoman, cop; firefighter, fireman; cook, chef; ghost, phantom;
     devil, demon; old, elderly, older, aged; young, youthful; happy, joyful, cheerful, glad;
-    sad, unhappy; angry, furious; smile, grin; cry, weep; ill, sick; injured, hurt;
+    sad, unhappy; angry, furious; ill, sick; injured, hurt;
     dog, doggy, hound, canine; cat, feline, kitty; bird, fowl; horse, equine; rabbit, bunny;
     chicken, hen; rooster, cockerel; pig, hog, swine; cattle, cow;
     bicycle, bike; motorcycle, motorbike; car, automobile; airplane, aeroplane, plane, aircraft;
@@ -51,13 +55,28 @@ SYNONYMS = """
     trash, garbage, rubbish; couch, sofa; cup, mug; hat, cap; shoe, footwear;
     clothing, clothes, garment, apparel; sea, ocean; forest, woodland; mountain, mount;
     stone, rock; street, road; shop, store; house, home; hospital, clinic;
-    flower, blossom, bloom; corn, maize; eggplant, aubergine; cookie, biscuit; cake, gateau;
-    big, large, huge; small, little, tiny; fast, quick, rapid; gray, grey; color, colour;
+    corn, maize; eggplant, aubergine; cookie, biscuit; cake, gateau;
+    big, large, huge; small, little, tiny; fast, quick, rapid;
     colorful, colourful; gold, golden; silver, silvery; wood, wooden; closed, shut;
-    several, multiple, many, various; autumn, fall; sunset, dusk; sunrise, dawn; jump, leap;
-    run, jog; walk, stroll; speak, talk; football, soccer; planet, world, earth, globe;
-    snow, snowy; rain, rainy; cloud, cloudy; sun, sunny; wind, windy; ice, icy; cutlery, flatware
+    several, multiple, many, various; sunset, dusk; sunrise, dawn; football, soccer;
+    planet, world, earth, globe; cloud, cloudy; sun, sunny; wind, windy; ice, icy;
+    cutlery, flatware
 """
+
+# The same of verbs, and of what means as a verb what it means as a noun: in every form.
+VERBS = """
+    smile, grin; cry, weep; jump, leap; run, jog; walk, stroll; speak, talk; snow, snowy;
+    rain, rainy; flower, blossom, bloom; color, colour; gray, grey
+"""
+
+# Things whose name is also a verb, or looks like one's base: -ing and -ed do not tell of the thing.
+# A fishing man has no fish, a rocking chair is no rock, an earring no ear.
+THINGS = frozenset(
+    """
+    bank bat bear bed book bowl box cap coat cup dress duck ear fish house park pin plate rag rock
+    rug seal ship shop star stock store train
+    """.split()
+)
 
 # A general word, and the words that supply it.
 GENERAL = """
@@ -124,11 +143,13 @@ IRREGULAR = """
     buy: bought; bring: brought; think: thought; fight: fought; throw: threw, thrown;
     grow: grew, grown; hang: hung; shine: shone; hide: hid, hidden; bite: bit, bitten;
     tear: tore, torn; lose: lost; win: won; feed: fed; lead: led; meet: met; bend: bent;
-    die: dying; tie: tying; go: went, gone; come: came;
+    die: dying; tie: tying; go: went, gone; come: came; use: using; bus: buses; gas: gases;
+    plus: pluses;
     taxi: taxis; bikini: bikinis; kiwi: kiwis; sari: saris; ski: skis; menu: menus; emu: emus
 """
 
-# What web pages say around images. Hyphens count as spaces.
+# What web pages say around images. Hyphens count as spaces. No "sign in", "log in", "powered by":
+# there are signs in streets, logs in rivers, and boats powered by the wind.
 BOILERPLATE = """
     click here; click to; click on; click image; click photo; free download; free shipping;
     free delivery; free trial; free vector; image of the day; picture of the day; photo of the day;
@@ -137,9 +158,13 @@ BOILERPLATE = """
     stock images; stock vector; stock illustration; add to cart; add to basket; add to wishlist;
     buy now; shop now; order now; download now; book now; join now; for sale; on sale;
     shutterstock; getty image; getty images; istock; alamy; pinterest; best price; lowest price;
-    discount; read more; learn more; see more; find out more; view larger; zoom in; login; log in;
-    sign up; sign in; follow us; share on; share this; terms of use; terms of service;
-    privacy policy; cookie policy; powered by; lorem ipsum; image not found; photo not found;
+    discount; read more; learn more; see more; find out more; view larger; zoom in; login;
+    log in to; log in or; log in with; please log in; sign in to; sign in or; sign in with;
+    please sign in; sign up for; sign up now; sign up today; sign up here; please sign up;
+    or sign up; follow us; share on; share this page; share this post; share this image;
+    share this photo; share this article; terms of use; terms of service; privacy policy;
+    cookie policy; powered by wordpress; powered by shopify; powered by blogger; lorem ipsum;
+    image not found; photo not found;
     image not available; photo not available; picture not available; no image; image result;
     enable javascript; in stock; out of stock; as an ai; language model; i cannot; i can't;
     i'm sorry; i am sorry; here is a; here is the; here is your; web text; alt text; json

@@ -11,6 +11,7 @@ Choices:
 from __future__ import annotations
 
 import html
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -51,6 +52,9 @@ class Sources:
         web_text: what the web said, at most MAX_TEXT characters; may be empty or noise.
         caption: the synthetic caption, at most MAX_TEXT characters, or None.
         tags: detection tags, at most MAX_TAGS of MAX_TAG characters each, without duplicates.
+
+    Raises:
+        TypeError: a text is no str, or the tags are no sequence of them; says which of the three.
     """
 
     web_text: str = ""
@@ -59,14 +63,18 @@ class Sources:
 
     def __post_init__(self) -> None:
         clean = object.__setattr__  # the dataclass is frozen
-        clean(self, "web_text", clean_source(self.web_text, MAX_TEXT))
-        clean(self, "caption", clean_source(self.caption or "", MAX_TEXT) or None)
+        clean(self, "web_text", clean_source(_text("web_text", self.web_text), MAX_TEXT))
+        if self.caption is not None:
+            caption = clean_source(_text("caption", self.caption), MAX_TEXT)
+            clean(self, "caption", caption or None)
         clean(self, "tags", _clean_tags(self.tags))
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Sources:
-        """The sources of a pair; columns may be absent or None."""
-        return cls(row.get("web_text") or "", row.get("caption"), tuple(row.get("tags") or ()))
+        """The sources of a pair; columns may be absent, None or NaN, and tags a NumPy array."""
+        columns = ("web_text", "caption", "tags")
+        web_text, caption, tags = (_known(row.get(name)) for name in columns)
+        return cls("" if web_text is None else web_text, caption, () if tags is None else tags)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -104,6 +112,21 @@ def cut(text: str, limit: int) -> str:
     return text[: end if end > 0 else limit].rstrip()
 
 
+def _known(value: Any) -> Any:
+    """A row's value; None for NaN, which is what pandas makes of it."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {_short(value)}; it must be a str")
+    return value
+
+
+def _short(value: object) -> str:
+    return f"{repr(value)[:40]} ({type(value).__name__})"
+
+
 def _printable(character: str) -> str:
     if character.isprintable() or character in _JOINERS:
         return character
@@ -113,9 +136,11 @@ def _printable(character: str) -> str:
 
 
 def _clean_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(tags, str) or not isinstance(tags, Iterable):
+        raise TypeError(f"tags are {_short(tags)}; they must be a sequence of str")
     cleaned: dict[str, str] = {}
     for tag, _ in zip(tags, range(MAX_TAGS), strict=False):
-        text = clean_source(tag, MAX_TAG).strip(" ,.;:_-'")
+        text = clean_source(_text("one of the tags", tag), MAX_TAG).strip(" ,.;:_-'")
         if text:
             cleaned.setdefault(text.casefold(), text)
     return tuple(cleaned.values())

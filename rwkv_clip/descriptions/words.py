@@ -5,6 +5,11 @@ Choices:
   also supplies the keys of what is more general: a dog is an animal, an animal is no dog.
 - The stemmer undoes English inflection (plurals, -ing, -ed, -ly) and no derivation. It need not
   give words, only the same key for forms of one word; on other languages it does little.
+- Forms of different words that are spelled alike get keys of their own: a plan is no plane, so the
+  last `e` stays behind one vowel and one consonant, and planing has it back. Nor do synonyms and
+  general words follow from -ing and -ed, unless of a verb: nobody who is cooking need be a chef.
+- English writes an apostrophe before an ending, French and Italian behind a short word that loses
+  its vowel; both are split off. In O'Neill, and in Cyrillic and Hebrew, it is a part of the word.
 - Pronouns say whether a person is male or female, so they must be supported like nouns.
 - Scripts written without spaces (Han, Kana, Thai, ...) come as whole runs, for the guard to search.
 """
@@ -13,7 +18,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
+from itertools import chain
 
 from rwkv_clip.descriptions import lexicon
 from rwkv_clip.descriptions.lexicon import NEGATIONS, PRONOUNS, STOP_WORDS, TENS
@@ -23,10 +30,23 @@ NEGATION = "#no"
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 # In the scripts of India, vowel signs are no letters to a regular expression.
 _LETTER = rf"(?:[^\W\d_{_UNSPACED}]|[\u0900-\u0963\u0970-\u0dff])"
-_TOKEN = re.compile(
-    rf"\d+(?:st|nd|rd|th)\b|\d+(?:[.,]\d+)*|[{_UNSPACED}]+|{_LETTER}+(?:'{_LETTER}+)*"
-)
-_ASCII_TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)*|\d+(?:st|nd|rd|th)\b|\d+(?:[.,]\d+)*")
+_WITHIN = r"\u0400-\u052f\u05d0-\u05ea"  # Cyrillic and Hebrew have apostrophes inside of words
+_NUMBER = r"\d+(?:st|nd|rd|th)\b|\d+(?:[.,]\d+)*"
+
+
+def _token(letter: str, others: str = "") -> re.Pattern[str]:
+    """Finds a word, a number, or one of the others; in its group, behind what was elided."""
+    ending = rf"'(?:{'|'.join(lexicon.ENDINGS)})(?!{letter})"
+    elided = rf"(?!\w{ending})(?:{'|'.join(lexicon.ELISIONS)})'(?={letter})"
+    inside = rf"(?:(?<=[{_WITHIN}])'(?=[{_WITHIN}]){letter}+)*"
+    head = rf"[a-z]'(?={letter})"  # O'Neill's
+    word = rf"(?:{head})?{letter}+{inside}(?:{ending})?"
+    return re.compile(rf"(?:{elided})*({word}|{_NUMBER}{others})")
+
+
+_TOKEN = _token(_LETTER, rf"|[{_UNSPACED}]+")
+_ASCII_TOKEN = _token("[a-z]")
+_PLAIN_TOKEN = re.compile(rf"[a-z]+|{_NUMBER}")
 _RUN = re.compile(f"[{_UNSPACED}]")
 # Accents of Latin, Greek and Cyrillic, vowel points of Hebrew and Arabic, joiners and selectors.
 _ACCENTS = re.compile(
@@ -37,6 +57,8 @@ _LETTERS = str.maketrans(
 )
 
 _VOWEL = re.compile("[aeiouy]")
+# One syllable that a mute e would lengthen: hop and hope, pin and pine.
+_SHORT = re.compile("[^aeiou]+[aeiouy][^aeiouwxy]")
 
 
 def tokens(text: str) -> list[str]:
@@ -46,9 +68,14 @@ def tokens(text: str) -> list[str]:
 
 def split(folded: str) -> list[str]:
     """The words and numbers of a folded text; twenty-five is the number 25."""
-    pattern = _ASCII_TOKEN if folded.isascii() else _TOKEN
-    found: list[str] = pattern.findall(folded)
+    found: list[str] = _pattern(folded).findall(folded)
     return found if TENS.keys().isdisjoint(found) else _join_tens(found)
+
+
+def _pattern(folded: str) -> re.Pattern[str]:
+    if not folded.isascii():
+        return _TOKEN
+    return _ASCII_TOKEN if "'" in folded else _PLAIN_TOKEN
 
 
 def fold(text: str) -> str:
@@ -94,26 +121,42 @@ def supplied(token: str) -> frozenset[str]:
     if token[0].isdigit():
         return frozenset({_digits(token)})
     word = _possessor(token)
-    keys = {*_meanings(word), *_meanings(PRONOUNS.get(word, word))}
+    said = {word, PRONOUNS.get(word, word)}
+    keys = set(chain.from_iterable(map(_meanings, said)))
+    for name in chain.from_iterable(map(_names, said)):
+        keys |= _ABOVE.get(name, frozenset())
     if token.endswith("n't") or word in NEGATIONS:
         keys.add(NEGATION)
     number = _number_key(word)
     if number is not None:
         keys.add(number)
-    for key in tuple(keys):
-        keys |= _ABOVE.get(key, frozenset())
     return frozenset(keys)
 
 
 @lru_cache(1 << 17)
 def stem(word: str) -> str:
     """The same key for the inflected forms of an English word."""
+    return _ended(_without_ending(_without_ly(_singular(word))))
+
+
+@lru_cache(1 << 17)
+def _name(word: str) -> str:
+    """As `stem`, but -ing and -ed stay: the key of what nouns and adjectives mean."""
+    return _ended(_without_ly(_singular(word)))
+
+
+def _singular(word: str) -> str:
+    """Without a plural, and with what is irregular undone."""
     word = _IRREGULAR.get(word, word)
     if len(word) <= 3:
         return word
     word = _without_s(word)
-    word = _without_ending(_IRREGULAR.get(word, word))
-    if len(word) > 3 and word.endswith("e"):
+    return _IRREGULAR.get(word, word)
+
+
+def _ended(word: str) -> str:
+    """Without a last letter that comes and goes."""
+    if len(word) > 3 and word.endswith("e") and not _SHORT.fullmatch(word[:-1]):
         word = word[:-1]
     # Cookie and puppy end alike, as cookies and puppies do.
     return word[:-1] + "i" if len(word) > 3 and word.endswith("y") else word
@@ -129,18 +172,22 @@ def _without_s(word: str) -> str:
     return word[:-1]
 
 
+def _without_ly(word: str) -> str:
+    return word[:-2] if word.endswith("ly") and len(word) > 5 else word
+
+
 def _without_ending(word: str) -> str:
     if word.endswith("ied"):
         return word[:-3] + "y" if len(word) > 4 else word[:-1]
-    if word.endswith("ly") and len(word) > 5:
-        return word[:-2]
     for ending in ("ing", "ed"):
         base = word.removesuffix(ending)
         if base == word or len(base) < 2 or base.endswith("e") or not _VOWEL.search(base):
             continue
         if len(base) > 2 and base[-1] == base[-2] and base[-1] not in "lsz":
-            return base[:-1]
-        return base
+            base = base[:-1]
+        elif _SHORT.fullmatch(base):
+            base += "e"
+        return base + "ing" if _ended(base) in _THINGS else base
     return word
 
 
@@ -156,8 +203,8 @@ def _join_tens(found: list[str]) -> list[str]:
 
 
 def _possessor(token: str) -> str:
-    head, mark, _ = token.partition("'")
-    return head if mark else token
+    head, _, ending = token.rpartition("'")
+    return head if ending in lexicon.ENDINGS and head else token
 
 
 def _digits(token: str) -> str:
@@ -181,38 +228,46 @@ def _number_key(word: str) -> str | None:
 
 def _meanings(word: str) -> tuple[str, ...]:
     base = stem(word)
-    return (base, *_GROUPS.get(base, ()))
+    return (base, *_GROUPS.get(_name(word), ()), *_VERBS.get(base, ()))
 
 
-def _groups() -> dict[str, tuple[str, ...]]:
-    """Stem -> the names of its meanings."""
+def _groups(table: str, key: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
+    """Key of a word -> the names of its meanings."""
     groups: dict[str, tuple[str, ...]] = {}
-    for synonyms in lexicon.entries(lexicon.SYNONYMS):
-        for base in map(stem, synonyms):
+    for synonyms in lexicon.entries(table):
+        for base in map(key, synonyms):
             groups[base] = (*groups.get(base, ()), f"={synonyms[0]}")
     return groups
 
 
 def _above() -> dict[str, frozenset[str]]:
-    """Key -> the keys of everything more general."""
+    """Name of a word or a meaning -> the keys of everything more general."""
     direct: dict[str, set[str]] = {}
     for general, *special in lexicon.entries(lexicon.GENERAL):
         for word in special:
-            for key in _meanings(word):
-                direct.setdefault(key, set()).update(_meanings(general))
-    return {key: frozenset(_reachable(key, direct)) for key in direct}
+            for name in _names(word):
+                direct.setdefault(name, set()).add(general)
+    return {name: frozenset(_reachable(name, direct)) for name in direct}
+
+
+def _names(word: str) -> tuple[str, ...]:
+    name = _name(word)
+    return (name, *_GROUPS.get(name, ()), *_VERBS.get(stem(word), ()))
 
 
 def _reachable(start: str, direct: dict[str, set[str]]) -> set[str]:
     found: set[str] = set()
     todo = [start]
     while todo:
-        new = direct.get(todo.pop(), set()) - found
-        found |= new
-        todo += new
+        for general in direct.get(todo.pop(), set()):
+            if not found.issuperset(keys := _meanings(general)):
+                found.update(keys)
+                todo += _names(general)
     return found
 
 
 _IRREGULAR = {form: base for base, *forms in lexicon.entries(lexicon.IRREGULAR) for form in forms}
-_GROUPS = _groups()
+_THINGS = frozenset(map(_ended, lexicon.THINGS))
+_GROUPS = _groups(lexicon.SYNONYMS, _name)
+_VERBS = _groups(lexicon.VERBS, stem)
 _ABOVE = _above()

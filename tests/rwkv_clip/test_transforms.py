@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
 from rwkv_clip.images import ImageDecodeError
-from rwkv_clip.ops import build_info
+from rwkv_clip.ops import _library, build_info
 from rwkv_clip.resize import resize_bicubic, resize_bicubic_statement
 from rwkv_clip.transforms import (
     CLIP_MEAN,
@@ -112,7 +113,8 @@ def test_evaluation_equals_the_golden_pixels(golden: Golden) -> None:
 def test_evaluation_equals_resize_then_crop(width: int, height: int, mode: str) -> None:
     image = picture(width, height, mode)
     # Very long images that Pillow has to resize are cropped first, to a fraction of a pixel.
-    whole = mode == "RGB" or max(width, height) <= 4 * min(width, height)
+    ours = mode == "RGB" and build_info()["library"]
+    whole = ours or max(width, height) <= 4 * min(width, height)
     apart = levels_apart(EVALUATE.uint8(image), published(image, 32)).max()
     assert apart <= (0 if whole else 2)
 
@@ -123,6 +125,8 @@ def test_evaluation_equals_resize_then_crop(width: int, height: int, mode: str) 
 def test_every_kernel_resizes_as_pillow_does(
     isa: str, width: int, height: int, side: int, seed: int
 ) -> None:
+    if not build_info()["library"]:
+        pytest.skip("the library was not built")
     rng = np.random.default_rng(seed)
     values = np.array([0, 255] if seed % 2 else range(256), np.uint8)  # edges, or all there is
     pixels = rng.choice(values, (height, width, 3))
@@ -293,6 +297,17 @@ def test_orientation_is_ignored_unless_asked_for() -> None:
     assert np.array_equal(turned, EVALUATE.uint8(image.transpose(Image.Transpose.ROTATE_270)))
 
 
+def test_a_tiff_is_turned_once_whoever_asks() -> None:
+    image = picture(96, 64)
+    turn = ImageTransform(32, exif_orientation=True)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        expected = turn.uint8(encoded(image, "PNG", exif=exif))
+        for transform in (turn, EVALUATE):
+            assert np.array_equal(transform.uint8(encoded(image, "TIFF", exif=exif)), expected)
+
+
 def test_a_seed_fixes_the_crop_whatever_the_global_state() -> None:
     image = picture(90, 70)
     first = TRAIN(image, 7)
@@ -332,9 +347,36 @@ def test_crops_have_the_areas_and_aspects_of_the_recipe() -> None:
     assert abs(np.log(aspect).mean()) < 0.01
 
 
-def test_a_very_long_image_takes_no_more_memory_than_its_crop_needs() -> None:
-    thin = Image.new("RGB", (2_000_000, 1), "red")
-    assert (EVALUATE.uint8(thin) == (255, 0, 0)).all()
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+@pytest.mark.parametrize("size", [(2_000_000, 1), (2, 400_000), (3, 13)])
+@pytest.mark.parametrize("library", [True, False])
+def test_a_very_long_image_takes_no_more_memory_than_its_crop_needs(
+    mode: str, size: tuple[int, int], library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library:
+        monkeypatch.setattr(_library, "is_loaded", lambda: False)
+    resized: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(image: Image.Image, to: tuple[int, int], *options: Any) -> Image.Image:
+        resized.append(to[0] * to[1])
+        return resize(image, to, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    red = EVALUATE.uint8(Image.new(mode, size, "red"))
+    assert (red == np.asarray(Image.new(mode, (1, 1), "red").convert("RGB"))).all()
+    assert max(resized, default=0) <= 32 * 32 * 4
+
+
+def test_what_is_cropped_before_pillow_resizes_it_looks_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_library, "is_loaded", lambda: False)
+    for size in ((7, 90), (90, 7), (60, 700), (700, 60)):
+        image = picture(*size)
+        assert levels_apart(EVALUATE.uint8(image), published(image, 32)).max() <= 2
+    image = picture(60, 200)
+    assert np.array_equal(EVALUATE.uint8(image), published(image, 32))
 
 
 GOOD = encoded(picture(60, 50), "JPEG")
@@ -366,10 +408,11 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
 
 
 def test_planes_are_the_same_pixels_channel_by_channel() -> None:
-    for transform in (EVALUATE, TRAIN):
-        planes = transform.planes(GOOD, 3)
+    for transform, seed in ((EVALUATE, 0), *((TRAIN, seed) for seed in range(6))):
+        planes, pixels = transform.planes(GOOD, seed), transform.uint8(GOOD, seed)
         assert planes.shape == (3, 32, 32)
-        assert np.array_equal(planes, transform.uint8(GOOD, 3).transpose(2, 0, 1))
+        # Mirrored or not, PyTorch takes both.
+        assert torch.equal(torch.from_numpy(planes), torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def test_a_batch_sets_broken_inputs_aside() -> None:

@@ -24,6 +24,7 @@ from rwkv_clip.descriptions import MAX_DESCRIPTION, Sources, check, fallback_des
         (Sources("", "Is this a dog?", ()), "Is this a dog?"),
         (Sources("", None, ("cat", "sofa")), "A picture of cat and sofa."),
         (Sources("Sunset in Rome | IMG_2041.jpg", None, ()), "Sunset in Rome."),
+        (Sources("Vintage neon sign in Las Vegas"), "Vintage neon sign in Las Vegas."),
         (Sources("ignored web text", "a dog", ()), "A dog."),
         (Sources("CLICK HERE to win", None, ()), None),
         (Sources("", None, ()), None),

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,8 +74,27 @@ def test_what_cleaning_empties_is_absent():
 def test_a_row_may_lack_columns():
     row = {"web_text": None, "caption": None, "tags": None}
     assert Sources.from_row(row) == Sources.from_row({}) == Sources()
-    full = Sources.from_row({"web_text": "a", "caption": "b", "tags": ["c"]})
-    assert full == Sources("a", "b", ("c",))
+    nan = float("nan")  # what pandas makes of None
+    assert Sources.from_row({"web_text": nan, "caption": nan, "tags": nan}) == Sources()
+    for tags in (["c", "d"], np.array(["c", "d"], object), np.array(["c", "d"])):
+        full = Sources.from_row({"web_text": "a", "caption": "b", "tags": tags})
+        assert full == Sources("a", "b", ("c", "d"))
+    assert Sources.from_row({"tags": np.array([], object)}) == Sources()
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"web_text": b"a dog"}, r"web_text is b'a dog' \(bytes\)"),
+        ({"caption": 0.5}, r"caption is 0.5 \(float\)"),
+        ({"tags": "dog, cat"}, "tags are 'dog, cat'"),
+        ({"tags": 3}, "tags are 3"),
+        ({"tags": ["dog", None]}, "one of the tags is None"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_name(row, told):
+    with pytest.raises(TypeError, match=told):
+        Sources.from_row(row)
 
 
 @given(st.text(), st.none() | st.text(), st.lists(st.text(), max_size=5))
