@@ -70,7 +70,7 @@ logger = logging.getLogger(__name__)
 
 _TEXTS = [name for name in PAIR_SCHEMA.names if name != "image"]
 _AT_ONCE = 256  # pairs whose images are copied
-_FORMAT = 1  # of parts and records; another number refuses to go on with what an older one wrote
+_FORMAT = 2  # of ids, parts and records; another refuses to go on with what an older one wrote
 _EARLY_ROWS = 1000  # from here on a share of rejected rows means something
 _EARLY_PARTS = 3  # with too many of them; one may be a broken file, whichever comes first
 _EXAMPLES = 3  # a reason
@@ -228,7 +228,7 @@ def ingest(config: IngestConfig, storage: Storage, name: str = "train") -> Manif
         return _Ingestion(config, storage, name).run()
     manifest = Manifest.from_storage(storage, name)
     if manifest.config_digest != config.digest():
-        raise _mismatch(storage, name, "was ingested with another configuration")
+        raise _mismatch(storage, name, "was ingested with another configuration or version")
     return manifest
 
 
@@ -304,6 +304,8 @@ class _Ingestion:
         if not ray.is_initialized():
             raise IngestError("Ray is not initialised; call ray.init() first")
         warn_without_room(Need(f"{self.name}_data.cpus_per_task", self.config.cpus_per_task))
+        for kind in ("pairs", "rejected", "keys"):
+            self.storage.delete_unfinished(f"{kind}/{self.name}")
         units = self._units()
         if not units:
             raise IngestError(f"the {self.config.source.kind} source is empty: it lists no units")
@@ -354,7 +356,7 @@ class _Ingestion:
             found = [_Record(**value) for value in pool.map(self.storage.read_json, paths)]
         for index, record in zip(done, found, strict=True):
             if record.config != self.config_digest:
-                problem = "was begun with another configuration"
+                problem = "was begun with another configuration or version"
             elif index >= len(units) or Unit(**record.unit) != units[index]:
                 problem = f"was begun when the source was another ({Unit(**record.unit).name})"
             else:
@@ -431,8 +433,8 @@ class _Ingestion:
         except ExecutionTimeoutError as error:
             raise IngestError(
                 f"no part was done in {self.config.hang_seconds:g} s. What is done is kept: free "
-                "CPUs or take fewer (cpus_per_task), make units smaller (source.unit_rows) or "
-                "wait longer (hang_seconds), and start again"
+                "CPUs, take fewer (cpus_per_task) or wait longer (hang_seconds), and start again; "
+                f"or begin with {self.config.source.less_at_once} in another storage"
             ) from error
 
     def _check_share(self, parts: int = 0, duplicate_ids: int = 0) -> None:

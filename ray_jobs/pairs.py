@@ -126,7 +126,12 @@ def clean_text(text: object, limit: int) -> str:
 
 
 def clean_tags(tags: object) -> list[str]:
-    """The distinct, non-empty tags in their order; a string is split at commas and bars."""
+    """The distinct, non-empty tags in their order; a text is split at commas and bars.
+
+    Bytes are a text in UTF-8, as in `clean_text`.
+    """
+    if isinstance(tags, bytes | bytearray | memoryview):
+        tags = bytes(tags).decode("utf-8", "replace")
     if isinstance(tags, str):
         tags = tags.replace("|", ",").split(",")
     if not isinstance(tags, Sequence) and hasattr(tags, "tolist"):

@@ -9,9 +9,10 @@ Choices:
 
 import json
 import posixpath
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pydantic import Field, PositiveInt, field_validator
 from rwkv_clip.config import BaseConfig
 
 _TEMPORARY = ".tmp-"
+_NOBODYS_SECONDS = 86_400.0  # without a byte written, a file that is not finished is given up
 
 
 class S3Config(BaseConfig):
@@ -224,6 +226,15 @@ class Storage:
                     groups.append(group)
                 begin = end
             return file.read_row_groups(groups, columns=columns).slice(first - skipped, rows)
+
+    def delete_unfinished(self, name: str) -> None:
+        """Remove from a local folder what writers that were killed a day ago or more left there."""
+        if not self.is_local:
+            return
+        for file in Path(self.path(name)).glob(f"{_TEMPORARY}*"):
+            with suppress(OSError):  # another job removed it, or it is another user's
+                if file.stat().st_mtime < time.time() - _NOBODYS_SECONDS:
+                    file.unlink()
 
     def delete(self, name: str) -> None:
         """Remove a file or a folder with all it holds; nothing happens if there is none."""

@@ -9,6 +9,8 @@ Choices:
 """
 
 import difflib
+import hashlib
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
@@ -40,9 +42,11 @@ class BaseSourceConfig(BaseConfig):
     Attributes:
         runtime: the fields that change how fast rows are read but not which; a run may go on with
             other values of these.
+        less_at_once: what gives a task less to read, for errors.
     """
 
     runtime: ClassVar[frozenset[str]] = frozenset()
+    less_at_once: ClassVar[str] = "smaller units (source.unit_rows)"
 
 
 class FilesConfig(BaseSourceConfig):
@@ -85,37 +89,50 @@ def on_server(value: Any, s3: S3Config) -> Any:
 class ColumnsConfig(BaseConfig):
     """What our columns are called in a source.
 
-    A name that is given must be there; a default is used where it is there. Without an id column
-    ids are made of the file's name and the row's number.
+    A name that is given must be there; a default is used where it is there.
     """
 
-    id: str | None = Field("id", description="column of unique ids; null makes them")
+    id: str | None = Field(
+        "id",
+        description="column of unique ids; null, or a file without it, makes them of the file's "
+        "name and the row's number",
+    )
     web_text: str | None = Field("web_text", description="column of what the web said")
     caption: str | None = Field("caption", description="column of synthetic captions")
     tags: str | None = Field("tags", description="column of tags: a list, or text with commas")
     description: str | None = Field("description", description="column of generated descriptions")
 
-    def present(self, found: Collection[str], where: str, required: str) -> dict[str, str]:
+    def present(
+        self, found: Collection[str], where: str, required: str, *, whole: bool = True
+    ) -> dict[str, str]:
         """Our names to theirs, as far as they are there.
 
         Args:
             found: the columns that are there.
             where: the file, for the error.
             required: the column of ours that must be there besides the given ones.
+            whole: whether these are all; if not, any but the id and the required one, on which
+                all rows must agree, may come later and counts as there.
 
         Raises:
-            SourceError: a column is missing, or there is no text among them.
+            SourceError: a column is missing.
         """
         wanted = {name: theirs for name, theirs in self.model_dump().items() if theirs is not None}
+        decided = wanted if whole else {"id", required}
         for name, theirs in wanted.items():
-            if theirs not in found and (name == required or name in self.model_fields_set):
+            needed = name == required or name in self.model_fields_set
+            if theirs not in found and needed and name in decided:
                 close = difflib.get_close_matches(theirs, found, n=1)
                 meant = f" (did you mean {close[0]!r}?)" if close else ""
                 raise SourceError(
                     f"source.columns.{name}: {where} has no column {theirs!r}{meant}; it has "
                     f"{', '.join(sorted(found)) or 'none'}"
                 )
-        return {name: theirs for name, theirs in wanted.items() if theirs in found}
+        return {
+            name: theirs
+            for name, theirs in wanted.items()
+            if theirs in found or name not in decided
+        }
 
 
 def require_text(present: Collection[str], found: Collection[str], where: str) -> None:
@@ -127,6 +144,18 @@ def require_text(present: Collection[str], found: Collection[str], where: str) -
         )
 
 
+def digest_of(name: str, raw: Mapping[str, Any]) -> str:
+    """Tells a row of a list from those of the same image with other texts, in 32 digits.
+
+    Args:
+        name: of its image.
+        raw: its other columns by our names. An empty one is as one that is not there, so what kind
+            of file the list is makes no difference.
+    """
+    told = sorted((ours, value) for ours, value in raw.items() if value)
+    return hashlib.sha256(json.dumps([name, told], default=str).encode()).hexdigest()[:32]
+
+
 @dataclass(frozen=True)
 class Unit:
     """What one task reads. JSON-able by `as_dict`.
@@ -136,7 +165,7 @@ class Unit:
         label: its name below what the configuration names, for ids and for people.
         first: the first row of it, in the source's own counting.
         rows: how many rows from there; None for all.
-        offset: where the first row begins, in bytes, for files of lines.
+        offset: where the first row begins, in bytes (unpacked ones), for files of lines.
         size: the file's bytes when it was listed, so that a changed file is noticed.
         before: how many rows of other files come before the first one.
     """

@@ -142,21 +142,24 @@ def _find(path: str, s3: S3Config, suffixes: Sequence[str]) -> list[File]:
     try:
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.File:
-            return [File(_uri(path, root), posixpath.basename(root), info.size)]
+            return [File(base if "://" in base else root, posixpath.basename(root), info.size)]
         if info.type == pafs.FileType.NotFound:
             raise SourceError(f"source.path: {base} does not exist{_here(base)}")
         below = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     except OSError as error:
         raise SourceError(f"source.path: {base} cannot be listed: {error}") from error
     pattern = _pattern(path.removeprefix(base).lstrip("/"))
+    # What the file system calls the folder may lack a part of its URI, such as the host.
+    start = base.rstrip("/") if "://" in base else root.rstrip("/")
     prefix = root.rstrip("/") + "/"
+    named = ((info, _label(info, prefix, suffixes)) for info in below)
     files = [
-        File(_uri(path, info.path), info.path.removeprefix(prefix), info.size)
-        for info in below
+        File(f"{start}/{label}", label, info.size)
+        for info, label in named
         if info.type == pafs.FileType.File
-        and info.path.endswith(tuple(suffixes))
-        and not info.base_name.startswith((".", "_"))
-        and pattern.fullmatch(info.path.removeprefix(prefix))
+        and label.endswith(tuple(suffixes))
+        and not posixpath.basename(label).startswith((".", "_"))
+        and pattern.fullmatch(label)
     ]
     if not files:
         raise SourceError(
@@ -189,9 +192,17 @@ def _pattern(text: str) -> re.Pattern[str]:
     )
 
 
-def _uri(path: str, found: str) -> str:
-    scheme, separator, _ = path.partition("://")
-    return f"{scheme}://{found}" if separator else found
+def _label(info: pafs.FileInfo, prefix: str, suffixes: Sequence[str]) -> str:
+    """A file's name below a folder; empty if it is not UTF-8, which other files' may be."""
+    try:
+        return str(info.path).removeprefix(prefix)
+    except UnicodeDecodeError as error:
+        if not error.object.endswith(tuple(map(str.encode, suffixes))):
+            return ""
+        name = error.object.removeprefix(prefix.encode())
+        raise SourceError(
+            f"source.path: {prefix} has a file whose name is not UTF-8, {name!r}; rename it"
+        ) from error
 
 
 def _here(path: str) -> str:

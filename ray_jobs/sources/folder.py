@@ -29,10 +29,10 @@ from ray_jobs.sources.base import (
     Rejected,
     SourceError,
     Unit,
-    require_text,
+    digest_of,
 )
 from ray_jobs.sources.files import locate, open_file
-from ray_jobs.sources.lists import column_names, list_units, read_list
+from ray_jobs.sources.lists import list_units, present_columns, read_list
 from ray_jobs.sources.parquet import id_text
 from ray_jobs.storage import S3Config
 
@@ -40,6 +40,11 @@ from ray_jobs.storage import S3Config
 class FolderColumnsConfig(ColumnsConfig):
     """Columns of the list beside the images."""
 
+    id: str | None = Field(
+        "id",
+        description="column of unique ids; null, or a list without it, makes them of the image's "
+        "name and a digest of the texts",
+    )
     image: str = Field("file_name", description="column of image files, relative to the list")
     web_text: str | None = Field("text", description="column of what the web said")
 
@@ -60,7 +65,7 @@ class FolderSource:
     def units(self) -> list[Unit]:
         units = list_units(self.config)
         for unit in {unit.path: unit for unit in units}.values():
-            self._present(unit)
+            self._present(unit, warn=True)
         self._check_rights(units)
         return units
 
@@ -73,8 +78,7 @@ class FolderSource:
                 continue
             raw = {ours: row.get(theirs) for ours, theirs in present.items()}
             name = str(raw.pop("image") or "")
-            made_up = posixpath.join(posixpath.dirname(unit.label), name)
-            identity = str(id_text(raw.get("id", made_up)) or "")
+            identity = str(id_text(raw["id"] if "id" in raw else _made_up(unit, name, raw)) or "")
             problem, image = self._image(folder, name)
             if problem == "image_forbidden":
                 problem, image = self._image_again(unit, folder, name)
@@ -83,11 +87,8 @@ class FolderSource:
             else:
                 yield {**raw, "id": identity, "image": image, "origin": origin}
 
-    def _present(self, unit: Unit) -> dict[str, str]:
-        found = column_names(unit, self.config.s3)
-        present = self.config.columns.present(found, unit.path, "image")
-        require_text(present, found, unit.path)
-        return present
+    def _present(self, unit: Unit, *, warn: bool = False) -> dict[str, str]:
+        return present_columns(unit, self.config.columns, "image", self.config.s3, warn=warn)
 
     def _image(self, folder: str, name: str) -> tuple[str, bytes]:
         """Why the image cannot be had, or its bytes."""
@@ -143,6 +144,14 @@ class FolderSource:
             return "", bytes(stream.read(MAX_FILE_BYTES))
 
 
+def _made_up(unit: Unit, name: str, raw: Raw) -> str:
+    """An id for a person to find the image by; one image may be listed with several texts."""
+    path = posixpath.join(posixpath.dirname(unit.label), name)
+    # The end of a long one, as ids have a limit; the digest is over all of it.
+    return f"{path[-_NAME_CHARACTERS:]}:{digest_of(path, raw)[:_DIGITS]}"
+
+
+_NAME_CHARACTERS, _DIGITS = 400, 12
 # What will not be otherwise the next time.
 _NEVER = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ})
 _CHECKED_UNITS = 10  # before work starts

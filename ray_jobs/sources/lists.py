@@ -2,28 +2,41 @@
 
 Choices:
 - JSON lines and CSV are gone through once when listing, to note where every unit begins; a task
-  then reads its own bytes only. Compressed files cannot be entered in the middle: one unit each.
+  then reads its own bytes only. Compressed files cannot be entered in the middle: a task unpacks
+  what comes before its bytes too, which takes little beside its images.
 - A line that cannot be read is a rejected row; the lines after it are not affected. So it is with
   a quote that nothing closes, which would take the lines after it into its field: many data sets
   are written as TSV without any quoting. Quoted fields of several lines are read, if they are
   closed as CSV closes them and are no longer than any text is.
-- A compressed file that breaks off gives the rows before the break; the break is one rejected row.
+- A compressed file that breaks off gives the rows before the break; the break is one rejected row,
+  of the last unit.
 """
 
 import csv
 import json
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 
-from ray_jobs.sources.base import FilesConfig, Raw, Rejected, SourceError, Unit
+from ray_jobs.sources.base import (
+    ColumnsConfig,
+    FilesConfig,
+    Raw,
+    Rejected,
+    SourceError,
+    Unit,
+    require_text,
+)
 from ray_jobs.sources.files import File, WatchedFile, find_files, open_file
 from ray_jobs.sources.parquet import read_footer, read_rows, row_group_units
 from ray_jobs.storage import S3Config
+
+logger = logging.getLogger(__name__)
 
 _PACKED = (".gz", ".zst", ".bz2")
 _LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
@@ -46,20 +59,49 @@ def list_units(config: FilesConfig, suffixes: Sequence[str] = LIST_SUFFIXES) -> 
         return [unit for some in units for unit in some]
 
 
-def column_names(unit: Unit, s3: S3Config) -> list[str]:
-    """The columns of a unit's file; for JSON lines, the keys of the file's first lines."""
+def present_columns(
+    unit: Unit, columns: ColumnsConfig, required: str, s3: S3Config, *, warn: bool = False
+) -> dict[str, str]:
+    """Our names to those of a unit's file, as far as they are there.
+
+    Any row of JSON lines may be the first with a key. So where a file has more than are looked at,
+    these say only that there is what it takes, and whether there are ids.
+
+    Args:
+        unit: of the file.
+        columns: what ours are called.
+        required: the one of ours that must be there.
+        s3: where the file is on S3.
+        warn: of a given name that is not among those looked at, as it may be misspelt.
+
+    Raises:
+        SourceError: a column is missing, or there is no text among them.
+    """
+    found, whole = _column_names(unit, s3)
+    where = unit.path if whole else f"the beginning of {unit.path}"
+    present = columns.present(found, where, required, whole=whole)
+    later = {name: theirs for name, theirs in present.items() if theirs not in found}
+    require_text(present.keys() - later, found, where)
+    for name in sorted(later.keys() & columns.model_fields_set) if warn else ():
+        told = "source.columns.%s: %s has no %r; its later rows may"
+        logger.warning(told, name, where, later[name])
+    return present
+
+
+def _column_names(unit: Unit, s3: S3Config) -> tuple[list[str], bool]:
+    """The columns of a unit's file, or of its beginning; and whether these are all."""
     kind = _kind(unit.path)
     if kind == "parquet":
-        return list(read_footer(unit.path, s3)[1].names)
+        return list(read_footer(unit.path, s3)[1].names), True
     if kind in ("csv", "tsv"):
-        return _header(unit, s3)
+        return _header(unit, s3), True
     # From the file's beginning, so that all its units are read alike.
-    whole = Unit(unit.path)
+    rows = read_list(Unit(unit.path), None, s3)
     names: dict[str, None] = {}
-    for (_, row), _ in zip(read_list(whole, None, s3), range(_SAMPLE_ROWS), strict=False):
+    for _, row in islice(rows, _SAMPLE_ROWS):
         if not isinstance(row, Rejected):
             names.update(dict.fromkeys(row))
-    return list(names)
+    return list(names), next(rows, None) is None
 
 
 def read_list(
@@ -234,29 +276,34 @@ def _units_of(file: File, config: FilesConfig) -> list[Unit]:
     whole = Unit(file.uri, file.label, size=file.size)
     if file.size == 0:
         return []
-    if file.uri.endswith(_PACKED):
-        return [whole]
     starts = _row_starts(whole, config)
     return [
         Unit(file.uri, file.label, first, rows, offset, file.size) for first, rows, offset in starts
     ]
 
 
-def _row_starts(whole: Unit, config: FilesConfig) -> list[tuple[int, int, int]]:
-    """First row, rows, and offset in bytes of each unit of a file."""
+def _row_starts(whole: Unit, config: FilesConfig) -> list[tuple[int, int | None, int]]:
+    """First row, rows, and offset in bytes of each unit of a file.
+
+    The last unit of a file that breaks off has no number of rows: it takes the break too.
+    """
     lines = _lines(whole, config.s3)
     is_json = _kind(whole.path) in ("jsonl", "ndjson")
     counted = _Counted(lines) if is_json else _Records(lines, whole.path)
     rows = iter(counted)
-    if not is_json:
-        next(rows, None)  # the header
-    starts: list[tuple[int, int, int]] = []
-    start, count = counted.position, 0
-    for _ in rows:
-        count += 1
-        if count == config.unit_rows:
-            starts.append((len(starts) * config.unit_rows, count, start))
-            start, count = counted.position, 0
+    starts: list[tuple[int, int | None, int]] = []
+    start = count = 0
+    try:
+        if not is_json:
+            next(rows, None)  # the header
+        start = counted.position
+        for _ in rows:
+            count += 1
+            if count == config.unit_rows:
+                starts.append((len(starts) * config.unit_rows, count, start))
+                start, count = counted.position, 0
+    except _BrokenFileError:
+        return [*starts, (len(starts) * config.unit_rows, None, start)]
     return [*starts, (len(starts) * config.unit_rows, count, start)] if count else starts
 
 
@@ -276,9 +323,9 @@ class _Counted:
 def _lines(unit: Unit, s3: S3Config, offset: int | None = None) -> Iterator[bytes]:
     """Lines from the unit's offset on, or from another; raises _BrokenFileError."""
     start = (unit.offset or 0) if offset is None else offset
-    packed = unit.path.endswith(_PACKED)
+    blocks = _unpacked if unit.path.endswith(_PACKED) else _blocks
     rest = b""
-    for block in _unpacked(unit.path, s3) if packed else _blocks(unit.path, start, s3):
+    for block in blocks(unit.path, start, s3):
         *lines, rest = (rest + block).split(b"\n")
         yield from (line + b"\n" for line in lines)
         if len(rest) > _LINE_BYTES:
@@ -296,8 +343,13 @@ def _blocks(path: str, start: int, s3: S3Config) -> Iterator[bytes]:
             yield block
 
 
-def _unpacked(path: str, s3: S3Config) -> Iterator[bytes]:
-    """A compressed file's content; raises _BrokenFileError, and OSError if it does not come."""
+def _unpacked(path: str, start: int, s3: S3Config) -> Iterator[bytes]:
+    """A compressed file's content from an offset in it on.
+
+    Raises:
+        _BrokenFileError: it cannot be unpacked.
+        OSError: it does not come.
+    """
     codec = pa.Codec.detect(path).name
     with (
         WatchedFile(path, s3) as file,
@@ -312,7 +364,9 @@ def _unpacked(path: str, s3: S3Config) -> Iterator[bytes]:
                 raise _BrokenFileError(f"breaks off: {type(error).__name__}: {error}") from error
             if not block:
                 return
-            yield block
+            if start < len(block):
+                yield block[start:]
+            start = max(0, start - len(block))
 
 
 def _kind(path: str) -> str:

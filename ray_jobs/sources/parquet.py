@@ -28,8 +28,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 from pydantic import Field, PositiveInt
 
+from ray_jobs.pairs import RejectedRowError
 from ray_jobs.sources.arrays import ArrayFile
 from ray_jobs.sources.base import (
     ColumnsConfig,
@@ -138,18 +140,31 @@ class ParquetSource:
         name = unit.label
         texts = self._texts_beside(unit)
         for number, row in read_rows(unit, columns, self.config.s3):
-            beside = next(texts, {})
+            beside = next(texts, ())
             origin = f"{name} row {number}"
             if isinstance(row, str):
                 yield Rejected("", origin, "unreadable", row)
                 continue
             raw = {ours: row[theirs] for ours, theirs in present.items()}
             raw["image"] = image_bytes(raw["image"])
-            raw.setdefault("id", f"{name}:{number}")
-            if self.config.texts:
-                raw.update(split_texts(row[self.config.texts.column], self.config.texts.are))
-            raw.update(beside)
-            yield {**raw, "id": id_text(raw["id"]), "origin": origin}
+            identity = id_text(raw.get("id", f"{name}:{number}"))
+            try:
+                raw.update(self._split(row, beside))
+            except RejectedRowError as error:
+                yield Rejected(str(identity or ""), origin, error.reason, error.detail)
+                continue
+            yield {**raw, "id": identity, "origin": origin}
+
+    def _split(self, row: Mapping[str, Any], beside: Sequence[float]) -> dict[str, str]:
+        """The texts of a row's list column and of its row beside; raises RejectedRowError."""
+        config = self.config
+        found: dict[str, str] = {}
+        if config.texts:
+            key = f"source.texts.column {config.texts.column!r}"
+            found.update(split_texts(row[config.texts.column], config.texts.are, key))
+        if config.beside:
+            found.update(split_texts(beside, config.beside.are, "source.beside"))
+        return found
 
     def _placed(self, units: Sequence[Unit], beside: BesideConfig) -> list[Unit]:
         """Units with their place among the rows of all files; raises SourceError."""
@@ -176,13 +191,12 @@ class ParquetSource:
             )
         return array
 
-    def _texts_beside(self, unit: Unit) -> Iterator[dict[str, str]]:
-        """The texts of a unit's rows that lie beside them, if any do."""
+    def _texts_beside(self, unit: Unit) -> Iterator[Sequence[float]]:
+        """What lies beside a unit's rows, a row each, if anything does."""
         beside = self.config.beside
         if beside is None or unit.before is None:
-            return
-        for row in self._array(beside).read(unit.before + unit.first, self.config.s3):
-            yield split_texts(row, beside.are)
+            return iter(())
+        return self._array(beside).read(unit.before + unit.first, self.config.s3)
 
     def _present(self, schema: pa.Schema, where: str) -> dict[str, str]:
         """Our columns to the file's; raises SourceError."""
@@ -196,6 +210,8 @@ class ParquetSource:
                 f"source.texts.column: {where} has no column {texts.column!r}; it has "
                 f"{', '.join(schema.names)}"
             )
+        if texts is not None:
+            _check_texts_column(schema.field(texts.column), where)
         return present
 
 
@@ -296,7 +312,7 @@ def _rows_from(
                     for row in file.read(group, number - first, stop - first):
                         yield number, row
                         number += 1
-                except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                except (pa.ArrowException, OSError) as error:
                     if file.outage:
                         raise file.outage from error
                     # What came may have been spoilt on its way; what fails twice is broken.
@@ -417,34 +433,53 @@ def id_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def split_texts(values: object, names: Sequence[str]) -> dict[str, str]:
+def split_texts(values: object, names: Sequence[str], key: str) -> dict[str, str]:
     """The texts of a list column by their names.
 
     Args:
         values: strings, or token ids of CLIP's tokenizer, 77 a text.
         names: what the texts are, in order.
+        key: of the configuration, where they are from; for errors.
+
+    Raises:
+        RejectedRowError: some are no token ids.
     """
     if not isinstance(values, Sequence) or isinstance(values, str | bytes) or not values:
         return {}
-    if isinstance(values[0], str | None):
+    if isinstance(next((one for one in values if one is not None), None), str | None):
         return {name: text for name, text in zip(names, values, strict=False) if text}
     from rwkv_clip.tokenizer import decode
 
     numbers = iter(values)
-    rows = {name: [int(token) for token in islice(numbers, _TOKENS)] for name in names}
-    return {name: decode(tokens) for name, tokens in rows.items() if any(tokens)}
+    try:
+        rows = {name: [int(token) for token in islice(numbers, _TOKENS)] for name in names}
+        return {name: decode(tokens) for name, tokens in rows.items() if any(tokens)}
+    except (TypeError, ValueError, OverflowError) as error:  # null, NaN, infinite, or unknown
+        raise RejectedRowError("bad_row", f"{key}: no token ids: {error}") from error
 
 
 def _rows_of(batch: pa.RecordBatch) -> Iterator[Mapping[str, Any]]:
     try:
-        yield from batch.to_pylist()
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:  # some writers do not check their strings
+        columns = [[_value(scalar) for scalar in column] for column in batch.columns]
+        names = batch.schema.names
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    yield from rows
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """As `as_py`, with replacement characters for what is not UTF-8."""
+    try:
+        return scalar.as_py()
     except UnicodeDecodeError:
-        # Some writers do not check their strings: take them as bytes, which `make_pair` reads.
-        columns = [
-            column.cast(pa.binary()) if pa.types.is_string(column.type) else column
-            for column in batch.columns
-        ]
-        yield from pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+        if isinstance(scalar, pa.ListScalar):
+            return [_value(one) for one in scalar.values]
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _value(scalar[name]) for name in scalar}
+        if isinstance(scalar, pa.DictionaryScalar | pa.ExtensionScalar):
+            return _value(scalar.value)
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
 
 
 def _check_image_column(field: pa.Field, where: str) -> None:
@@ -456,3 +491,25 @@ def _check_image_column(field: pa.Field, where: str) -> None:
             f"source.columns.image: {field.name!r} of {where} is {field.type}; takes binary, or a "
             "struct {bytes, path}. For a column of URLs use kind: urls"
         )
+
+
+def _check_texts_column(field: pa.Field, where: str) -> None:
+    kind = item_type(field.type)
+    if kind is None or not (is_string(kind) or pt.is_integer(kind) or pt.is_floating(kind)):
+        raise SourceError(
+            f"source.texts.column: {field.name!r} of {where} is {field.type}; takes a list of "
+            "strings, or of token ids. For a column of single texts use source.columns"
+        )
+
+
+def item_type(kind: pa.DataType) -> pa.DataType | None:
+    """What a list's items are; None if it is no list."""
+    listed = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
+    return kind.value_type if listed else None
+
+
+def is_string(kind: pa.DataType) -> bool:
+    """Whether values are strings, in whichever of Arrow's forms."""
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))

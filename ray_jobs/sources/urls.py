@@ -15,7 +15,6 @@ Choices:
 import asyncio
 import concurrent.futures
 import email.utils
-import hashlib
 import random
 import socket
 import threading
@@ -30,8 +29,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from yarl import URL
 
-from ray_jobs.sources.base import ColumnsConfig, FilesConfig, Raw, Rejected, Unit, require_text
-from ray_jobs.sources.lists import column_names, list_units, read_list
+from ray_jobs.sources.base import ColumnsConfig, FilesConfig, Raw, Rejected, Unit, digest_of
+from ray_jobs.sources.lists import list_units, present_columns, read_list
 from ray_jobs.sources.parquet import id_text
 from rwkv_clip import addresses
 
@@ -47,6 +46,11 @@ _SILENT_HOSTS = 50  # one after the other, that nothing but a network that is do
 class UrlColumnsConfig(ColumnsConfig):
     """Columns of the list of URLs."""
 
+    id: str | None = Field(
+        "id",
+        description="column of unique ids; null, or a list without it, makes them of a digest of "
+        "the URL and the texts",
+    )
     url: str = Field("url", description="column of URLs")
     web_text: str | None = Field("text", description="column of what the web said")
 
@@ -86,17 +90,14 @@ class UrlsSource:
     def units(self) -> list[Unit]:
         units = list_units(self.config)
         for unit in {unit.path: unit for unit in units}.values():
-            self._present(unit)
+            self._present(unit, warn=True)
         return units
 
     def read(self, unit: Unit) -> Iterator[Raw | Rejected]:
         yield from _from_thread(lambda: self._download_all(self._rows(unit)))
 
-    def _present(self, unit: Unit) -> dict[str, str]:
-        found = column_names(unit, self.config.s3)
-        present = self.config.columns.present(found, unit.path, "url")
-        require_text(present, found, unit.path)
-        return present
+    def _present(self, unit: Unit, *, warn: bool = False) -> dict[str, str]:
+        return present_columns(unit, self.config.columns, "url", self.config.s3, warn=warn)
 
     def _rows(self, unit: Unit) -> Iterator[dict[str, Any] | Rejected]:
         present = self._present(unit)
@@ -105,9 +106,9 @@ class UrlsSource:
                 yield row
                 continue
             raw = {ours: row.get(theirs) for ours, theirs in present.items()}
-            url = raw["url"] = str(raw["url"] or "").strip()
-            made_up = hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()[:32]
-            yield {**raw, "id": id_text(raw.get("id", made_up)), "origin": origin}
+            url = str(raw.pop("url") or "").strip()
+            identity = id_text(raw["id"] if "id" in raw else digest_of(url, raw))
+            yield {**raw, "url": url, "id": identity, "origin": origin}
 
     async def _download_all(
         self, rows: Iterator[dict[str, Any] | Rejected]

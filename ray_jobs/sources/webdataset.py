@@ -16,9 +16,9 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Raw, Rejected, SourceError, Unit
 from ray_jobs.sources.files import find_files, locate
@@ -55,8 +55,12 @@ class ShardColumnsConfig(BaseConfig):
 class WebdatasetConfig(FilesConfig):
     """Tar shards."""
 
+    runtime: ClassVar[frozenset[str]] = frozenset({"unit_rows"})
+    less_at_once: ClassVar[str] = "smaller shards"
+
     kind: Literal["webdataset"]
     columns: ShardColumnsConfig = ShardColumnsConfig()
+    unit_rows: PositiveInt = Field(4096, description="has no effect: a task reads a shard")
     classes: tuple[str, ...] | None = Field(
         None, description="names of the classes, if `cls` files hold their numbers"
     )

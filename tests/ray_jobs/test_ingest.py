@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from ray.data.exceptions import ExecutionTimeoutError
 
 from ray_jobs import ingest as module
 from ray_jobs.ingest import (
@@ -209,7 +211,9 @@ def test_another_configuration_is_refused(done: bool, storage: Storage, tmp_path
     ingest(config(tmp_path / "data"), storage)
     if not done:
         storage.delete("pairs/train/manifest.json")
-    with pytest.raises(IngestError, match=r"another configuration\. Choose another storage"):
+    with pytest.raises(
+        IngestError, match=r"another configuration or version\. Choose another storage"
+    ):
         ingest(config(tmp_path / "data", row_group_rows=7), storage)
 
 
@@ -282,7 +286,8 @@ def test_every_unusable_row_is_told(storage: Storage, tmp_path: Path) -> None:
     source = {"kind": "folder", "path": str(folder)}
     manifest = ingest(config(source, max_rejected_share=0.5), storage)
     assert manifest.rows == 9
-    assert sorted(rejected_of(storage)) == [
+    found = [(identity.partition(":")[0], reason) for identity, reason in rejected_of(storage)]
+    assert sorted(found) == [
         ("", "bad_row"),
         ("../x.png", "outside_folder"),
         ("10.png", "image_undecodable"),
@@ -324,6 +329,35 @@ def test_one_broken_part_does_not_stop_it_whichever_comes_first(
     good = [[pair(9 * part + i) for i in range(9)] for part in range(1, 25)]
     write(tmp_path / "data", broken, *good)
     assert ingest(config(tmp_path / "data", max_rejected_share=0.05), storage).rows == 9 * 24
+
+
+def test_what_a_killed_run_left_half_written_is_removed(storage: Storage, tmp_path: Path) -> None:
+    left = [Path(storage.uri, kind, "train/.tmp-1-part") for kind in ("pairs", "rejected", "keys")]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"half")
+        os.utime(file, (0, 0))
+    write(tmp_path / "data", [pair(1)])
+    ingest(config(tmp_path / "data"), storage)
+    assert not any(file.exists() for file in left)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ({"kind": "parquet", "path": "x"}, r"smaller units \(source.unit_rows\)"),
+        ({"kind": "webdataset", "path": "x"}, "smaller shards"),
+    ],
+)
+def test_a_run_that_hangs_tells_what_helps(
+    source: dict[str, Any], told: str, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang(_: object) -> Iterator[Any]:
+        raise ExecutionTimeoutError
+
+    monkeypatch.setattr(ray.data.Dataset, "iter_rows", hang)
+    with pytest.raises(IngestError, match=f"no part was done in 7200 s.* begin with {told} in an"):
+        list(module._Ingestion(config(source), storage, "train")._run([{"index": 0}], print))
 
 
 def test_a_source_without_rows_is_an_error(storage: Storage, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_texts_are_what_arrow_takes(text: object, clean: str) -> None:
         (np.array(["dog", "cat"]), ["dog", "cat"]),
         (("dog", None, 3), ["dog"]),
         (json.loads('{"dog": 1}'), []),
-        (b"dog", []),
+        (b"dog, caf\xe9|dog", ["dog", "caf"]),
         (None, []),
     ],
 )

@@ -1,6 +1,8 @@
 """An S3 storage on a real server: whole files or none, and patience that travels."""
 
+import os
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,21 @@ def test_a_large_file_goes_in_parts_and_is_whole(s3: Server) -> None:
     storage(s3).write_bytes("large", data)
     assert storage(s3).read_bytes("large") == data
     assert storage(s3).names() == ["large"]
+
+
+def test_what_a_killed_writer_left_is_removed_when_it_is_nobody_s(tmp_path: Path) -> None:
+    place = Storage.at(tmp_path)
+    place.write_bytes("pairs/train/a", b"a")
+    folder = tmp_path / "pairs/train"
+    old, new, other = folder / ".tmp-1-b", folder / ".tmp-2-b", tmp_path / ".tmp-3-b"
+    for file in (old, new, other):
+        file.write_bytes(b"half")
+    for file in (old, other, folder / "a"):
+        os.utime(file, (0, time.time() - 25 * 3600))
+    place.delete_unfinished("pairs/train")
+    place.delete_unfinished("pairs/test")
+    assert sorted(folder.iterdir()) == [new, folder / "a"]
+    assert other.exists()
 
 
 def test_files_are_on_the_storage_s_server_unless_they_name_another(s3: Server) -> None:

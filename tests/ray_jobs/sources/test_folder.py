@@ -13,7 +13,17 @@ import pytest
 import requests
 from pydantic import TypeAdapter
 
-from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, lists, open_source
+from ray_jobs.pairs import RowLimits, make_pair
+from ray_jobs.sources import (
+    FolderConfig,
+    Rejected,
+    Source,
+    SourceConfig,
+    SourceError,
+    lists,
+    open_source,
+)
+from ray_jobs.sources.lists import list_units, read_list
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 from tests.ray_jobs.s3_server import BUCKET, Server
 
@@ -69,10 +79,11 @@ def test_lists_of_every_kind_are_read_alike(kind: str, unit_rows: int, images: P
     if kind.endswith(".gz"):
         path.write_bytes(gzip.compress(path.read_bytes()))
     one = source(path, unit_rows=unit_rows)
-    assert len(one.units()) == (3 if unit_rows == 2 and not kind.endswith(".gz") else 1)
+    assert [unit.rows for unit in one.units()] == ([2] * 3 if unit_rows == 2 else [6])
     rows = rows_of(one)
     assert [row["web_text"] for row in rows] == [f"text, {i}\nline two" for i in range(6)]
-    assert [row["id"] for row in rows] == [f"img/{i}.png" for i in range(6)]
+    assert rows[0]["id"] == "img/0.png:4fdc6f16fb57"
+    assert [row["id"].partition(":")[0] for row in rows] == [f"img/{i}.png" for i in range(6)]
     assert [row["image"] for row in rows] == [
         (images / f"img/{i}.png").read_bytes() for i in range(6)
     ]
@@ -149,9 +160,14 @@ def test_a_compressed_list_that_breaks_off_gives_the_rows_before(images: Path) -
     packed = gzip.compress((images / "list.jsonl").read_bytes(), 1)
     (images / "list.jsonl").unlink()
     (images / "list.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    one = source(images)
-    rows = list(lists.read_list(one.units()[0], None, S3Config()))
+    units = list_units(FolderConfig(kind="folder", path=str(images)))
+    assert len(units) > 3
+    rows = [row for unit in units for row in read_list(unit, None, S3Config())]
     assert len(rows) > 10_000
+    assert [origin for origin, _ in rows[:-1]] == [
+        f"list.jsonl.gz row {number}" for number in range(len(rows) - 1)
+    ]
+    assert [row for _, row in rows[:-1] if isinstance(row, Rejected)] == []
     assert isinstance(rows[-1][1], Rejected)
     assert (rows[-1][1].reason, rows[-1][1].origin) == ("unreadable", "list.jsonl.gz")
     assert rows[-2][1] == entries(1)[0]
@@ -257,7 +273,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(name: str, images: Path)
     write_jsonl(inner / "metadata.jsonl", [{"file_name": name, "text": "hi"}, *entries(1)])
     refused, good = rows_of(source(inner))
     assert refused.reason == "outside_folder"
-    assert good["id"] == "img/0.png"
+    assert good["id"].startswith("img/0.png:")
 
 
 def test_files_that_are_not_there_are_rejected(images: Path) -> None:
@@ -277,6 +293,36 @@ def test_a_missing_column_is_found_before_work(images: Path) -> None:
     assert len(rows_of(source(images, columns={"image": "path"}))) == 1
     with pytest.raises(SourceError, match=r"columns.caption: .*no column 'blip'"):
         source(images, columns={"image": "path", "caption": "blip"}).units()
+
+
+def test_made_up_ids_tell_an_image_s_texts_apart(images: Path) -> None:
+    name = "/".join(["img/.."] * 100) + "/img/0.png"  # longer than an id may be
+    listed = [{"file_name": name, "text": text} for text in ("a dog", "a cat", "a dog")]
+    write_jsonl(images / "metadata.jsonl", [*listed, {**listed[0], "tags": ["dog"]}])
+    ids = [make_pair(row, RowLimits())["id"] for row in rows_of(source(images))]
+    assert ids[0] == ids[2]
+    assert len(set(ids)) == 3
+    assert all("/img/0.png:" in identity for identity in ids)
+
+
+def test_a_key_is_used_wherever_a_row_of_json_lines_has_it(
+    images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lists, "_SAMPLE_ROWS", 2)
+    late = {"caption": "a caption", "tags": "dog", "blip": "another", "id": "no id for some"}
+    write_jsonl(images / "metadata.jsonl", [*entries(3), {**entries(4)[3], **late}])
+    *_, row = rows_of(source(images, unit_rows=3))
+    assert (row["caption"], row["tags"]) == ("a caption", "dog")
+    assert row["id"].startswith("img/3.png:")
+    assert not caplog.messages
+    *_, row = rows_of(source(images, columns={"caption": "blip"}))
+    assert row["caption"] == "another"
+    (told,) = caplog.messages
+    assert "columns.caption: the beginning of" in told
+    assert "has no 'blip'; its later rows may" in told
+    for columns in ({"id": "id"}, {"image": "blip"}):
+        with pytest.raises(SourceError, match=r"the beginning of .* has no column"):
+            source(images, columns=columns).units()
 
 
 def test_a_list_of_another_kind_is_refused(images: Path) -> None:

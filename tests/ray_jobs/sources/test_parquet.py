@@ -1,5 +1,6 @@
 """Parquet files: other people's columns, row groups, and pages that are broken."""
 
+import os
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.fs import FileSystem, LocalFileSystem
 from pydantic import TypeAdapter
 
-from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source, parquet
+from ray_jobs.sources import (
+    Rejected,
+    Source,
+    SourceConfig,
+    SourceError,
+    files,
+    open_source,
+    parquet,
+)
 from ray_jobs.sources.files import WatchedFile
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 from rwkv_clip.tokenizer import tokenize
@@ -138,6 +148,25 @@ def test_a_column_may_hold_several_texts(tmp_path: Path, png: Png) -> None:
     assert (strings["web_text"], strings.get("caption")) == ("raw words", None)
 
 
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [(60_000, pa.int64()), (-1, pa.int64()), (None, pa.int64()), (float("nan"), pa.float32())],
+)
+def test_token_ids_that_are_none_cost_their_row(
+    bad: object, kind: pa.DataType, tmp_path: Path, png: Png
+) -> None:
+    good = tokenize(["a nice caption"])[0].tolist()
+    broken = ([bad, *good[1:]], [*good[:2], bad, *good[3:]], good)
+    images = [png(seed) for seed in range(3)]
+    write(tmp_path / "a.parquet", {"image": images, "texts": pa.array(broken, pa.list_(kind))})
+    *rejected, row = rows_of(source(tmp_path, texts={"column": "texts", "are": ["caption"]}))
+    for number, one in enumerate(rejected):
+        assert (one.id, one.origin) == (f"a.parquet:{number}", f"a.parquet row {number}")
+        assert one.reason == "bad_row"
+        assert "source.texts.column 'texts': no token ids: " in one.detail
+    assert row["caption"] == "a nice caption"
+
+
 WORDS = "ant bee cat dog elk fox gnu hen ibis jay koala lion mole newt".split()
 
 
@@ -169,6 +198,19 @@ def test_texts_may_lie_in_an_array_beside_the_files(
         assert row["image"] == png(seed)
         texts = [row[name] for name in ("web_text", "caption", "description")]
         assert texts == [f"{kind} {WORDS[seed]}" for kind in ("raw", "caption", "description")]
+
+
+def test_a_row_beside_that_holds_no_token_ids_costs_its_pair(
+    tmp_path: Path, png: Png, published: dict[str, Any]
+) -> None:
+    texts = np.load(tmp_path / "texts.npy").astype(np.float32)
+    texts[5, 3] = np.nan
+    np.save(tmp_path / "texts.npy", texts)
+    rows = rows_of(source(tmp_path / "data", "hf_parquet", **published))
+    assert [at for at, row in enumerate(rows) if isinstance(row, Rejected)] == [5]
+    assert (rows[5].reason, rows[5].origin) == ("bad_row", "a.parquet row 5")
+    assert "source.beside: no token ids" in rows[5].detail
+    assert rows[6]["web_text"] == f"raw {WORDS[6]}"
 
 
 def test_an_array_that_is_not_the_files_is_found_before_work(
@@ -360,10 +402,23 @@ def test_a_file_that_changes_while_it_is_read_rejects_no_row(
     assert len(found) == 4
 
 
-def test_strings_that_are_no_utf8_are_still_read(tmp_path: Path, png: Png) -> None:
-    text = pa.array([b"caf\xe9", b"tea"], pa.binary()).view(pa.string())
-    write(tmp_path / "a.parquet", {"image": [png(1), png(2)], "web_text": text})
-    assert [row["web_text"] for row in rows_of(source(tmp_path))] == [b"caf\xe9", b"tea"]
+def test_strings_that_are_no_utf8_are_read_with_replacement_characters(
+    tmp_path: Path, png: Png
+) -> None:
+    odd = pa.array([b"caf\xe9", b"tea", None], pa.binary()).view(pa.string())
+    table = {
+        "image": pa.StructArray.from_arrays([[png(1), png(2), b""], odd], ["bytes", "path"]),
+        "web_text": odd,
+        "caption": odd.cast(pa.large_binary()).view(pa.large_string()),
+        "tags": pa.ListArray.from_arrays([0, 2, 2, 3], odd),
+        "description": odd.dictionary_encode(),
+    }
+    write(tmp_path / "a.parquet", table)
+    first, second, third = rows_of(source(tmp_path))
+    for name in ("web_text", "caption", "description"):
+        assert [row[name] for row in (first, second, third)] == ["caf\ufffd", "tea", None]
+    assert [row["tags"] for row in (first, second, third)] == [["caf\ufffd", "tea"], [], [None]]
+    assert (first["id"], first["image"], third["image"]) == ("a.parquet:0", png(1), b"")
 
 
 @pytest.mark.parametrize(
@@ -377,12 +432,17 @@ def test_strings_that_are_no_utf8_are_still_read(tmp_path: Path, png: Png) -> No
         ({"columns": {"image": "id"}}, "columns.image: 'id' of .* is string; takes binary"),
         ({"columns": {"web_text": None}}, "has none of the texts; name at least one"),
         ({"texts": {"column": "t", "are": ["caption"]}}, "texts.column: .*no column 't'"),
+        ({"texts": {"column": "id", "are": ["caption"]}}, "texts.column: 'id' of .* is string; ta"),
+        (
+            {"texts": {"column": "regions", "are": ["caption"]}},
+            "texts.column: 'regions' .* is list<",
+        ),
     ],
 )
 def test_a_wrong_column_is_found_before_work(
     options: dict[str, Any], message: str, tmp_path: Path, png: Png
 ) -> None:
-    write(tmp_path / "a.parquet", pairs(png, 1))
+    write(tmp_path / "a.parquet", {**pairs(png, 1), "regions": [[{"x": 1}]]})
     with pytest.raises(SourceError, match=message):
         source(tmp_path, **options).units()
 
@@ -398,6 +458,29 @@ def test_a_wrong_path_is_found_before_work(tmp_path: Path) -> None:
         source("gopher://host/data").units()
     with pytest.raises(SourceError, match="empty list"):
         source([]).units()
+
+
+def test_a_name_that_is_not_utf8_is_told_if_its_file_is_read(tmp_path: Path, png: Png) -> None:
+    write(tmp_path / "a.parquet", pairs(png, 1))
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    odd.with_suffix(".jpg").write_bytes(b"an image")
+    assert len(source(tmp_path).units()) == 1
+    (tmp_path / "a.parquet").rename(odd.with_suffix(".parquet"))
+    with pytest.raises(SourceError, match=r"a file whose name is not UTF-8, b'caf.xe9.parquet'"):
+        source(tmp_path).units()
+
+
+def test_files_on_a_host_keep_it(tmp_path: Path, png: Png, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = "hdfs://nn:8020"
+
+    def locate(uri: str, _: object) -> tuple[FileSystem, str]:
+        return LocalFileSystem(), f"{tmp_path}{uri.removeprefix(host)}"
+
+    monkeypatch.setattr(files, "locate", locate)
+    write(tmp_path / "data/x/a.parquet", pairs(png, 1))
+    for path in ("/data", "/data/", "/data/*/a.parquet", "/data/x/a.parquet"):
+        (found,) = source(host + path).units()
+        assert found.path == f"{host}/data/x/a.parquet"
 
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, png: Png) -> None:

@@ -188,6 +188,15 @@ def test_images_come_in_the_order_of_the_list(tmp_path: Path, server: Server) ->
     assert server.agents == {"rwkv-clip"}
 
 
+def test_made_up_ids_tell_a_url_s_texts_apart(tmp_path: Path, server: Server) -> None:
+    rows = [{"url": server.url("/ok"), "text": text} for text in ("a dog", "a cat", "a dog")]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "list.parquet")
+    ids = [row["id"] for row in rows_of(source(tmp_path))]
+    assert ids[:3] == ids[3:]
+    assert ids[0] == ids[2] != ids[1]
+
+
 def test_no_more_connections_to_a_host_than_allowed(tmp_path: Path, server: Server) -> None:
     urls = [server.url(f"/busy/{i}") for i in range(12)]
     rows = download(tmp_path, urls, connections_per_host=3, total_seconds=0.3)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from ray_jobs.pairs import RowLimits, make_pair
 from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source
 
 Png = Callable[[int], bytes]
@@ -74,6 +75,14 @@ def test_keys_may_be_in_folders_and_files_of_other_kinds(tmp_path: Path, png: Pn
         ("a/dogs/1", "dog"),
         ("a/dogs/2", "cat"),
     ]
+
+
+def test_a_sample_s_text_file_may_hold_its_tags(tmp_path: Path, png: Png) -> None:
+    files = {"1.png": png(1), "1.txt": b"dog, cat", "1.json": b'{"title": "hi"}'}
+    (tmp_path / "a.tar").write_bytes(tar(files))
+    (row,) = rows_of(source(tmp_path, columns={"web_text": "json.title", "tags": "txt"}))
+    pair = make_pair(row, RowLimits())
+    assert (pair["web_text"], pair["tags"]) == ("hi", ["dog", "cat"])
 
 
 def test_ids_may_come_from_the_json_file(tmp_path: Path, png: Png) -> None:
