@@ -3,6 +3,8 @@
 import ipaddress
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Local to a network, and global to Python before 3.11.10: RFC 8215's and, of old, RFC 3879's.
+_LOCAL = (ipaddress.ip_network("64:ff9b:1::/48"), ipaddress.ip_network("fec0::/10"))
 
 
 def is_public(address: str) -> bool:
@@ -18,7 +20,7 @@ def is_public(address: str) -> bool:
             carried = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if carried is not None:
             return is_public(str(carried))
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in one for one in _LOCAL)
 
 
 def may_be_public(host: str) -> bool:

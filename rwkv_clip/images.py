@@ -16,6 +16,8 @@ _RESIZABLE = frozenset({"RGB", "L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"
 _MOST_READS = 20_000  # of a header; whole files of cameras and editors take some hundreds
 _MOST_EXIF = 16
 _EXIF = b"Exif\0\0"
+_MOST_INFLATED = 16  # parts of a PNG, at a megabyte each; a profile and a few texts are honest
+_INFLATED = frozenset({b"iCCP", b"zTXt", b"iTXt"})
 
 
 class HeaderError(OSError):
@@ -25,18 +27,23 @@ class HeaderError(OSError):
 class _Header(io.BytesIO):
     """A file that counts what is read of it while `bounded`.
 
-    Pillow walks a header part by part, and copies what it has of a JPEG's Exif for each further
-    part of it: sixteen megabytes of small parts would keep a process for minutes.
+    Pillow walks a header part by part, copies what it has of a JPEG's Exif for each further part
+    of it, and inflates parts of a PNG, those behind its pixels included: sixteen megabytes of small
+    parts would keep a process for minutes.
     """
 
     def __init__(self, data: Encoded) -> None:
         super().__init__(data)
         self.bounded = True
-        self._reads = self._exif = 0
+        self._reads = self._exif = self._inflated = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         """As BytesIO's; raises HeaderError."""
         got = super().read(size)
+        if size == 8:  # the head of a part of a PNG: its length, and its kind
+            self._inflated += got[4:] in _INFLATED
+            if self._inflated > _MOST_INFLATED:
+                raise HeaderError("its header has too many parts")
         if self.bounded:
             self._reads += 1
             self._exif += got.startswith(_EXIF)

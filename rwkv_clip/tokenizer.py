@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import html
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Sequence
 import ftfy
 import numpy as np
 import torch
-from ftfy import chardata
+from ftfy import chardata, fixes
 from ftfy.badness import is_bad
 from instant_clip_tokenizer import Tokenizer
 from torch import Tensor
@@ -59,6 +60,29 @@ _FIXABLE = re.compile(
     + f"|{chardata.HTML_ENTITY_RE.pattern}"
 )
 
+# html.unescape reads a reference's number by int(), which refuses more than 4,300 digits. Of eight
+# digits the first of which is no zero it makes U+FFFD, as of any more.
+_LONG_NUMBER = re.compile("&#0*([0-9]{8})[0-9]*")
+
+# Normalizing takes the square of a run of combining characters that are out of order. In a text of
+# up to so many characters that is no more than the rest of cleaning takes.
+_SHORT_TEXT = 1024
+_LONG_RUN = 32
+
+# What ftfy.fix_text does in each round, but for the normalizing at its end.
+_FIXERS = (
+    ftfy.fix_encoding,
+    fixes.fix_c1_controls,
+    fixes.fix_latin_ligatures,
+    fixes.fix_character_width,
+    fixes.uncurl_quotes,
+    fixes.fix_line_breaks,
+    fixes.fix_surrogates,
+    fixes.remove_terminal_escapes,
+    fixes.remove_control_chars,
+)
+_SEGMENT = re.compile("[^\\n]{0,999999}\\n|[^\\n]{1,1000000}")
+
 # The published pattern ignores case, so a long s counts as an s in its literal alternatives, and
 # the match is then merged as the bytes it has. The Rust pattern knows no such rule.
 _LONG_S = re.compile("'ſ|<ſtart_of_text>")
@@ -95,7 +119,7 @@ def tokenize(
     ids = _tokenizer().tokenize_batch(prepared, width).astype(np.int64)
     for index, text in enumerate(prepared) if _any_long_s(prepared) else ():
         if _LONG_S.search(text):
-            ids[index] = _row(_encode_long_s(text), width)
+            ids[index] = _row(_encode_long_s(text, width), width)
     if not truncate:
         _refuse_long(ids[:, context_length])
         ids = np.ascontiguousarray(ids[:, :context_length])
@@ -135,8 +159,13 @@ def clean_text(text: str) -> str:
     """
     fixed = _fix_text(text)
     if "&" in fixed:
-        fixed = html.unescape(html.unescape(fixed))
+        fixed = _unescape(_unescape(fixed))
     return " ".join(fixed.split()).lower()
+
+
+def _unescape(text: str) -> str:
+    """html.unescape(text), of references to numbers of any length."""
+    return html.unescape(_LONG_NUMBER.sub(r"&#\1", text))
 
 
 @functools.cache
@@ -180,6 +209,9 @@ def _seen(text: str, context_length: int, longest: int) -> str:
 
 def _fix_text(text: str) -> str:
     """ftfy.fix_text(text), asked only where it could change the text."""
+    long = len(text) > _SHORT_TEXT
+    if long and _in_order(text) != text:
+        return _fix_long(text)
     if _ftfy_keeps(text):
         return text
     if not text.isascii() and _QUOTE.search(text) and not is_bad(text):
@@ -187,7 +219,50 @@ def _fix_text(text: str) -> str:
         straight = text.translate(_QUOTES)
         if "\n" not in straight and _ftfy_keeps(straight):
             return straight
-    return ftfy.fix_text(text)
+    return _fix_long(text) if long else ftfy.fix_text(text)
+
+
+def _fix_long(text: str) -> str:
+    """ftfy.fix_text(text), in a time that grows as the text does.
+
+    Its fixers may bring combining characters about, so order is made in each of its rounds.
+    """
+    escaped = True
+    fixed = []
+    for segment in _SEGMENT.findall(text):
+        escaped = escaped and "<" not in segment
+        fixed.append(_fix_segment(segment, escaped))
+    return "".join(fixed)
+
+
+def _fix_segment(segment: str, escaped: bool) -> str:
+    while True:
+        before = segment
+        if escaped:
+            segment = fixes.unescape_html(segment)
+        for fix in _FIXERS:
+            segment = fix(segment)
+        segment = unicodedata.normalize("NFC", _in_order(segment))
+        if segment == before:
+            return segment
+
+
+def _in_order(text: str) -> str:
+    """An equivalent text (the same when normalized) whose long runs of marks are in order."""
+    return text if text.isascii() else _marks().sub(_ordered, text)
+
+
+def _ordered(run: re.Match[str]) -> str:
+    marks = itertools.chain.from_iterable(unicodedata.normalize("NFD", mark) for mark in run[0])
+    return "".join(sorted(marks, key=unicodedata.combining))
+
+
+@functools.cache
+def _marks() -> re.Pattern[str]:
+    """A long run of characters that normalizing puts in order."""
+    combining = (code for code in range(0x20000) if unicodedata.combining(chr(code)))
+    # These count as bases, and are taken apart into combining characters.
+    return re.compile(f"{_character_class({*combining, 0xF73, 0xF75, 0xF81})}{{{_LONG_RUN},}}")
 
 
 def _ftfy_keeps(text: str) -> bool:
@@ -201,11 +276,13 @@ def _any_long_s(texts: list[str]) -> bool:
     return any("ſ" in text for text in texts if not text.isascii())
 
 
-def _encode_long_s(text: str) -> list[int]:
+def _encode_long_s(text: str, width: int) -> list[int]:
     """Ids of a cleaned text in which a long s may stand for the s of a literal alternative.
 
     Whether the pattern would match there is read off the encoder: with a plain s in its place, the
-    last token is the alternative's own.
+    last token is the alternative's own. If it is not, the first character ends a token of signs
+    and the long s begins a word; either way the text before is done with. The first `width` ids
+    are all that is wanted.
     """
     encode = _tokenizer().encode
     ids: list[int] = []
@@ -216,6 +293,11 @@ def _encode_long_s(text: str) -> list[int]:
         if head[-1:] == encode(plain):
             ids += head[:-1] + _LONG_S_IDS[match[0]]
             start = match.end()
+        else:
+            ids += encode(text[start : match.start() + 1])
+            start = match.start() + 1
+        if len(ids) >= width:
+            return ids
     ids += encode(text[start:])
     return ids
 

@@ -47,21 +47,21 @@ class Bodies:
         """A body, counted for as long as the block goes on, with what else is counted for it.
 
         Raises:
-            ApiError: it is of another type, too large, or there is no room for it now; none of it
-                is read if its header tells.
+            ApiError: it is of another type, too large, or there is no room for it; none of it is
+                read if that is so from the start.
         """
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
         if kind.lower() != "application/json":
             raise ApiError(415, "not_json", "send JSON, with Content-Type: application/json")
         header = request.headers.get("content-length", "")
         told = int(header) if header.isdecimal() and len(header) < 20 else 0
+        self.check(told, told)
         body = Body(self)
-        body.count(told)  # room is kept from the start for what is told to come
         try:
             content = bytearray()
             async for block in request.stream():
+                body.count(len(block))  # not what is told to come: it may never
                 content += block
-                body.count(max(0, len(content) - body.counted))
             body.content = bytes(content)
             yield body
         finally:

@@ -1,5 +1,6 @@
 """Requests in OpenAI's shape, and the texts and images in them."""
 
+import asyncio
 import base64
 import binascii
 import re
@@ -13,9 +14,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
-    SkipValidation,
     TypeAdapter,
     ValidationError,
+    WrapValidator,
 )
 
 from rwkv_clip.images import HeaderError, open_image
@@ -26,8 +27,12 @@ from serve.remote import Fetcher
 Request = TypeVar("Request", bound="Shape")
 
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),", re.IGNORECASE)
+_LIKE_DATA_URI = re.compile(r"data:(?:[^\s;,/]*/[^\s;,]*[;,]|;base64,)", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SPACE = re.compile(r"\s+")
+_AS_TEXT = 'a text that begins so is sent as {"type": "text", "text": …}'
+
+_MOST_PIECES = 100_000  # of a request; a few bytes of JSON become hundreds of memory
 
 
 class Shape(BaseModel):
@@ -59,8 +64,33 @@ class ImagePart(Shape):
     image_url: ImageUrl
 
 
+def _unread(value: object, _: object) -> object:
+    """What is read of items later: one by one, so that a bad one costs no other.
+
+    What is never read goes here, since a request is held until its answer.
+    """
+    return [_known(item) for item in value] if isinstance(value, list) else _known(value)
+
+
+def _known(item: object) -> object:
+    if isinstance(item, list):
+        return []
+    if not isinstance(item, dict):
+        return item
+    known: dict[str, object] = {key: _string(item[key]) for key in ("type", "text") if key in item}
+    if "image_url" in item:
+        image = item["image_url"]
+        known["image_url"] = {"url": _string(image.get("url"))} if isinstance(image, dict) else None
+    return known
+
+
+def _string(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Item = str | Part
+Unread = WrapValidator(_unread)
 
 _PART: TypeAdapter[Part] = TypeAdapter(Part)
 
@@ -68,8 +98,7 @@ _PART: TypeAdapter[Part] = TypeAdapter(Part)
 class EmbeddingsRequest(Shape):
     """What `/v1/embeddings` takes."""
 
-    # Read item by item, so that a bad one is told by its place and costs no other.
-    input: SkipValidation[Item | list[Item]] = Field(
+    input: Annotated[Item | list[Item], Unread] = Field(
         description="a text, an image as data:image/…, a content part, or a list of these"
     )
     model: str | None = Field(None, description="the served model's name, or nothing")
@@ -99,10 +128,33 @@ class Picture:
 
 def parse_request(shape: type[Request], body: bytes) -> Request:
     """A request from JSON; raises ApiError that names the key."""
+    _check_pieces(body)
     try:
         return shape.model_validate_json(body)
     except ValidationError as error:
         raise invalid(error) from None
+
+
+def _check_pieces(body: bytes) -> None:
+    """Raise ApiError for JSON that is made of too many pieces to be read."""
+    if _pieces(body) <= _MOST_PIECES:
+        return  # whatever of these is in texts
+    body = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    quotes = body.count(b'"')
+    if quotes <= 2 * _MOST_PIECES:
+        outside = b"".join(body.split(b'"')[::2])
+        if quotes // 2 + _pieces(outside) <= _MOST_PIECES:
+            return
+    raise ApiError(
+        413,
+        "too_many_pieces",
+        f"the body has more than {_MOST_PIECES:,} lists, objects, commas and strings; "
+        "send several requests",
+    )
+
+
+def _pieces(content: bytes) -> int:
+    return sum(map(content.count, (b"[", b"{", b",", b'"')))
 
 
 def invalid(error: ValidationError) -> ApiError:
@@ -130,7 +182,7 @@ def request_items(request: EmbeddingsRequest, limits: LimitsConfig) -> list[obje
 
 
 class Reader:
-    """Reads the texts and images of a request.
+    """Reads the texts and images of a request, which may be done again: none is fetched twice.
 
     Args:
         limits: of what is read.
@@ -142,11 +194,13 @@ class Reader:
         self, limits: LimitsConfig, fetcher: Fetcher | None, count: Callable[[int], None]
     ) -> None:
         self.limits, self.fetcher, self._count = limits, fetcher, count
+        self._fetched: dict[str, bytes] = {}
 
     async def item(self, item: object) -> Text | Picture:
         """The text or image of an item; raises ApiError if it cannot be embedded."""
         if isinstance(item, str):
-            return await self.picture(item) if item[:5].lower() == "data:" else self.text(item)
+            like_uri = _LIKE_DATA_URI.match(item[:256])
+            return await self.picture(item) if like_uri else self.text(item)
         if isinstance(item, list | int):
             raise ApiError(
                 400,
@@ -180,28 +234,47 @@ class Reader:
     async def picture(self, url: str) -> Picture:
         """An image from base64, a data URI or an address; raises ApiError if there is none."""
         if _ADDRESS.match(url[:32]):
-            if self.fetcher is None:
-                raise ApiError(
-                    400,
-                    "remote_image",
-                    "is an address; this server fetches none, so send the image as "
-                    "data:image/…;base64,…",
-                )
-            data = await self.fetcher.fetch(url)
-            self._count(len(data))
+            data = await self._at(url)
+            await asyncio.to_thread(check_picture, data, self.limits)
         else:
-            data = self._bytes(url)
-        check_picture(data, self.limits)
+            data = await asyncio.to_thread(self._within, url)
         return Picture(data)
+
+    async def _at(self, address: str) -> bytes:
+        """What is at an address."""
+        if self.fetcher is None:
+            raise ApiError(
+                400,
+                "remote_image",
+                "is an address; this server fetches none, so send the image as "
+                "data:image/…;base64,…",
+            )
+        if address not in self._fetched:
+            data = await self.fetcher.fetch(address)
+            self._count(len(data))
+            self._fetched[address] = data
+        return self._fetched[address]
+
+    def _within(self, url: str) -> bytes:
+        """The checked image that base64 or a data URI holds; megabytes take a while."""
+        data = self._bytes(url)
+        check_picture(data, self.limits)
+        return data
 
     def _bytes(self, url: str) -> bytes:
         """What base64 or a data URI holds."""
         if url[:5].lower() == "data:":
             found = _DATA_URI.match(url[:256])
             if found is None or not found["parameters"].lower().endswith(";base64"):
-                raise ApiError(400, "invalid_data_uri", "is no data:image/…;base64,… URI")
+                raise ApiError(
+                    400, "invalid_data_uri", f"is no data:image/…;base64,… URI; {_AS_TEXT}"
+                )
             if not found["type"].lower().startswith("image/"):
-                raise ApiError(415, "not_an_image", "is a data URI of something else than an image")
+                raise ApiError(
+                    415,
+                    "not_an_image",
+                    f"is a data URI of something else than an image; {_AS_TEXT}",
+                )
             url = url[found.end() :]
         if len(url) * 3 // 4 > self.limits.image_bytes + 3:
             raise ApiError(

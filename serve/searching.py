@@ -1,14 +1,14 @@
 """`/v1/search`: the pairs whose images are nearest to a text or an image."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, PositiveInt, SkipValidation
+from pydantic import Field, PositiveInt
 
 from serve.config import SearchConfig
 from serve.errors import ApiError
 from serve.index import Hit, Lacking, told
-from serve.inputs import Item, Reader, Shape, Text
+from serve.inputs import Item, Reader, Shape, Text, Unread
 from serve.messages import Tower
 from serve.towers import Handle, Served, answer_headers, answered_by, call, check_model
 
@@ -18,7 +18,9 @@ _RESULTS = 24  # that fill the page
 class SearchRequest(Shape):
     """What `/v1/search` takes."""
 
-    input: SkipValidation[Item] = Field(description="a text, an image as data:image/…, or a part")
+    input: Annotated[Item, Unread] = Field(
+        description="a text, an image as data:image/…, or a part"
+    )
     limit: PositiveInt | None = Field(
         None, description=f"results that are wanted; {_RESULTS} if absent, where so many are given"
     )

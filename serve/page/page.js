@@ -131,7 +131,8 @@ for (const area of document.querySelectorAll(".drop")) {
 find("#search").addEventListener("submit", (event) => {
   event.preventDefault();
   const words = find("#words").value.trim();
-  const input = words || images["search-image"];
+  // A part, so that no words are taken for the image that they may look like.
+  const input = words ? { type: "text", text: words } : images["search-image"];
   const panel = find("#panel-search");
   if (input) work(panel, () => search(input));
   else find(".status", panel).textContent = "Type words, or choose an image.";

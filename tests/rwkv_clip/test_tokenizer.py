@@ -139,6 +139,75 @@ def test_a_long_s_counts_as_an_s_where_the_published_pattern_ignores_case(text: 
     assert tokenize(text)[0].tolist() == published().row(text)
 
 
+@pytest.mark.parametrize("part", ["!'ſ", "'ſ", "!<ſtart_of_text>", "a'ſb!"])
+def test_many_long_s_are_read_in_time_that_grows_as_the_text(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = part * 20 + " " + part * 1200
+    assert tokenize(text, 400)[0].tolist() == published().row(text, 400)
+
+    class Counting:
+        encoded = 0
+
+        def encode(self, text: str) -> list[int]:
+            self.encoded += len(text)
+            return real.encode(text)
+
+    real, counting = tokenizer._tokenizer(), Counting()
+    monkeypatch.setattr(tokenizer, "_tokenizer", lambda: counting)
+    tokenizer._encode_long_s(text, len(text))
+    assert counting.encoded < 5 * len(text)
+
+
+@pytest.mark.parametrize("number", ["1" * 5000, "0" * 5000, "0" * 5000 + "65", "1114111", "9" * 8])
+@pytest.mark.parametrize("form", ["&#{};", "&#{} b", "&amp;#{};", "&amp;amp;#{}x"])
+def test_a_reference_may_have_any_number_of_digits(number: str, form: str) -> None:
+    short = number if len(number) < 5000 else str(int(number[-4000:]))
+    assert tokenizer.clean_text(form.format(number)) == published_clean(form.format(short))
+
+
+MARKS = "\u0300\u0316\u0344\u05b0\u0f73\u3099"
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS | st.text(st.sampled_from(MARKS + "aé<\n"), min_size=40, max_size=200))
+def test_the_way_through_ftfy_for_long_texts_changes_nothing(text: str) -> None:
+    assert tokenizer._fix_long(text) == ftfy.fix_text(text)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [MARKS, "".join(f"&#{ord(mark)};" for mark in MARKS), "Ì€Ì–", "I\u0300€I\u0300–"],
+    ids=["marks", "references", "mojibake", "what is mojibake when normalized"],
+)
+def test_marks_are_in_order_before_a_long_text_is_normalized(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a" + part * 400
+    expected = published().row(text)
+    given: list[int] = []
+
+    def watched(work: Callable[[str, str], object]) -> Callable[[str, str], object]:
+        def watching(form: str, text: str) -> object:
+            ranks = [unicodedata.combining(mark) for mark in text]
+            given.append(sum(0 < after < before for before, after in itertools.pairwise(ranks)))
+            return work(form, text)
+
+        return watching
+
+    for name in ("normalize", "is_normalized"):
+        monkeypatch.setattr(unicodedata, name, watched(getattr(unicodedata, name)))
+    assert tokenize(text)[0].tolist() == expected
+    assert given
+    assert max(given) < 2
+
+
+def test_every_mark_that_normalizing_moves_is_known() -> None:
+    taken_apart = (unicodedata.normalize("NFD", chr(code)) for code in range(0x110000))
+    moved = [code for code, parts in enumerate(taken_apart) if unicodedata.combining(parts[0])]
+    assert all(tokenizer._marks().fullmatch(chr(code) * tokenizer._LONG_RUN) for code in moved)
+
+
 @pytest.mark.parametrize("alphabet", ["a", "ab", "aeinrst", "0123456789", "héllo", "a. ", "中文"])
 def test_what_is_cut_off_a_very_long_word_cannot_be_seen(alphabet: str) -> None:
     letters = np.random.default_rng(0).choice([*alphabet], 12_000)

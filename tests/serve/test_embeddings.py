@@ -1,6 +1,10 @@
 """`/v1/embeddings`: the model's own vectors, in order, whatever else is asked for."""
 
+import asyncio
 import base64
+import json
+import threading
+from collections.abc import AsyncIterator
 
 import httpx
 import numpy as np
@@ -10,6 +14,13 @@ from openai import OpenAI
 
 from rwkv_clip import image_transform, tokenize
 from rwkv_clip.model import RWKVCLIP
+from serve import inputs
+from serve.bodies import Bodies
+from serve.classification import ClassifyRequest
+from serve.config import LimitsConfig
+from serve.errors import ApiError
+from serve.inputs import EmbeddingsRequest, Picture, Reader, Shape, Text, parse_request
+from serve.searching import SearchRequest
 from tests.serve.small import data_uri, image_part, picture
 
 
@@ -134,6 +145,122 @@ def test_bodies_that_are_no_json_or_too_large(client):
     assert form.status_code == 415
     assert client.get("/nothing").json()["error"]["code"] == "not_found"
     assert client.get("/v1/embeddings").status_code == 405
+
+
+def read(item: object) -> Text | Picture:
+    return asyncio.run(Reader(LimitsConfig(), None, lambda _: None).item(item))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Data: sales in 2023, by region", "data:", "data:,", "DATA:a;b,c", "Data:2023;base64",
+        "data: image/png;base64,", "data:a b/c,d", "data:and/or more, or less",
+    ],
+)  # fmt: skip
+def test_a_text_may_begin_as_a_data_uri_does(text):
+    assert read(text) == Text(text)
+
+
+@pytest.mark.parametrize(
+    "uri", ["data:image/png,a", "data:text/plain;base64,YQ==", "data:;base64,YQ=="]
+)
+def test_what_looks_like_a_data_uri_is_a_text_only_in_a_part(uri):
+    with pytest.raises(ApiError, match="a text that begins so is sent as"):
+        read(uri)
+    assert read({"type": "text", "text": uri}) == Text(uri)
+
+
+def test_images_are_read_in_a_thread(monkeypatch):
+    check = inputs.check_picture
+    threads: list[threading.Thread] = []
+
+    def checked(data: bytes, limits: LimitsConfig) -> None:
+        threads.append(threading.current_thread())
+        check(data, limits)
+
+    monkeypatch.setattr(inputs, "check_picture", checked)
+    assert read(data_uri(picture(0))) == Picture(picture(0))
+    assert threading.main_thread() not in threads
+    assert len(threads) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "body"),
+    [
+        (EmbeddingsRequest, b'{"input":[%s1]}' % (b'{"":[]},' * 30_000)),
+        (EmbeddingsRequest, b'{"input":"a","x":[%s1]}' % (b"[]," * 50_001)),
+        (EmbeddingsRequest, b'{"input":[%s""]}' % (rb'"\\",' * 60_000)),
+        (SearchRequest, b'{"input":%s1%s}' % (b"[" * 100_001, b"]" * 100_001)),
+    ],
+    ids=["objects", "unknown", "strings", "lists"],
+)
+def test_json_of_too_many_pieces_is_not_read(shape, body, monkeypatch):
+    monkeypatch.setattr(Shape, "model_validate_json", None)
+    with pytest.raises(ApiError) as refused:
+        parse_request(shape, body)
+    assert (refused.value.status, refused.value.code) == (413, "too_many_pieces")
+
+
+def test_texts_and_long_lists_are_read_whatever_they_hold():
+    texts = ['[{,"\\' * 20_000 + end for end in ("", '"', "\\")] * 3
+    body = json.dumps({"input": texts}).encode()
+    assert parse_request(EmbeddingsRequest, body).input == texts
+    labels = [f"label {at}" for at in range(10_000)]
+    body = json.dumps({"image": "", "labels": labels}).encode()
+    assert parse_request(ClassifyRequest, body).labels == labels
+
+
+def test_what_is_never_read_of_an_item_is_not_kept():
+    extra = [{}] * 1000
+    part = {"type": "text", "text": "a", "x": extra}
+    image = {"type": "image_url", "image_url": {"url": "b", "detail": extra}, "x": extra}
+    odd = [extra, {"type": extra, "text": extra}, {"image_url": extra}, "a", 3]
+    body = json.dumps({"input": [part, image, *odd]}).encode()
+    assert parse_request(EmbeddingsRequest, body).input == [
+        {"type": "text", "text": "a"}, image_part("b"), [],
+        {"type": None, "text": None}, {"image_url": None}, "a", 3,
+    ]  # fmt: skip
+    body = json.dumps({"input": part}).encode()
+    assert parse_request(SearchRequest, body).input == {"type": "text", "text": "a"}
+
+
+class Coming:
+    """A request whose body comes in blocks, each when `more` is set."""
+
+    def __init__(self, told: int, *blocks: bytes) -> None:
+        self.headers = {"content-length": str(told)}
+        self.blocks = blocks
+        self.more = asyncio.Event()
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        for block in self.blocks:
+            yield block
+            await self.more.wait()
+
+
+def test_a_body_takes_room_as_it_comes():
+    async def work() -> None:
+        bodies = Bodies(100, 200)
+
+        async def read(request: Coming) -> bytes:
+            async with bodies.read(request) as body:  # type: ignore[arg-type]
+                return body.content
+
+        slow = [Coming(100, b"x" * 50, b"x" * 50) for _ in range(3)]
+        waiting = [asyncio.create_task(read(request)) for request in slow]
+        await asyncio.sleep(0)
+        assert bodies.held == 150
+        assert await read(Coming(50)) == b""
+        for refused in (Coming(51), Coming(0, b"x" * 51)):  # told by its header, and not told
+            with pytest.raises(ApiError, match="too much is being read"):
+                await read(refused)
+        for request in slow:
+            request.more.set()
+        assert await asyncio.gather(*waiting) == [b"x" * 100] * 3
+        assert bodies.held == 0
+
+    asyncio.run(work())
 
 
 def test_a_large_image_gets_to_its_tower(client):

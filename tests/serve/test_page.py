@@ -105,6 +105,7 @@ def test_a_search_and_a_classification_in_a_browser(endpoint, browser, tmp_path)
     browser.get(endpoint)
     page = Page(browser)
     page.until(lambda: "small, version 1" in page.one("#model").text)
+    assert len(page.search("data:image/png,words")) == 24
     assert len(page.search("a red heart")) == 24
     for image in page.all("#results img"):
         assert image.get_property("naturalWidth") > 0

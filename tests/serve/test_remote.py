@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import ipaddress
+import json
 import socket
 import ssl
 import threading
@@ -18,8 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from rwkv_clip.addresses import is_public
 from serve.config import LimitsConfig, RemoteConfig
+from serve.embeddings import embeddings
 from serve.errors import ApiError
-from serve.inputs import Picture, Reader
+from serve.inputs import EmbeddingsRequest, Picture, Reader, parse_request
+from serve.messages import Encoded, ModelCard
 from serve.remote import Fetcher
 from tests.serve.small import image_part, picture
 
@@ -170,3 +173,46 @@ def test_any_other_address_is_refused(read, address, status, code):
     with pytest.raises(ApiError) as refused:
         read(address)
     assert (refused.value.status, refused.value.code) == (status, code)
+
+
+@pytest.mark.parametrize(
+    "address", ["64:ff9b:1::a00:1", "64:ff9b:1:ffff::808:808", "fec0::1", "feff::1"]
+)
+def test_what_is_local_to_a_network_is_not_public(address):
+    assert not is_public(address)
+
+
+def test_a_request_that_goes_through_a_second_model_fetches_and_counts_nothing_twice():
+    fetched: list[str] = []
+    counted: list[int] = []
+
+    class Site:
+        async def fetch(self, address: str) -> bytes:
+            fetched.append(address)
+            return IMAGE
+
+    class MovedError(Exception):
+        pass
+
+    class Moved:
+        """A model that is served no more."""
+
+        card = ModelCard("small", "1", "digest", 32, 1.0)
+
+        async def encode(self, tower: str, items: list[bytes | str]) -> Encoded:
+            assert (tower, items) == ("image", [IMAGE, IMAGE])
+            raise MovedError
+
+    addresses = [f"https://{HOST}/{name}.png" for name in "ab"]
+    body = json.dumps({"input": [image_part(address) for address in addresses]}).encode()
+    asked = parse_request(EmbeddingsRequest, body)
+
+    async def rounds() -> None:
+        reader = Reader(LimitsConfig(), Site(), counted.append)  # type: ignore[arg-type]
+        for _ in range(3):
+            with pytest.raises(MovedError):
+                await embeddings(asked, Moved(), reader)  # type: ignore[arg-type]
+
+    asyncio.run(rounds())
+    assert fetched == addresses
+    assert counted == [len(IMAGE)] * 2
