@@ -70,7 +70,7 @@ class SynthesisResult:
     Attributes:
         rows: pairs, each with one row of descriptions.
         sources: how often each `description_source` is there.
-        refusals: why answers were refused, for all rows that were refused at least once.
+        refusals: why rows kept no answer of the model's: of each the last reason.
         retried: pairs that took more attempts than descriptions were asked for.
         alternatives: descriptions beyond the first of a pair.
         incidents: engines that died or hung; `Incident`'s fields.

@@ -23,6 +23,7 @@ from ray_jobs.synthesis.task import (
     Row,
     SamplingConfig,
     attempt_seed,
+    storable,
 )
 from rwkv_clip.descriptions import (
     CAPTION_SCHEMA,
@@ -107,17 +108,24 @@ def is_given(row: Mapping[str, Any]) -> bool:
     return bool(row.get("caption") and row.get("tags"))
 
 
-def captioned(row: Mapping[str, Any], found: Caption | None, source: str, **more: Any) -> Row:
+def captioned(
+    row: Mapping[str, Any],
+    found: Caption | None,
+    source: str,
+    *,
+    refused_text: str | None = None,
+    **more: Any,
+) -> Row:
     """A row of Captioning's schema: what the pair has goes before what was found."""
     return {
         "id": row["id"],
-        "caption": row.get("caption") or (found.caption if found else None),
+        "caption": row.get("caption") or (found.caption if found and found.caption else None),
         "tags": row.get("tags") or (list(found.tags) if found and found.tags else None),
         "caption_source": source,
         "attempts": 0,
         "seed": None,
         "refused_reason": None,
-        "refused_text": None,
+        "refused_text": storable(refused_text),
         **more,
     }
 

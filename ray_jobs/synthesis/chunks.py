@@ -10,6 +10,7 @@ become one table beside the part, with the same rows in the same order:
 """
 
 import json
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -88,8 +89,17 @@ def counts_of(done: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def open_work(
     storage: Storage, manifest: Manifest, beside: Beside, rows: int
 ) -> tuple[list[Chunk], dict[str, list[Chunk]]]:
-    """The chunks that are still to be done, and all chunks of the parts that are not sealed."""
+    """The chunks that are still to be done, and all chunks of the parts that are not sealed.
+
+    What a kill left of a sealed part's chunks is removed: whoever reads the whole folder would find
+    its rows twice.
+    """
     there = set(storage.names(beside.folder, suffix=".parquet", recursive=True))
+    folders = {posixpath.dirname(name) for name in there}
+    for part in manifest.parts:
+        folder = beside.part_folder(part.name)
+        if folder in folders and beside.part_file(part.name) in there:
+            storage.delete(folder)
     unsealed = {
         part.name: chunks_of(part, rows)
         for part in manifest.parts

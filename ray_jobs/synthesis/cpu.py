@@ -17,14 +17,16 @@ def environment() -> dict[str, str]:
     """The variables of an engine whose model is in its own process, with a thread for each core.
 
     The cores are those that vLLM would take: one logical CPU of each in the first NUMA node that is
-    there for us.
+    there for us. A container's quota, which vLLM does not look at here, allows no more of them: the
+    others' threads would use it up while they wait, and all would stand still until the next one.
     """
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_visible_memory_node
+    from vllm.utils.torch_utils import available_cpu_count
 
     node = get_visible_memory_node()[0]
     allowed = sorted(get_allowed_cpu_list(), key=lambda cpu: cpu.id)
     cores = {cpu.physical_core: cpu.id for cpu in allowed if cpu.numa_node == node}
-    cpus = sorted(cores.values())
+    cpus = sorted(cores.values())[: available_cpu_count()]
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(len(cpus)),

@@ -20,6 +20,7 @@ from ray_jobs.synthesis.task import (
     Row,
     SamplingConfig,
     attempt_seed,
+    storable,
 )
 from rwkv_clip.descriptions import (
     DESCRIPTION_SCHEMA,
@@ -137,7 +138,13 @@ def _fall_back(
 
 
 def _result(
-    row: Mapping[str, Any], description: str | None, source: str, attempts: int, **more: Any
+    row: Mapping[str, Any],
+    description: str | None,
+    source: str,
+    attempts: int,
+    *,
+    refused_text: str | None = None,
+    **more: Any,
 ) -> Row:
     return {
         "id": row["id"],
@@ -148,6 +155,6 @@ def _result(
         "seed": None,
         "guard_reason": None,
         "guard_unsupported": None,
-        "refused_text": None,
+        "refused_text": storable(refused_text),
         **more,
     }

@@ -29,7 +29,13 @@ from ray_jobs.synthesis.config import VllmConfig
 from ray_jobs.synthesis.task import GenerationError, Messages
 from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
 
-_ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1"}
+_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # vLLM warms FlashInfer's sampler up, which compiles kernels with nvcc and a C++ compiler that
+    # the image has not. Nothing is lost: requests with seeds, as all of ours are, never take it.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
 
 
 class ChunkEngine(vLLMEngineStageUDF):

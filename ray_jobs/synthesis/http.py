@@ -3,6 +3,9 @@
 Ray's own HTTP stage gives a batch up when one of its requests fails. Here a request that the server
 refuses costs its row, and a server that is away or busy is asked again, with growing pauses, until
 patience ends; then the job stops, and what is done is kept.
+
+A row that the server fails at, or that a gateway blocks, looks like a server that is broken or
+closed. What tells them apart is whether others are answered meanwhile: then the row is to blame.
 """
 
 import asyncio
@@ -21,8 +24,14 @@ from ray_jobs.synthesis.task import GenerationError, Messages, SamplingConfig
 from ray_jobs.synthesis.worker import ChunkWorker, Work
 
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
-_DENIED = frozenset({401, 402, 403, 404})
+_TOO_MANY = 429
+_BROKEN = frozenset({500, 502, 504})  # where one input may be what breaks it
+_MOST_FAILURES = 6  # of a request, with answers to others between them
+_KEY = frozenset({401, 402})
+_DENIED = frozenset({403, 404})  # the key or the model, or one text that a gateway blocks
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+# What no server refuses that answers anything.
+_PLAIN: Messages = ({"role": "user", "content": "Describe a grey square."},)
 
 
 class ServerError(RuntimeError):
@@ -47,9 +56,11 @@ class ChatClient:
         answers: Mapping[str, Any],
     ) -> None:
         self.config, self.sampling, self.answers = config, sampling, answers
+        self._url = f"{config.url}/chat/completions"
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session: aiohttp.ClientSession | None = None
         self._free = asyncio.Semaphore(config.requests_in_flight)
+        self._answered = -math.inf  # when a request last was
 
     async def complete(self, messages: Messages, seed: int) -> str:
         """The model's answer to a conversation.
@@ -58,29 +69,32 @@ class ChatClient:
             GenerationError: the server refuses this request, or answers it with nonsense.
             ServerError: it wants another key, has no such model, or is away for too long.
         """
-        sampling = self.sampling
-        schema = {"name": "answer", "schema": self.answers, "strict": True}
-        request = {
-            "model": self.config.model,
-            "messages": list(messages),
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-            "seed": seed,
-            "response_format": {"type": "json_schema", "json_schema": schema},
-        }
-        # From the first refusal on: before, the request may have waited long for its own turn.
-        until = math.inf
-        pause = _FIRST_PAUSE
+        request = self._request(messages, seed)
+        # Refusals, from which patience counts: before, the request may have waited for its turn.
+        first = last = math.inf
+        failures, pause = 1, _FIRST_PAUSE
         while True:
             try:
                 async with self._free:
                     return await self._ask(request)
+            except _DeniedError as error:
+                if await self._answers_others(-math.inf, seed):
+                    raise GenerationError(str(error)) from error
+                raise self._closed(error) from error
             except _AskAgainError as error:
+                now = time.monotonic()
+                first = min(first, now)
+                # Where no other was answered in between, the server may be on its way back.
+                failures += error.status in _BROKEN and self._answered > last
+                last = now
+                # A limit of requests a minute takes its time, and passes over some for long.
+                since = max(first, self._answered) if error.status == _TOO_MANY else first
                 wait = error.after or pause * random.uniform(0.5, 1.5)  # noqa: S311
-                until = min(until, time.monotonic() + self.config.patience_seconds)
-                if time.monotonic() + wait > until:
-                    raise ServerError(f"{self.config.url} {error}; gave up") from error
+                if failures >= _MOST_FAILURES or now + wait > since + self.config.patience_seconds:
+                    told = f"{self.config.url} {error}; gave up"
+                    if await self._answers_others(first, seed):
+                        raise GenerationError(told) from error
+                    raise ServerError(told) from error
             await asyncio.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -89,33 +103,70 @@ class ChatClient:
         if self._session is not None:
             await self._session.close()
 
+    def _request(self, messages: Messages, seed: int) -> dict[str, Any]:
+        """What is sent."""
+        sampling = self.sampling
+        schema = {"name": "answer", "schema": self.answers, "strict": True}
+        return {
+            "model": self.config.model,
+            "messages": list(messages),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "seed": seed,
+            "response_format": {"type": "json_schema", "json_schema": schema},
+        }
+
+    async def _answers_others(self, since: float, seed: int) -> bool:
+        """Whether the server has answered a request since then, or answers a plain one now.
+
+        A row may be the only one that is left, or be refused before the first other is answered.
+        """
+        if self._answered > since:
+            return True
+        try:
+            async with self._free:
+                await self._ask(self._request(_PLAIN, seed))
+        except (GenerationError, ServerError, _DeniedError, _AskAgainError):
+            return self._answered > since  # another one's answer came
+        return True
+
+    def _closed(self, refusal: object) -> ServerError:
+        return ServerError(
+            f"{self._url} answers {refusal}; mend engine.url, engine.model, the account, or the "
+            f"key in {self.config.api_key_env}"
+        )
+
     async def _ask(self, request: Mapping[str, Any]) -> str:
         """One request; the model's words."""
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self.config.timeout_seconds)
-            self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
+            # As many connections as there are requests, which wait for none within their timeout.
+            connector = aiohttp.TCPConnector(limit=self.config.requests_in_flight)
+            self._session = aiohttp.ClientSession(
+                timeout=timeout, headers=self._headers, connector=connector
+            )
         try:
-            url = f"{self.config.url}/chat/completions"
-            async with self._session.post(url, json=request) as response:
-                if response.status in _BUSY:
-                    raise _AskAgainError(f"answers {response.status}", _retry_after(response))
-                if response.status in _DENIED:
-                    raise ServerError(
-                        f"{url} answers {response.status}: {(await response.text())[:300]}; "
-                        "mend engine.url, engine.model, the account, or the key in "
-                        f"{self.config.api_key_env}"
-                    )
+            async with self._session.post(self._url, json=request) as response:
+                status = response.status
+                if status in _BUSY:
+                    raise _AskAgainError(f"answers {status}", status, _retry_after(response))
                 if not response.ok:
-                    raise GenerationError(f"{response.status}: {(await response.text())[:300]}")
+                    told = f"{status}: {(await response.text(errors='replace'))[:300]}"
+                    if status in _KEY:
+                        raise self._closed(told)
+                    raise (_DeniedError if status in _DENIED else GenerationError)(told)
                 answer = await response.json(content_type=None)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _AskAgainError(f"does not answer ({error or type(error).__name__})") from error
         except ValueError as error:
             raise GenerationError(f"the server's answer is not JSON: {error}") from error
         try:
-            return str(answer["choices"][0]["message"]["content"] or "")
+            words = str(answer["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError) as error:
             raise GenerationError(f"the server's answer has no message: {answer!r:.300}") from error
+        self._answered = time.monotonic()
+        return words
 
 
 class HttpChunks:
@@ -141,9 +192,13 @@ class HttpChunks:
 class _AskAgainError(Exception):
     """The server may answer later."""
 
-    def __init__(self, reason: str, after: float | None = None) -> None:
+    def __init__(self, reason: str, status: int | None = None, after: float | None = None) -> None:
         super().__init__(reason)
-        self.after = after
+        self.status, self.after = status, after
+
+
+class _DeniedError(Exception):
+    """The server does not let this request in, or none."""
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:

@@ -4,9 +4,9 @@
       engine: {kind: python, model: "my_models.blip:load", arguments: {device: cuda}, gpus: 1}
 
 `load(**arguments)` is called once in each worker and gives a function from images (Pillow, RGB) to
-as many `rwkv_clip.descriptions.Caption(caption, tags)`. An image that it raises an exception for
-has no caption; if it then fails at a plain grey picture too, which it is shown first of all, its
-process is ended and started anew. So it is when it hangs, or ends itself.
+as many `rwkv_clip.descriptions.Caption(caption, tags)`; a tagger's caption is "". An image that it
+raises an exception for has no caption; if it then fails at a plain grey picture too, which it is
+shown first of all, its process is ended and started anew. So it is when it hangs, or ends itself.
 """
 
 import asyncio
@@ -24,12 +24,14 @@ from ray_jobs.synthesis.captioner import MODEL, Captioner, captioned, is_given
 from ray_jobs.synthesis.config import PythonConfig
 from ray_jobs.synthesis.task import GIVEN, Row
 from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
-from rwkv_clip.descriptions import Caption
+from rwkv_clip.descriptions import MAX_DESCRIPTION, Caption
+from rwkv_clip.descriptions.sources import MAX_TAG, MAX_TAGS, clean_source
 from rwkv_clip.images import ImageDecodeError, small_picture
 
 logger = logging.getLogger(__name__)
 
 MODEL_ERROR = "model_error"
+_EMPTY = "answer_empty"
 
 _Shown = tuple[Row, Image.Image]
 
@@ -121,7 +123,7 @@ class PythonCaptioner:
                 captioned(row, None, source, attempts=1, refused_reason=reason, refused_text=told)
             ]
         pairs = zip(shown, captions, strict=True)
-        return [captioned(row, one, MODEL, attempts=1) for (row, _), one in pairs]
+        return [_answered(row, one) for (row, _), one in pairs]
 
     async def _call(self, pictures: Sequence[Image.Image]) -> list[Caption]:
         loop = asyncio.get_running_loop()
@@ -157,7 +159,28 @@ class PythonCaptioner:
         found = list(self.captioner(pictures))
         if len(found) != len(pictures):
             raise ValueError(f"{len(found)} captions for {len(pictures)} images")
-        return [Caption(str(one[0]), tuple(map(str, one[1]))) for one in found]
+        return [_cleaned(one) for one in found]
+
+
+def _cleaned(found: Any) -> Caption:
+    """What a captioner gave for an image, cleaned as the answers of models are."""
+    match found:
+        case (str(caption), list(tags) | tuple(tags)) if all(isinstance(tag, str) for tag in tags):
+            cleaned = dict.fromkeys(clean_source(tag, MAX_TAG) for tag in tags[:MAX_TAGS])
+            return Caption(
+                clean_source(caption, MAX_DESCRIPTION), tuple(tag for tag in cleaned if tag)
+            )
+    raise ValueError(
+        "takes Caption(caption, tags) for each image, a string and a list of strings, either of "
+        f"them empty where there is none; got {found!r:.200}"
+    )
+
+
+def _answered(row: Row, found: Caption) -> Row:
+    """The row for a pair whose image the captioner took."""
+    if found.caption or found.tags:
+        return captioned(row, found, MODEL, attempts=1)
+    return captioned(row, None, f"none: {_EMPTY}", attempts=1, refused_reason=_EMPTY)
 
 
 def _exited(error: SystemExit) -> str:

@@ -21,6 +21,7 @@ Row = dict[str, Any]
 
 GIVEN = "given"
 ENGINE_FAILED = "engine_failed"
+_MOST_REFUSED = 2000  # characters of a text that is kept for people to look at
 
 
 class GenerationError(RuntimeError):
@@ -74,6 +75,11 @@ class Task(Protocol):
     def give_up(self, row: Mapping[str, Any], reason: str) -> Row:
         """The row for a pair that the model cannot be asked about."""
         ...
+
+
+def storable(text: str | None) -> str | None:
+    """A text that was refused as tables can hold it: not half a character pair, and not endless."""
+    return text and text[:_MOST_REFUSED].encode("utf-8", "replace").decode()
 
 
 def attempt_seed(seed: int, identity: str, attempt: int) -> int:

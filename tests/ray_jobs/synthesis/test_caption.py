@@ -5,9 +5,11 @@ import base64
 import json
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -22,10 +24,12 @@ from ray_jobs.synthesis import run
 from ray_jobs.synthesis.captioner import Captioning, see, shown
 from ray_jobs.synthesis.chunks import open_work, read_chunk
 from ray_jobs.synthesis.describer import Describing
+from ray_jobs.synthesis.python import PythonCaptioner, _answered
 from ray_jobs.synthesis.run import SynthesisError
 from ray_jobs.synthesis.task import GenerationError, SamplingConfig
 from ray_jobs.synthesize import SynthesisConfig
 from ray_jobs.training.batches import PairFiles
+from rwkv_clip.descriptions import Caption
 
 ROWS = 18
 
@@ -79,6 +83,7 @@ def test_what_a_pair_has_is_kept():
     ("answers", "reason"),
     [
         (("{}", "{}"), "answer_missing_field"),
+        (("half \ud83d",) * 2, "answer_not_json"),
         ((GenerationError("too large"),) * 2, "generation_error"),
     ],
 )
@@ -86,6 +91,7 @@ def test_a_model_that_fails_leaves_the_pair_as_it_was(answers, reason):
     row = captioned(Model(*answers))
     assert (row["caption"], row["tags"]) == (None, None)
     assert (row["caption_source"], row["refused_reason"]) == (f"none: {reason}", reason)
+    pa.Table.from_pylist([row], schema=Captioning.schema)
 
 
 def test_a_broken_image_is_not_shown():
@@ -190,6 +196,38 @@ def test_a_captioner_that_an_image_is_the_end_of_costs_that_image_alone(
     assert set(sources.values()) == {"given", "model"}
     assert {one["kind"] for one in result.incidents} == {kind}
     assert {Path(one["chunk"]).name for one in result.incidents} == {"chunk-00001.parquet"}
+
+
+def found(answer: Any) -> list[Caption]:
+    """What is taken from a captioner that gives this for an image."""
+    captioner: Any = SimpleNamespace(captioner=lambda _: [answer])
+    return PythonCaptioner._found(captioner, [Image.new("RGB", (8, 8))])
+
+
+@pytest.mark.parametrize(
+    "answer", [(None, ("dog",)), ("a dog", "dog, cat"), ("a dog", None), ("a dog", [1]), "no", {}]
+)
+def test_a_captioner_that_gives_anything_else_is_told_what_it_is_to_give(answer):
+    with pytest.raises(ValueError, match=r"takes Caption\(caption, tags\)"):
+        found(answer)
+
+
+def test_what_a_captioner_gives_is_cleaned_as_answers_are():
+    assert found(["a\ndog \ud83d", ["dog", "dog ", "\ud83d", ""]]) == [Caption("a dog", ("dog",))]
+
+
+@pytest.mark.parametrize(
+    ("given", "caption", "tags", "source"),
+    [
+        (Caption("", ("dog",)), None, ["dog"], "model"),
+        (Caption("a dog", ()), "a dog", None, "model"),
+        (Caption(" ", ()), None, None, "none: answer_empty"),
+    ],
+)
+def test_an_empty_caption_is_none(given, caption, tags, source):
+    (taken,) = found(given)
+    row = _answered(PAIR, taken)
+    assert (row["caption"], row["tags"], row["caption_source"]) == (caption, tags, source)
 
 
 def test_a_captioner_that_has_none_for_anything_stops_the_job_before_any_pair(storage):

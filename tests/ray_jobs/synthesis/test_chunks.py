@@ -5,11 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ray_jobs.beside import DESCRIPTIONS, Beside
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis.chunks import Chunk, chunks_in, work_of
+from ray_jobs.synthesis.chunks import Chunk, chunks_in, open_work, seal, work_of, write_chunk
 from ray_jobs.synthesis.worker import ChunkWorker, Work
 
 
@@ -71,6 +72,29 @@ def test_chunks_of_an_item_that_were_done_before_its_engine_ended_are_not_done_a
     assert (counts["index"], counts["rows"]) == ([0, 1], [8, 8])
     assert begun == [second.file(beside)]
     assert storage.read_bytes(first.file(beside)) == b"done"
+
+
+def test_what_a_kill_leaves_of_chunks_that_were_sealed_is_removed_by_the_next_run(
+    tmp_path, monkeypatch
+):
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    storage, beside = Storage.at(tmp_path), Beside(DESCRIPTIONS, "train")
+    ids = pa.schema([pa.field("id", pa.string())])
+    made = chunks(2, 1)
+    for at, chunk in enumerate(made):
+        write_chunk(storage, beside, chunk, [{"id": str(at)}], ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            seal(storage, beside, made[:2])
+    parts = [SimpleNamespace(name=f"part-{at}", path="", rows=8 * (2 - at)) for at in range(2)]
+    manifest: Any = SimpleNamespace(parts=parts)
+    todo, unsealed = open_work(storage, manifest, beside, 8)
+    assert (todo, list(unsealed)) == ([], ["part-1"])
+    left = storage.names(beside.folder, suffix=".parquet", recursive=True)
+    assert sorted(left) == [beside.part_file("part-0"), made[2].file(beside)]
 
 
 class SimpleWork:

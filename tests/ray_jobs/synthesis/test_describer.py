@@ -4,6 +4,7 @@ import asyncio
 import json
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from ray_jobs.synthesis.describer import Describing
@@ -72,6 +73,17 @@ def test_a_sentence_of_caption_and_tags_serves_in_the_end(answers, reason, refus
     assert row["refused_text"] == refused
     assert "dog face" in row["description"].lower()
     assert row["attempts"] == 2
+
+
+@pytest.mark.parametrize("answer", ["half \ud83d", GenerationError("half \ud83d")])
+def test_half_a_character_pair_in_a_refused_answer_can_be_stored(answer):
+    row = described(Model(answer, answer))
+    assert row["refused_text"] == "half ?"
+    pa.Table.from_pylist([row], schema=Describing.schema)
+
+
+def test_an_endless_answer_is_kept_in_part():
+    assert len(described(Model(*["no JSON " * 10_000] * 2))["refused_text"]) == 2000
 
 
 def test_what_the_guard_missed_support_for_is_kept_for_the_report():

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import ray
+from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from ray_jobs.synthesis.config import VllmConfig
-from ray_jobs.synthesis.engine import ChunkEngine, Places, _bundles
+from ray_jobs.synthesis.engine import ChunkEngine, Places, _bundles, environment
 from ray_jobs.synthesis.task import GenerationError
 from ray_jobs.synthesis.worker import EngineDiedError
 
@@ -45,6 +46,13 @@ def test_a_request_that_is_refused_is_not_the_engines_end(error, errored, kind, 
     )
     with pytest.raises(kind, match=told):
         asyncio.run(ChunkEngine._complete(engine, [], 0))
+
+
+def test_an_engine_of_gpus_compiles_no_kernels_of_a_sampler_that_it_does_not_use(monkeypatch):
+    config = VllmConfig.model_validate({"kind": "vllm", "model": "some/model", "gpus": 1})
+    for name, value in environment(config).items():
+        monkeypatch.setenv(name, value)
+    assert not envs.VLLM_USE_FLASHINFER_SAMPLER
 
 
 class Doubler:

@@ -7,16 +7,19 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.models import resolve_model
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis import cpu
+from ray_jobs.synthesis import cpu, http
 from ray_jobs.synthesis.config import HttpConfig
 from ray_jobs.synthesis.http import ChatClient, ServerError
 from ray_jobs.synthesis.task import GenerationError, SamplingConfig
@@ -29,17 +32,53 @@ ROWS, CHUNK_ROWS = 12, 4
 PATIENCE = 300  # seconds, on a busy machine
 
 
-def ask(url: str, key: str | None = None, **settings: Any) -> str:
+@asynccontextmanager
+async def asking(
+    url: str, key: str | None = None, **settings: Any
+) -> AsyncIterator[Callable[[str], Coroutine[Any, Any, str]]]:
+    """A client; takes a text, gives the answer."""
     config = HttpConfig(kind="http", url=url, model="small", **settings)
+    client = ChatClient(config, key, SamplingConfig(), DESCRIPTION_SCHEMA)
+    try:
+        yield lambda text: client.complete([{"role": "user", "content": text}], 7)
+    finally:
+        await client.close()
+
+
+def ask(url: str, *others: str, key: str | None = None, **settings: Any) -> str:
+    """The answer to one text, asked together with others."""
 
     async def once() -> str:
-        client = ChatClient(config, key, SamplingConfig(), DESCRIPTION_SCHEMA)
-        try:
-            return await client.complete([{"role": "user", "content": "describe"}], 7)
-        finally:
-            await client.close()
+        async with asking(url, key, **settings) as client:
+            found = await asyncio.gather(*map(client, ("describe", *others)))
+            return found[0]
 
     return asyncio.run(once())
+
+
+def ask_among_others(url: str, **settings: Any) -> str:
+    """The answer to one text, while others are answered all the time."""
+
+    async def once() -> str:
+        async with asking(url, **settings) as client:
+            answer = asyncio.create_task(client("describe"))
+            while not answer.done():
+                await client("other")
+            return await answer
+
+    return asyncio.run(once())
+
+
+def refusing(status: int) -> Callable[[int, Any, Any], Reply]:
+    """A server that does not take the one text, which it says before it answers any other."""
+
+    def reply(turn: int, body: Any, headers: Any) -> Reply:
+        if body["messages"][0]["content"] == "describe":
+            return status, {}, b"not this one"
+        time.sleep(0.3)
+        return 200, {}, chat(ANSWER)
+
+    return reply
 
 
 def test_a_request_holds_the_schema_the_seed_and_the_key():
@@ -73,12 +112,75 @@ def test_a_refused_request_or_a_senseless_answer_costs_its_row(status, content):
         ask(url)
 
 
-def test_a_wrong_key_is_told_with_where_it_comes_from():
+@pytest.mark.parametrize("others", [(), ("other",)], ids=["alone", "among others"])
+@pytest.mark.parametrize("status", [403, 404, 429, 500, 503])
+def test_a_text_that_the_server_never_takes_costs_its_row_and_not_the_job(status, others):
     with (
-        server(lambda *_: (401, {}, b"no such key")) as url,
-        pytest.raises(ServerError, match=r"401: no such key; .* OPENAI_API_KEY"),
+        server(refusing(status)) as url,
+        pytest.raises(GenerationError, match=str(status)),
     ):
-        ask(url)
+        ask(url, *others, patience_seconds=0.8)
+
+
+def test_a_text_that_breaks_the_server_holds_its_chunk_for_a_few_requests_only(monkeypatch):
+    monkeypatch.setattr(http, "_FIRST_PAUSE", 0.01)
+    asked = []
+
+    def reply(turn: int, body: Any, headers: Any) -> Reply:
+        broken = body["messages"][0]["content"] == "describe"
+        asked.append(broken)
+        return (500, {}, b"") if broken else (200, {}, chat(ANSWER))
+
+    with server(reply) as url, pytest.raises(GenerationError, match="500"):
+        ask_among_others(url)
+    assert 6 <= sum(asked) < 20
+
+
+def test_a_text_that_a_limit_of_requests_passes_over_has_its_turn_in_the_end(monkeypatch):
+    monkeypatch.setattr(http, "_LONGEST_PAUSE", 0.2)
+    start = time.monotonic()
+
+    def reply(turn: int, body: Any, headers: Any) -> Reply:
+        late = body["messages"][0]["content"] == "describe" and time.monotonic() < start + 3.5
+        return (429, {}, b"") if late else (200, {}, chat(ANSWER))
+
+    with server(reply) as url:
+        assert ask_among_others(url, patience_seconds=2) == ANSWER
+
+
+def test_a_server_that_breaks_at_every_text_is_the_end():
+    with server(lambda *_: (500, {}, b"")) as url, pytest.raises(ServerError, match="answers 500"):
+        ask(url, "other", patience_seconds=0.5)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_is_told_with_where_it_comes_from(status):
+    with (
+        server(lambda *_: (status, {}, b"no such key")) as url,
+        pytest.raises(ServerError, match=rf"{status}: no such key; .* OPENAI_API_KEY"),
+    ):
+        ask(url, "other")
+
+
+def test_as_many_requests_are_in_flight_as_the_configuration_says():
+    many = 130  # more than aiohttp's own limit
+
+    async def meet() -> list[str]:
+        together = asyncio.Barrier(many)
+
+        async def reply(_: web.Request) -> web.Response:
+            await together.wait()
+            return web.Response(body=chat(ANSWER))
+
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", reply)
+        async with TestServer(app) as listening:
+            url = str(listening.make_url("/v1"))
+            settings = {"requests_in_flight": many, "timeout_seconds": 20, "patience_seconds": 1}
+            async with asking(url, **settings) as client:
+                return list(await asyncio.gather(*(client("describe") for _ in range(many))))
+
+    assert asyncio.run(meet()) == [ANSWER] * many
 
 
 def test_a_server_that_stays_away_ends_the_job_and_says_so(pairs):
