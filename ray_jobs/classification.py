@@ -9,12 +9,15 @@ A data set is a folder whose folders are the classes, or Parquet files with an i
 
 The prompts of the published data sets are known by their names. Class names are those of the
 folders, the names that a Parquet file of the `datasets` library carries, or given.
+
+ImageNet has 80,000 prompts and 1,281,167 images to learn from, so prompts are embedded where images
+are, and a linear probe is fitted there.
 """
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +26,34 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
+import torch
 from pydantic import Field, model_validator
 
-from ray_jobs.encoding import EncoderConfig, fetch_checkpoint, matrix
+from ray_jobs.encoding import (
+    EncoderConfig,
+    ImageEncoder,
+    fetch_checkpoint,
+    given_device,
+    matrix,
+    vectors,
+)
+from ray_jobs.execution import arrange
 from ray_jobs.image_sets import SET_NAME, ImageSet, ImageSetConfig, embed_set
+from ray_jobs.progress import Progress
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.evaluation import (
     ClassificationResult,
+    LinearProbeResult,
     benchmark_result,
+    class_embeddings,
     classify,
     dataset_names,
     dataset_spec,
     linear_probe,
+    prompts,
     zero_shot_classifier,
 )
 
@@ -44,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 ZERO_SHOT, LINEAR_PROBE = "zero_shot", "linear_probe"
 _DEFAULT_TEMPLATES = ("a photo of a {}.",)
+_GPUS = "evaluation.gpus_per_worker"
+_FEW_PROMPTS = 256  # embedded here before a process that embeds would have started
 
 
 class LabelledConfig(ImageSetConfig):
@@ -172,12 +191,14 @@ def score_set(
         SourceError: labels and class names do not fit.
     """
     table = _with_labels(embed_set(f"classify {config.name}", test, encoder, storage, checkpoint))
-    learnt = None
+    learnt: list[str] = []
     if train is not None:
-        learnt = _with_labels(
-            embed_set(f"probe {config.name}", train, encoder, storage, checkpoint)
-        )
-    found = {*_labels(table), *(_labels(learnt) if learnt else ())}
+        to_learn = embed_set(f"probe {config.name}", train, encoder, storage, checkpoint)
+        to_learn = _with_labels(to_learn)
+        learnt = _labels(to_learn)
+        features = ray.put(matrix(to_learn["image_embedding"]))
+        del to_learn  # gigabytes, for which the driver has no use
+    found = {*_labels(table), *learnt}
     names = class_names_of(config, found, test)
     labels = list(names)
     class_names = list(names.values())
@@ -189,8 +210,7 @@ def score_set(
                 "%s: the class names are not those of the published numbers", config.name
             )
     images, targets = matrix(table["image_embedding"]), _indices(_labels(table), labels)
-    model = fetch_checkpoint(storage, checkpoint).eval()
-    classes = zero_shot_classifier(model, class_names, config.prompts(), encoder.batch)
+    classes = _classes(config, class_names, encoder, storage, checkpoint)
     metric = dataset_spec(config.name).metric if config.is_known else "top1"
 
     def told(task: str, result: ClassificationResult, benchmark: Any) -> ClassificationScore:
@@ -214,16 +234,65 @@ def score_set(
 
     zero_shot = classify(images, classes, targets)
     scores = [told(ZERO_SHOT, zero_shot, zero_shot)]
-    if learnt is not None:
-        probe = linear_probe(
-            matrix(learnt["image_embedding"]),
-            _indices(_labels(learnt), labels),
-            images,
-            targets,
-            num_classes=len(labels),
-        )
+    if train is not None:
+        # The processes that embedded have ended; there is room for one that holds as much.
+        holding = ray.remote(num_cpus=encoder.cpus_per_worker, num_gpus=encoder.gpus_per_worker)
+        task: Any = holding(_probe)
+        arguments = (features, _indices(learnt, labels), images, targets, len(labels))
+        probe: LinearProbeResult = ray.get(task.remote(*arguments))
         scores.append(told(LINEAR_PROBE, probe.classification, probe))
     return scores
+
+
+class PromptEncoder(ImageEncoder):
+    """Embeds prompts; one in each of Ray Data's actors."""
+
+    def __init__(self, storage: Storage, checkpoint: str) -> None:
+        super().__init__(fetch_checkpoint(storage, checkpoint), gpus_key=_GPUS)
+
+    def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
+        """`text_embedding` of some prompts."""
+        (texts,) = batch["texts"].tolist()
+        return pa.table({"text_embedding": vectors(self.encode_texts(texts))})
+
+
+def _classes(
+    config: ClassificationConfig,
+    class_names: Sequence[str],
+    encoder: EncoderConfig,
+    storage: Storage,
+    checkpoint: str,
+) -> torch.Tensor:
+    """What `zero_shot_classifier` gives; many prompts are embedded by the encoder's processes."""
+    templates, batch = config.prompts(), encoder.batch
+    texts = [text for name in class_names for text in prompts(name, templates)]
+    if len(texts) <= min(batch, _FEW_PROMPTS):
+        model = fetch_checkpoint(storage, checkpoint)
+        return zero_shot_classifier(model, class_names, templates, batch)
+    work = [{"texts": texts[at : at + batch]} for at in range(0, len(texts), batch)]
+    dataset = encoder.embedded("evaluation", work, PromptEncoder, storage, checkpoint)
+    arrange(dataset, ordered=True)
+    parts: list[pa.Table] = []
+    batches: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    with Progress(f"prompts of {config.name}", len(texts), "prompts") as progress:
+        for part in batches:
+            parts.append(part)
+            progress.update(part.num_rows)
+    embedded = torch.tensor(matrix(pa.concat_tables(parts)["text_embedding"]))
+    return class_embeddings(embedded.unflatten(0, (len(class_names), -1)))
+
+
+def _probe(
+    features: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    tested: npt.NDArray[np.float32],
+    targets: npt.NDArray[np.int64],
+    classes: int,
+) -> LinearProbeResult:
+    """A linear probe, on the device of the task that this is called in."""
+    device = given_device(_GPUS)
+    learnt, asked = (torch.tensor(given, device=device) for given in (features, tested))
+    return linear_probe(learnt, labels, asked, targets, num_classes=classes)
 
 
 def class_names_of(

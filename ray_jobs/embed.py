@@ -19,8 +19,8 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
-import rwkv_clip
 from ray_jobs import job
+from ray_jobs.beside import written
 from ray_jobs.encoding import EncoderConfig, ImageEncoder, fetch_checkpoint, vectors
 from ray_jobs.execution import arrange
 from ray_jobs.ingest import Manifest
@@ -103,6 +103,9 @@ def embed(config: EmbedConfig, storage: Storage, source: "ModelSource") -> Embed
         "text": config.text,
         "data_digest": manifest.data_digest,
     }
+    for beside in written(storage, config.data):
+        if config.text in beside.says:  # who embeds other texts need not embed anew
+            identity[beside.kind] = storage.read_json(beside.manifest_file)["run"]
     record, claim = f"{folder}/manifest.json", f"{folder}/run.json"
     if storage.exists(claim) and storage.read_json(claim) != identity:
         if not config.replace:
@@ -174,8 +177,7 @@ class PartEncoder(ImageEncoder):
         }
         if self.config.text is not None:
             texts = [pairs[at][self.config.text] or "" for at in usable]
-            tokens = rwkv_clip.tokenize(texts, self.model.config.context_length)
-            columns["text_embedding"] = vectors(self.model.encode_text(tokens.to(self.device)))
+            columns["text_embedding"] = vectors(self.encode_texts(texts))
         return pa.table(columns)
 
 

@@ -24,6 +24,7 @@ from ray_jobs.execution import work_items
 from ray_jobs.room import Need, warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import TEXTS, PairFiles
+from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.evaluation import RetrievalResult
 from rwkv_clip.images import ImageDecodeError
@@ -89,8 +90,27 @@ class Encoded:
     text_emb: Tensor
 
 
+def given_device(gpus_key: str) -> torch.device:
+    """This process's GPU, or the CPU where it was given none.
+
+    Args:
+        gpus_key: of the configuration, that says how many GPUs it is given; for errors.
+
+    Raises:
+        RuntimeError: it was given a GPU that PyTorch does not see.
+    """
+    # Ray hides no GPU from a task that holds none; training has the one that it would take.
+    given = ray.is_initialized() and bool(ray.get_gpu_ids())
+    if given and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"{gpus_key}: PyTorch sees no GPU on this node; install requirements/cuda.txt "
+            "there, or set it to 0"
+        )
+    return torch.device("cuda" if given else "cpu")
+
+
 class ImageEncoder:
-    """Embeds images with a model, on this process's GPU, or on the CPU where it was given none.
+    """Embeds images, and texts, with a model on this process's device.
 
     Args:
         model: the model.
@@ -102,14 +122,7 @@ class ImageEncoder:
     """
 
     def __init__(self, model: RWKVCLIP, threads: int = 1, *, gpus_key: str) -> None:
-        # Ray hides no GPU from a task that holds none; training has the one that it would take.
-        given = ray.is_initialized() and bool(ray.get_gpu_ids())
-        if given and not torch.cuda.is_available():
-            raise RuntimeError(
-                f"{gpus_key}: PyTorch sees no GPU on this node; install requirements/cuda.txt "
-                "there, or set it to 0"
-            )
-        self.device = torch.device("cuda" if given else "cpu")
+        self.device = given_device(gpus_key)
         self.model = model.to(self.device).eval()
         self.transform = rwkv_clip.image_transform(self.model.config)
         self.threads = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
@@ -124,6 +137,12 @@ class ImageEncoder:
         for error in found.errors:
             logger.warning("left out: %s", error)
         return self.model.encode_image(found.pixels.to(self.device)), found.indices, found.errors
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings [n, D]."""
+        tokens = rwkv_clip.tokenize(list(texts), self.model.config.context_length)
+        return self.model.encode_text(tokens.to(self.device))
 
     def _decode(self, images: Sequence[bytes], names: Sequence[object]) -> TransformedBatch:
         if self.threads is None or not images:
@@ -170,9 +189,7 @@ class PairEncoder(ImageEncoder):
         ids = [pair["id"] for pair in pairs]
         image_emb, usable, _ = self.encode_images([pair["image"] for pair in pairs], ids)
         texts = [pairs[at][self.text] or "" for at in usable]
-        tokens = rwkv_clip.tokenize(texts, self.model.config.context_length)
-        text_emb = self.model.encode_text(tokens.to(self.device))
-        return Encoded([ids[at] for at in usable], texts, image_emb, text_emb)
+        return Encoded([ids[at] for at in usable], texts, image_emb, self.encode_texts(texts))
 
 
 class TextsError(ValueError):
@@ -200,13 +217,21 @@ def with_text(texts: Sequence[str]) -> npt.NDArray[np.intp]:
 
 def fetch_checkpoint(storage: Storage, name: str) -> RWKVCLIP:
     """A model from a checkpoint folder of any storage; raises CheckpointError."""
-    if storage.is_local:
-        return load_checkpoint(storage.path(name))
-    with TemporaryDirectory() as folder:
-        pafs.copy_files(
-            storage.path(name), folder, source_filesystem=storage.filesystem
-        )  # only tensors and JSON are read from it
-        return load_checkpoint(Path(folder))
+    return fetch_model(storage.filesystem, storage.path(name))
+
+
+def fetch_model(filesystem: pafs.FileSystem, folder: str) -> RWKVCLIP:
+    """The same from a folder of any file system."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return load_checkpoint(folder)
+    # The optimizer's state beside them is larger.
+    files = [f"{folder}/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    with TemporaryDirectory() as copies:
+        for info in filesystem.get_file_info(files):
+            if info.type == pafs.FileType.File:
+                copy = str(Path(copies, info.base_name))
+                pafs.copy_files(info.path, copy, source_filesystem=filesystem)
+        return load_checkpoint(Path(copies))
 
 
 def vectors(values: Tensor) -> pa.FixedSizeListArray:

@@ -7,6 +7,7 @@ the embeddings. What is written, below `evaluation/NAME/`:
     clip_benchmark/*.json       the metrics in LAION's CLIP_benchmark's form, a file a task
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -102,6 +103,7 @@ class EvaluationResult:
         clip_benchmark: the results as LAION's CLIP_benchmark writes them, by file name.
         classification: `ClassificationScore`'s fields, for each set and task.
         retrieval: `RetrievalScore`'s fields, for each set.
+        tested: by metric, what `scored_on` gives for the data that it was found on.
     """
 
     metrics: dict[str, float]
@@ -112,6 +114,7 @@ class EvaluationResult:
     clip_benchmark: dict[str, dict[str, Any]]
     classification: list[dict[str, Any]] = field(default_factory=list)
     retrieval: list[dict[str, Any]] = field(default_factory=list)
+    tested: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def searched(self) -> bool:
@@ -139,8 +142,35 @@ class OpenedSets:
     @property
     def digests(self) -> list[str]:
         """What tells each from any other."""
-        found = [part.digest for _, test, train in self.labelled for part in (test, train) if part]
-        return found + [images.digest for _, images in self.captioned]
+        found = [labelled_digest(*one) for one in self.labelled]
+        return found + [captioned_digest(*one) for one in self.captioned]
+
+
+def labelled_digest(config: ClassificationConfig, test: ImageSet, train: ImageSet | None) -> str:
+    """Tells what is asked of a set of labelled images, and of which, from anything else."""
+    told = config.model_dump(mode="json", exclude={"test", "train"})
+    told["templates"] = config.prompts()
+    return _digest([told, test.digest, train.digest if train else None])
+
+
+def captioned_digest(config: RetrievalConfig, images: ImageSet) -> str:
+    """Tells a set of captioned images from anything else."""
+    return _digest([config.model_dump(mode="json", exclude={"test"}), images.digest])
+
+
+def scored_on(name: str, digest: str, text: str = "") -> dict[str, str]:
+    """What two scores must agree in to be compared.
+
+    Args:
+        name: of the test data, for people.
+        digest: what tells it, and what is asked of it, from anything else.
+        text: which of the pairs' texts images were searched by.
+    """
+    return {"test_set": name, "test_digest": digest, "test_text": text}
+
+
+def _digest(told: Any) -> str:
+    return sha256(json.dumps(told).encode()).hexdigest()
 
 
 class Evaluation:
@@ -155,6 +185,8 @@ class Evaluation:
         sets: those of the configuration, if they were opened before.
 
     Attributes:
+        digest: of all that it is evaluated on.
+        identity: all that decides the result.
         held: what an earlier run with the same settings found.
 
     Raises:
@@ -176,11 +208,9 @@ class Evaluation:
         self.config, self.storage, self.checkpoint = config, storage, checkpoint
         self.manifest = Manifest.from_storage(storage, name) if name else None
         self._sets = sets or OpenedSets.of(config)
-        digests = [self.manifest.data_digest] if self.manifest else []
-        digests += self._sets.digests
-        together = sha256("".join(digests).encode()).hexdigest()
-        self.digest = digests[0] if len(digests) == 1 else together
-        self._identity = {
+        pairs = self.manifest.data_digest if self.manifest else None
+        self.digest = _digest([pairs, *self._sets.digests])
+        self.identity = {
             "config": config.model_copy(
                 update={"classification": tuple(one for one, *_ in self._sets.labelled)}
             ).model_dump(mode="json"),
@@ -194,7 +224,7 @@ class Evaluation:
         self.held: EvaluationResult | None = None
         if storage.exists(self._record):
             found = storage.read_json(self._record)
-            if found["run"] == self._identity:
+            if found["run"] == self.identity:
                 self.held = EvaluationResult(**found["result"])
 
     def run(self) -> EvaluationResult:
@@ -213,33 +243,43 @@ class Evaluation:
             table = _embed(config, storage, checkpoint, self.manifest)
             storage.write_table(f"{self._place}/embeddings/part-00000.parquet", table)
             result = _score(config, table, checkpoint, self.manifest, self.digest)
+            on = scored_on(self.manifest.name, self.manifest.data_digest, config.text)
+            result.tested.update(dict.fromkeys(result.metrics, on))
         for labelled, test, train in self._sets.labelled:
-            _add(result, score_set(labelled, test, train, config, storage, checkpoint))
+            scores = score_set(labelled, test, train, config, storage, checkpoint)
+            _add(result, scores, labelled_digest(labelled, test, train))
         for captioned, images in self._sets.captioned:
-            _add_search(result, search_set(captioned, images, config, storage, checkpoint))
+            score = search_set(captioned, images, config, storage, checkpoint)
+            _add_search(result, score, captioned_digest(captioned, images))
         for file, value in result.clip_benchmark.items():
             storage.write_json(f"{self._place}/clip_benchmark/{file}", value)
-        storage.write_json(self._record, {"run": self._identity, "result": asdict(result)})
+        storage.write_json(self._record, {"run": self.identity, "result": asdict(result)})
         return result
 
 
-def _add(result: EvaluationResult, scores: Sequence[ClassificationScore]) -> None:
+def _add(result: EvaluationResult, scores: Sequence[ClassificationScore], digest: str) -> None:
     """Take up what a data set's scores say."""
     for score in scores:
         told = asdict(score)
         result.clip_benchmark[f"{score.name}-{score.task}.json"] = told.pop("clip_benchmark")
         result.classification.append(told)
         result.metrics.update(score.metrics())
+        result.tested.update(dict.fromkeys(score.metrics(), scored_on(score.name, digest)))
     for task in {one["task"] for one in result.classification}:
-        reported = [one[one["metric"]] for one in result.classification if one["task"] == task]
-        result.metrics[f"{task}_average"] = float(np.mean(reported))
+        averaged = [one for one in result.classification if one["task"] == task]
+        name = f"{task}_average"
+        result.metrics[name] = float(np.mean([one[one["metric"]] for one in averaged]))
+        parts = [result.tested[f"{one['name']}_{task}_top1"]["test_digest"] for one in averaged]
+        names = ", ".join(one["name"] for one in averaged)
+        result.tested[name] = scored_on(names, _digest(parts))
 
 
-def _add_search(result: EvaluationResult, score: RetrievalScore) -> None:
+def _add_search(result: EvaluationResult, score: RetrievalScore, digest: str) -> None:
     told = asdict(score)
     result.clip_benchmark[f"{score.name}-retrieval.json"] = told.pop("clip_benchmark")
     result.retrieval.append(told)
     result.metrics.update(score.metrics())
+    result.tested.update(dict.fromkeys(score.metrics(), scored_on(score.name, digest)))
 
 
 class Encoder(PairEncoder):

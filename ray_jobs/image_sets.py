@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,14 @@ from ray_jobs.progress import Progress
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Unit
 from ray_jobs.sources.files import find_files, open_file
-from ray_jobs.sources.parquet import image_bytes, read_footer, read_rows, row_group_units
+from ray_jobs.sources.parquet import (
+    image_bytes,
+    is_string,
+    item_type,
+    read_footer,
+    read_rows,
+    row_group_units,
+)
 from ray_jobs.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -89,9 +97,17 @@ class ImageSet:
 
     @property
     def digest(self) -> str:
-        """Tells these files from any others, as long as one that changes changes its size."""
-        flat = (unit for units in self.units for unit in units)
-        told = [[unit.label, unit.first, unit.rows, unit.size] for unit in flat]
+        """Tells what is read from anything else, as long as a file that changes changes its size.
+
+        Where the files are, and how many rows a task reads, is no part of it.
+        """
+        flat = [unit for units in self.units for unit in units]
+        rows: Counter[str] = Counter()
+        for unit in flat:
+            rows[unit.path] += unit.rows or 0
+        files = {unit.path: [unit.label, rows[unit.path], unit.size] for unit in flat}
+        config = self.config.model_dump(mode="json", exclude={"path", "s3", "unit_rows"})
+        told = [config, *files.values()]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def read(self, units: Sequence[Unit]) -> Iterator[tuple[str, list[str], bytes]]:
@@ -133,15 +149,11 @@ class ImageSet:
 
 
 def _is_label(told: pa.DataType) -> bool:
-    return bool(pt.is_integer(told)) or _is_text(told, listed=False)
+    return bool(pt.is_integer(told)) or is_string(told)
 
 
-def _is_text(told: pa.DataType, *, listed: bool = True) -> bool:
-    if listed and (pt.is_list(told) or pt.is_large_list(told) or pt.is_fixed_size_list(told)):
-        told = told.value_type
-    if pt.is_dictionary(told):
-        told = told.value_type
-    return bool(pt.is_string(told) or pt.is_large_string(told) or pt.is_string_view(told))
+def _is_text(told: pa.DataType) -> bool:
+    return is_string(item_type(told) or told)
 
 
 class SetEncoder(ImageEncoder):
@@ -152,7 +164,8 @@ class SetEncoder(ImageEncoder):
         checkpoint: its folder's name.
         images: where they are.
         config: how many are embedded at a time.
-        texts: whether what goes with the images is text to be embedded.
+        template: with {} for the text that goes with an image and is to be embedded; None if that
+            is no text.
     """
 
     def __init__(
@@ -162,11 +175,11 @@ class SetEncoder(ImageEncoder):
         images: ImageSet,
         config: EncoderConfig,
         *,
-        texts: bool,
+        template: str | None,
     ) -> None:
         model = fetch_checkpoint(storage, checkpoint)
         super().__init__(model, config.threads, gpus_key="evaluation.gpus_per_worker")
-        self.images, self.batch, self.texts = images, config.batch, texts
+        self.images, self.batch, self.template = images, config.batch, template
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         """`values`, `image_embedding` and perhaps `text_embedding` of a unit's images."""
@@ -185,8 +198,9 @@ class SetEncoder(ImageEncoder):
         embedded, usable, _ = self.encode_images([image for _, _, image in rows], names)
         values = pa.array([rows[at][1] for at in usable], pa.list_(pa.string()))
         columns = {"values": values, "image_embedding": vectors(embedded)}
-        if self.texts:
-            encoded = vectors(self._encode_texts(values.flatten().to_pylist()))
+        if self.template is not None:
+            texts = [self.template.replace("{}", text) for text in values.flatten().to_pylist()]
+            encoded = vectors(self._encode_texts(texts))
             columns["text_embedding"] = pa.ListArray.from_arrays(values.offsets, encoded)
         return pa.table(columns)
 
@@ -205,12 +219,12 @@ def embed_set(
     storage: Storage,
     checkpoint: str,
     *,
-    texts: bool = False,
+    template: str | None = None,
 ) -> pa.Table:
     """What `SetEncoder` gives for all images that can be decoded, in order."""
     work = [{"unit": at} for at in range(len(images.units))]
     arguments = (storage, checkpoint, images, config)
-    dataset = config.embedded("evaluation", work, SetEncoder, *arguments, texts=texts)
+    dataset = config.embedded("evaluation", work, SetEncoder, *arguments, template=template)
     arrange(dataset, ordered=True)
     tables: list[pa.Table] = []
     batches: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))

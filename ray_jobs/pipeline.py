@@ -45,6 +45,7 @@ from ray_jobs.train import (
     VALIDATION,
     TrainError,
     TrainResult,
+    data_identity,
     is_trained,
     total_steps,
     train,
@@ -303,13 +304,28 @@ class _Pipeline:
             self._embed(config.embed or EmbedConfig())
             return
         data = Manifest.from_storage(storage, "train")
-        if stage == "train":
-            self._train("train", config.train, data)
-        elif stage == "caption":
+        if stage == "caption":
             if self._caption(data) is None:
                 raise SynthesisError("the configuration has no section captioning; add one")
-        elif self._describe(data) is None:
+            return
+        if stage == "synthesize" and config.synthesis is None:
             raise SynthesisError("the configuration has no section synthesis; add one")
+        self._check_finished(data, "captioning", "caption", CAPTIONS)
+        if stage == "synthesize":
+            self._describe(data)
+            return
+        self._check_finished(data, "synthesis", "synthesize", DESCRIPTIONS)
+        self._train("train", config.train, data)
+
+    def _check_finished(self, data: Manifest, section: str, job: str, kind: str) -> None:
+        """Raise SynthesisError if a section's texts are not there: readers would do without."""
+        file = Beside(kind, data.name).manifest_file
+        if getattr(self.config, section) is not None and not self.storage.exists(file):
+            raise SynthesisError(
+                f"{self.storage.child_uri(file)} does not exist: the {kind} that the section "
+                f"{section} asks for are not finished; run {job} first, or leave that section out "
+                f"(--set {section}=null)"
+            )
 
     def _ingest(self) -> tuple[Manifest, Manifest | None]:
         config = self.config
@@ -340,8 +356,9 @@ class _Pipeline:
         if config is None:
             return None
         done = self.storage.exists(Beside(CAPTIONS, data.name).manifest_file)
-        with self._stage("caption") as told, self._tracked("captioning", done) as run:
-            run.params(config.identity(data))
+        of = config.identity(data)
+        with self._stage("caption") as told, self._tracked("captioning", done, of) as run:
+            run.params(of)
             self._note_data(run, data, "captioning")
             result = caption(config, self.storage)
             run.metrics(
@@ -363,8 +380,9 @@ class _Pipeline:
         if config is None:
             return None
         done = self.storage.exists(Beside(DESCRIPTIONS, data.name).manifest_file)
-        with self._stage("describe") as told, self._tracked("synthesis", done) as run:
-            run.params(config.identity(self.storage, data))
+        of = config.identity(self.storage, data)
+        with self._stage("describe") as told, self._tracked("synthesis", done, of) as run:
+            run.params(of)
             self._note_data(run, data, "synthesis")
             result = synthesize(config, self.storage)
             run.metrics(
@@ -389,9 +407,11 @@ class _Pipeline:
         """Train, telling how far it is from the records that the first worker sends."""
         batch = config.batch
         total = total_steps(config, PairFiles.of(self.storage)) * batch
+        names = [data.name] if config.validation is None else [data.name, VALIDATION]
+        of = [data_identity(self.storage, name) for name in names]
         with (
             self._stage(folder) as told,
-            self._tracked(folder, is_trained(self.storage, folder)) as run,
+            self._tracked(folder, is_trained(self.storage, folder), of) as run,
             Progress(folder, total, "pairs") as progress,
         ):
             run.params(config.model_dump(mode="json"))
@@ -443,7 +463,7 @@ class _Pipeline:
         with self._stage(folder) as told:
             evaluation = Evaluation(config, self.storage, checkpoint, name, folder, sets)
             done = evaluation.held is not None
-            with self._tracked(folder, done) as run:
+            with self._tracked(folder, done, evaluation.identity) as run:
                 run.params({"checkpoint": checkpoint, **config.model_dump(mode="json")})
                 if test is not None:
                     self._note_data(run, test, "evaluation")
@@ -526,10 +546,9 @@ class _Pipeline:
             return None
         with self._stage("register") as told:
             metrics = evaluated.metrics if evaluated else None
-            digest = evaluated.data_digest if evaluated else None
+            tested = evaluated.tested if evaluated else None
             try:
-                text = self.config.evaluation.text
-                result = register(self.tracker, self.storage, trained.best, metrics, digest, text)
+                result = register(self.tracker, self.storage, trained.best, metrics, tested)
             except STORE_ERRORS as error:
                 logger.warning("the model was not registered: %s; start again", error)
                 told.append("MLflow did not answer; start again to register")
@@ -575,9 +594,9 @@ class _Pipeline:
         self.stages.append(Stage(name, "".join(told), time.perf_counter() - start))
 
     @contextmanager
-    def _tracked(self, name: str, done: bool) -> Iterator[StageRun]:
+    def _tracked(self, name: str, done: bool, of: Any) -> Iterator[StageRun]:
         nowhere = nullcontext(StageRun(None, None))
-        with self.tracker.stage(name, done=done) if self.tracker else nowhere as run:
+        with self.tracker.stage(name, done, of) if self.tracker else nowhere as run:
             yield run
 
     def _note_data(self, run: StageRun, data: Manifest, context: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ray_jobs.encoding import EncoderConfig, matrix, named_metrics
 from ray_jobs.image_sets import SET_NAME, ImageSet, ImageSetConfig, embed_set
@@ -34,6 +34,18 @@ class RetrievalConfig(BaseConfig):
 
     name: str = Field(pattern=SET_NAME, description="of the set")
     test: CaptionedConfig = Field(description="its images and captions")
+    template: str = Field(
+        "{}",
+        description="what captions are put into, at the {}; the published numbers of flickr30k and "
+        "coco are of `a photo of {}`",
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _takes_a_caption(cls, template: str) -> str:
+        if "{}" not in template:
+            raise ValueError("it has no {}; the caption goes there")
+        return template
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,8 @@ def search_set(
     Raises:
         SourceError: there are captions of no image.
     """
-    table = embed_set(f"search {config.name}", images, encoder, storage, checkpoint, texts=True)
+    told = f"search {config.name}"
+    table = embed_set(told, images, encoder, storage, checkpoint, template=config.template)
     texts = table["text_embedding"].combine_chunks()
     counts = np.asarray(texts.value_lengths())
     owner = np.repeat(np.arange(len(table)), counts)

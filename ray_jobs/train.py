@@ -125,9 +125,13 @@ def train(
     """
     files = PairFiles.of(storage, name)
     steps = total_steps(config, files)
-    identity = {"config": config.model_dump(mode="json"), "steps": steps, **_data(storage, name)}
+    identity = {
+        "config": config.model_dump(mode="json"),
+        "steps": steps,
+        **data_identity(storage, name),
+    }
     if config.validation is not None:  # scores on other pairs would not be comparable
-        identity[VALIDATION] = _data(storage, VALIDATION)
+        identity[VALIDATION] = data_identity(storage, VALIDATION)
     if is_trained(storage, folder):
         return _finished(storage, folder, identity)
     _claim(storage, folder, identity)
@@ -144,7 +148,7 @@ def train(
     return _conclude(storage, folder, identity, result.checkpoint, score)
 
 
-def _data(storage: Storage, name: str) -> dict[str, Any]:
+def data_identity(storage: Storage, name: str) -> dict[str, Any]:
     """What tells a data set, with the texts beside it, from any other."""
     there = {one.kind: one.manifest_file for one in written(storage, name)}
     return {

@@ -53,21 +53,23 @@ def register(
     storage: Storage,
     checkpoint: str,
     metrics: Mapping[str, float] | None,
-    test_digest: str | None,
-    test_text: str,
+    tested: Mapping[str, Mapping[str, str]] | None,
 ) -> Registered:
-    """Register a checkpoint as the model of the tracker's training run; once, however often called.
+    """Register a checkpoint as the model of the tracker's training run, once for the same weights.
 
     It is to be the champion when there is none, or when it beats the champion on the configured
-    metric on the same test data.
+    metric on the same test data: that which the metric is of, whatever else was evaluated on.
+
+    A champion without the tag `test_set` is of an older release and has one digest of all its test
+    data together. Where that was pairs alone it is the pairs' own, and is compared; otherwise such
+    a champion stays, and how to exchange it is told.
 
     Args:
         tracker: holds the training run, under the stage `train`.
         storage: holds the checkpoint.
         checkpoint: the checkpoint folder's name in the storage.
         metrics: of the evaluation, if there was one.
-        test_digest: of what it was evaluated on.
-        test_text: which of the pairs' texts images were searched by.
+        tested: by metric, what `scored_on` gives for the data that it was found on.
 
     Raises:
         MlflowException: MLflow does not answer.
@@ -81,16 +83,11 @@ def register(
     if version is None:
         with tracker.reopened(run_id):
             version = _log_model(tracker, storage, checkpoint, run_id, weights)
-    else:
-        tracker.finished(run_id)
-    score = (metrics or {}).get(config.champion_metric)
-    tags = {
-        "checkpoint": storage.child_uri(checkpoint),
-        "test_digest": test_digest or "",
-        "test_text": test_text,
-    }
-    if score is not None:
-        tags[config.champion_metric] = repr(score)
+    elif version.run_id:
+        tracker.finished(version.run_id)
+    tags = {"checkpoint": storage.child_uri(checkpoint)}
+    if (score := (metrics or {}).get(config.champion_metric)) is not None:
+        tags |= {config.champion_metric: repr(score), **(tested or {})[config.champion_metric]}
     for key, value in tags.items():
         client.set_model_version_tag(config.model_name, version.version, key, value)
     champion = champion_of(client, config.model_name)
@@ -138,11 +135,13 @@ def champion_of(client: MlflowClient, name: str) -> ModelVersion | None:
 
 
 def _registered(client: MlflowClient, name: str, run_id: str, weights: str) -> ModelVersion | None:
-    """The run's version with these weights: a training that was done again has others."""
-    for version in client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
-        if version.tags.get(_WEIGHTS) == weights:
-            return version
-    return None
+    """The version with these weights, the run's own before any other run's of the same training.
+
+    A training that was done again has other weights, and settings that do not decide them have
+    another run.
+    """
+    found = client.search_model_versions(f"name='{name}' and tag.{_WEIGHTS}='{weights}'")
+    return min(found, key=lambda one: (one.run_id != run_id, int(one.version)), default=None)
 
 
 def _log_model(
@@ -203,15 +202,18 @@ def _wins(
         return True, f"the champion, {metric} {score:.4f}"
     held = float(champion.tags.get(metric, math.nan))
     against = f"champion version {champion.version}"
+    exchange = f"to exchange it, point the alias {CHAMPION} at version {version.version}"
+    if math.isnan(held):
+        return False, f"{against} was not evaluated on {metric} and stays; {exchange}"
     if champion.tags.get("test_digest") != tags["test_digest"]:
+        if "test_set" not in champion.tags:
+            return False, (
+                f"{against} was evaluated on other test data, or by an older release, which did "
+                f"not tell sets apart, and stays; {exchange}"
+            )
         return False, f"{against} was evaluated on other test data and stays"
     if (text := champion.tags.get("test_text", tags["test_text"])) != tags["test_text"]:
         return False, f"{against} was evaluated by {text} and not by {tags['test_text']}, and stays"
-    if math.isnan(held):
-        return False, (
-            f"{against} was not evaluated on {metric} and stays; to exchange it, point the alias "
-            f"{CHAMPION} at version {version.version}"
-        )
     if score > held:
         return True, f"{metric} {score:.4f} beats {against}'s {held:.4f}"
     return False, f"{metric} {score:.4f} does not beat {against}'s {held:.4f}"

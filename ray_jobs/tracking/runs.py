@@ -3,7 +3,8 @@
 Choices:
 - The storage remembers its runs (`tracking.json`), so a pipeline that was killed goes on in the
   runs it began. Another configuration begins another parent; the stages it finds done are logged
-  there from their results.
+  there from their results. A stage of other data is another run: it must not go on in the old one's
+  curve, whose parameters MLflow does not let it change either.
 - A run ends as FINISHED, FAILED (an error, kept as the tag `error`) or KILLED, also by kill -9: a
   watcher process sees the driver's pipe end.
 - A pipeline does not start with an MLflow it cannot reach. Losing MLflow later costs no work: what
@@ -46,15 +47,27 @@ logger = logging.getLogger(__name__)
 RECORD = "tracking.json"
 _PARAM_LIMIT = 5000
 _DIGEST_LIMIT = 36
-_AWAY = (
-    "MLflow does not answer (%s); the work goes on, and what is missing there is logged when the "
-    "pipeline is started again"
+_MISSED = (
+    "MLflow %s (%s); the work goes on, and what is missing there is logged when the pipeline is "
+    "started again"
 )
 _PASSING = (
     "runs and models are noted in %s, on this machine alone; to keep them whatever becomes of it, "
     "name an MLflow server by tracking.uri or MLFLOW_TRACKING_URI"
 )
 _BATCH = 100
+_RECORDS = 32  # configurations of one storage that are remembered
+_NO_SUCH_RUN = "RESOURCE_DOES_NOT_EXIST"
+_REFUSALS = frozenset(  # by another error MLflow, or what it stands on, is away
+    {
+        _NO_SUCH_RUN,
+        "BAD_REQUEST",
+        "INVALID_PARAMETER_VALUE",
+        "INVALID_STATE",
+        "PERMISSION_DENIED",
+        "UNAUTHENTICATED",
+    }
+)
 
 
 class TrackingError(RuntimeError):
@@ -138,6 +151,8 @@ class StageRun:
             if self._client is not None:
                 tags = self._client.get_run(run_id).data.tags
                 self._client.set_tag(run_id, "restarts", str(int(tags.get("restarts", 0)) + 1))
+                if "error" in tags:
+                    self._client.delete_tag(run_id, "error")
                 self._client.update_run(run_id, status="RUNNING")
 
         self._guarded(restart, self.run_id)
@@ -151,7 +166,7 @@ class StageRun:
             call(*args, **kwargs)
         except STORE_ERRORS as error:
             if self.complete:
-                logger.warning(_AWAY, str(error).partition("\n")[0])
+                _warn_missed(error)
             self.complete = False
 
 
@@ -165,7 +180,7 @@ class Tracker:
         name: the parent run's.
 
     Raises:
-        TrackingError: MLflow cannot be reached.
+        TrackingError: MLflow cannot be reached, or takes no run.
     """
 
     def __init__(
@@ -181,8 +196,11 @@ class Tracker:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `place` tells
         os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
         self.client = MlflowClient(tracking_uri=self.uri)
+        self._record = self._recall()
         try:
             self.experiment = self._experiment(place.artifacts)
+            if any(map(self._gone, _runs_of(self._record))):
+                self._record = self._fresh()
         except (MlflowException, OSError) as error:
             raise TrackingError(
                 f"MLflow at {self.uri} cannot be used ({str(error).splitlines()[0]}); mend "
@@ -190,12 +208,24 @@ class Tracker:
             ) from error
         self._watcher: subprocess.Popen[str] | None = None
         self._monitor: Any = None
-        self._record = self._recall()
 
     def __enter__(self) -> "Tracker":
-        self.parent = self._begin(self._record["parent"], self.name, None)
-        self._record["parent"] = self.parent.run_id
-        self._remember()
+        self.parent = self._begin(self._record["parent"], self.name, None, must=True)
+        try:
+            self._record["parent"] = self.parent.run_id
+            self._remember()
+            if not self._record.get("told"):
+                self.parent.params(self.settings)
+                self.parent.json("config.json", self.settings)
+                self._record["told"] = self.parent.complete
+                self._remember()
+            self._start_monitor()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _start_monitor(self) -> None:
         if self.config.system_metrics_seconds is not None and self.parent.run_id is not None:
             monitor: Any = SystemMetricsMonitor  # it is not typed
             self._monitor = monitor(
@@ -205,7 +235,6 @@ class Tracker:
                 tracking_uri=self.uri,
             )
             self._monitor.start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
         if self._monitor is not None:
@@ -233,72 +262,108 @@ class Tracker:
         return held
 
     @contextmanager
-    def stage(self, name: str, done: bool = True) -> Iterator[StageRun]:
+    def stage(self, name: str, done: bool = True, of: Any = None) -> Iterator[StageRun]:
         """The child run of a stage, which ends as the block does; nowhere if it is all there.
 
         Args:
             name: of the stage.
             done: whether its results are in the storage. A run that has those of before, which are
                 not there any more, stays as it is, and another one begins.
+            of: the data that it is of, and the model, as JSON takes it; another one begins where
+                that has changed.
         """
+        stages, told = self._record["stages"], _digest(of)
+        before = stages.get(name)
+        # What releases noted that did not note this is taken for the same.
+        if stages.get(name, {}).get("of", told) != told:
+            del stages[name]
         if self.logged(name):
             if done:
                 yield StageRun(None, None)
                 return
-            del self._record["stages"][name]
+            del stages[name]
         run = self._begin(self.run_id(name), name, self.parent.run_id)
-        self._record["stages"][name] = {"run_id": run.run_id, "complete": False}
-        self._remember()
+        stages[name] = {"run_id": run.run_id, "complete": False, "of": told}
         try:
+            self._remember()
             yield run
         except BaseException as error:
             self._end(run, error)
+            if done and before is not None:  # the results that are there are still of that run
+                stages[name] = before
+                self._remember()
             raise
         self._end(run, None)
-        self._record["stages"][name]["complete"] = run.complete
+        stages[name]["complete"] = run.complete
         self._remember()
 
     def _experiment(self, artifacts: str | None) -> str:
         held = self.client.get_experiment_by_name(self.config.experiment)
         if held is not None:
+            if held.lifecycle_stage != "active":
+                raise TrackingError(
+                    f"the experiment {held.name} of MLflow at {self.uri} was deleted and takes no "
+                    f"runs; restore it (MLFLOW_TRACKING_URI={self.uri} mlflow experiments "
+                    f"restore --experiment-id {held.experiment_id}), or name another one by "
+                    "tracking.experiment"
+                )
             return str(held.experiment_id)
         return str(self.client.create_experiment(self.config.experiment, artifacts))
 
     def _recall(self) -> dict[str, Any]:
-        """What an earlier start of the same pipeline noted, if its runs are still there."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        fresh: dict[str, Any] = {"uri": self.uri, "settings": digest, "parent": None, "stages": {}}
+        """What an earlier start of the same pipeline noted."""
+        fresh = self._fresh()
+        return next((one for one in self._records() if _same(one, fresh)), fresh)
+
+    def _fresh(self) -> dict[str, Any]:
+        settings = _digest(self.settings)
+        return {"uri": self.uri, "settings": settings, "parent": None, "stages": {}}
+
+    def _records(self) -> list[dict[str, Any]]:
+        """What all configurations noted in this storage, the latest last."""
         if not self.storage.exists(RECORD):
-            return fresh
+            return []
         held: dict[str, Any] = self.storage.read_json(RECORD)
-        if (held["uri"], held["settings"]) != (self.uri, digest):
-            return fresh
-        try:
-            runs = [held["parent"], *(one["run_id"] for one in held["stages"].values())]
-            for run in filter(None, runs):
-                if self.client.get_run(run).info.lifecycle_stage != "active":
-                    return fresh
-        except MlflowException:
-            return fresh
-        return held
+        records: list[dict[str, Any]] = held.get("records", [held])  # an older release's is alone
+        return records
 
     def _remember(self) -> None:
-        self.storage.write_json(RECORD, self._record)
+        # Read again: another command may have noted something meanwhile.
+        others = [one for one in self._records() if not _same(one, self._record)]
+        self.storage.write_json(RECORD, {"records": [*others, self._record][-_RECORDS:]})
 
-    def _begin(self, held: str | None, name: str, parent: str | None) -> StageRun:
-        """Create a run, or take up one that was begun before."""
+    def _gone(self, run_id: str) -> bool:
+        """Whether a run has been deleted; raises MlflowException where MLflow does not tell."""
+        try:
+            return bool(self.client.get_run(run_id).info.lifecycle_stage != "active")
+        except MlflowException as error:
+            if error.error_code == _NO_SUCH_RUN:
+                return True
+            raise
+
+    def _begin(
+        self, held: str | None, name: str, parent: str | None, *, must: bool = False
+    ) -> StageRun:
+        """Create a run, or take up one that was begun before.
+
+        Raises:
+            TrackingError: MLflow refuses a run that must be.
+        """
         try:
             run_id = held or self._create(name, parent)
         except MlflowException as error:
-            logger.warning(_AWAY, str(error).splitlines()[0])
+            if must and _is_refusal(error):
+                raise TrackingError(
+                    f"MLflow at {self.uri} refuses a run in the experiment "
+                    f"{self.config.experiment} ({_first_line(error)}); mend that, name another one "
+                    "by tracking.experiment, or set tracking to null"
+                ) from error
+            _warn_missed(error)
             return StageRun(None, None)
+        self._tell_watcher("open", run_id)  # first, so that whatever comes now, the run ends
         run = StageRun(self.client, run_id)
-        if held is None and parent is None:
-            run.params(self.settings)
-            run.json("config.json", self.settings)
-        elif held is not None:
+        if held is not None:
             run.take_up()
-        self._tell_watcher("open", run_id)
         return run
 
     def _create(self, name: str, parent: str | None) -> str:
@@ -334,7 +399,7 @@ class Tracker:
 
     def finished(self, run_id: str) -> None:
         """End a run whose work is done: whoever died while it was reopened left it otherwise."""
-        if self.client.get_run(run_id).info.status != "FINISHED":
+        if not self._gone(run_id) and self.client.get_run(run_id).info.status != "FINISHED":
             self.client.set_terminated(run_id, "FINISHED")
 
     def _tell_watcher(self, verb: str, run_id: str) -> None:
@@ -349,6 +414,36 @@ class Tracker:
         if self._watcher.stdin is not None and self._watcher.poll() is None:
             self._watcher.stdin.write(f"{verb} {run_id}\n")
             self._watcher.stdin.flush()
+
+
+def _runs_of(record: Mapping[str, Any]) -> Iterator[str]:
+    """The ids of all runs that a record names."""
+    runs = [record["parent"], *(one["run_id"] for one in record["stages"].values())]
+    return filter(None, runs)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records are of the same configuration in the same store."""
+    return all(one[key] == other[key] for key in ("uri", "settings"))
+
+
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether MLflow has answered, and will say the same when it is asked again."""
+    return isinstance(error, MlflowException) and error.error_code in _REFUSALS
+
+
+def _warn_missed(error: Exception) -> None:
+    logger.warning(
+        _MISSED, "refuses it" if _is_refusal(error) else "does not answer", _first_line(error)
+    )
 
 
 @contextmanager

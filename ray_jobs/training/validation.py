@@ -11,12 +11,11 @@ from typing import Any
 import ray.train
 import torch
 
-from ray_jobs.encoding import PairEncoder, named_metrics, with_text
+from ray_jobs.encoding import PairEncoder, fetch_model, named_metrics, with_text
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.config import ValidationConfig
 from rwkv_clip.evaluation import retrieval
-from rwkv_clip.model import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Validator:
 
     def __call__(self, checkpoint: "ray.train.Checkpoint", *, step: int) -> dict[str, float]:
         """Metrics of a checkpoint, all of them named `validation_...`."""
-        with checkpoint.as_directory() as folder:
-            model = load_checkpoint(folder)
+        model = fetch_model(checkpoint.filesystem, checkpoint.path)
         encoder = PairEncoder(model, self.files, self.config.text, gpus_key="train.validation.gpus")
         rows = min(self.config.pairs, sum(self.files.flat_row_groups))
         batches = [

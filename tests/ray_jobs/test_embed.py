@@ -10,6 +10,7 @@ import torch
 from mlflow import MlflowClient
 
 import rwkv_clip
+from ray_jobs.beside import CAPTIONS, DESCRIPTIONS, Beside
 from ray_jobs.embed import EmbedConfig, EmbedError, embed, vectors_folder
 from ray_jobs.encoding import matrix
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
@@ -74,6 +75,15 @@ def test_vectors_are_the_library_s_and_a_stopped_run_does_what_is_missing(storag
     assert storage.read_table(files[1]).equals(tables[1])
     assert Path(storage.path(files[0])).stat().st_mtime_ns == kept.st_mtime_ns
     assert embed(CONFIG, storage, source).resumed
+    described = Beside(DESCRIPTIONS, "test").manifest_file
+    storage.write_json(described, {"run": {"model": "an-llm"}})
+    assert embed(CONFIG, storage, source).resumed, "captions are still what they were"
+    storage.delete(described)
+    captioned = Beside(CAPTIONS, "test").manifest_file
+    storage.write_json(captioned, {"run": {"model": "a-vlm"}})
+    with pytest.raises(EmbedError, match="or of other data"):
+        embed(CONFIG, storage, source)
+    storage.delete(captioned)
     with pytest.raises(EmbedError, match=r"of another model than .* or of other data"):
         embed(CONFIG.model_copy(update={"text": None}), storage, source)
     anew = embed(CONFIG.model_copy(update={"text": None, "replace": True}), storage, source)

@@ -1,4 +1,4 @@
-"""Where encoders compute."""
+"""Where encoders compute, and what they fetch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,15 @@ import ray
 import torch
 from ray.train import Checkpoint
 
+from ray_jobs.classification import PromptEncoder
 from ray_jobs.embed import EmbedConfig, PartEncoder
-from ray_jobs.encoding import ImageEncoder
+from ray_jobs.encoding import ImageEncoder, fetch_checkpoint
 from ray_jobs.evaluate import Encoder, EvaluationConfig
 from ray_jobs.image_sets import SetEncoder
-from ray_jobs.storage import Storage
+from ray_jobs.storage import S3Config, Storage, StorageConfig
 from ray_jobs.training.config import ValidationConfig
 from ray_jobs.training.validation import Validator
-from rwkv_clip.model import create_model, save_checkpoint
+from rwkv_clip.model import CheckpointError, create_model, save_checkpoint
 from tests.serve.small import small_config
 
 NOTHING: Any = None  # to encode
@@ -45,11 +46,12 @@ def validate(storage: Storage) -> None:
             "evaluation.gpus_per_worker",
         ),
         (
-            lambda held: SetEncoder(held, "model", NOTHING, EvaluationConfig(), texts=False),
+            lambda held: SetEncoder(held, "model", NOTHING, EvaluationConfig(), template=None),
             "evaluation.gpus_per_worker",
         ),
+        (lambda held: PromptEncoder(held, "model"), "evaluation.gpus_per_worker"),
     ],
-    ids=["validation", "embed", "pairs", "sets"],
+    ids=["validation", "embed", "pairs", "sets", "prompts"],
 )
 def test_a_gpu_that_pytorch_does_not_see_is_told_by_the_key_that_asked_for_it(
     encode: Callable[[Storage], object], key: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
@@ -60,3 +62,18 @@ def test_a_gpu_that_pytorch_does_not_see_is_told_by_the_key_that_asked_for_it(
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: [0])
     with pytest.raises(RuntimeError, match=rf"^{key}: PyTorch sees no GPU on this node"):
         encode(storage)
+
+
+def test_of_a_checkpoint_elsewhere_the_model_alone_is_fetched(s3, tmp_path):
+    made = create_model(small_config())
+    save_checkpoint(made, tmp_path)
+    storage = Storage(StorageConfig(uri="s3://runs/x", s3=S3Config(endpoint=s3.endpoint)))
+    for file in tmp_path.iterdir():
+        storage.write_bytes(f"train/step-1/{file.name}", file.read_bytes())
+    storage.write_bytes("train/step-1/optimizer.safetensors", b"gigabytes")
+    s3.refuses = lambda _, path: "optimizer" in path
+    fetched = fetch_checkpoint(storage, "train/step-1").state_dict()
+    assert all(torch.equal(fetched[key], value) for key, value in made.state_dict().items())
+    assert not s3.refused
+    with pytest.raises(CheckpointError, match=r"lacks model\.safetensors and config\.json"):
+        fetch_checkpoint(storage, "train/step-2")

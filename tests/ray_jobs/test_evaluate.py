@@ -1,14 +1,22 @@
 """Pairs that are searched by their texts, some of which have none."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from ray_jobs.encoding import TextsError, named_metrics
-from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult
+from ray_jobs.evaluate import (
+    Evaluation,
+    EvaluationConfig,
+    EvaluationResult,
+    OpenedSets,
+    scored_on,
+)
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.pipeline import PipelineConfig, pipeline, run_stage
 from ray_jobs.storage import Storage
@@ -77,6 +85,55 @@ def test_images_are_searched_by_the_texts_that_there_are(found):
     told = {**expected, "pairs": PAIRS, "pairs_without_text": WITHOUT}
     assert result.metrics == pytest.approx(told)
     assert all(one["text"] for one in result.examples)
+
+
+def test_each_score_is_of_its_own_test_data(storage, found):
+    (result, _), _ = found
+    on = scored_on("test", Manifest.from_storage(storage, "test").data_digest, "caption")
+    assert result.tested == dict.fromkeys(result.metrics, on)
+
+
+def table_of(folder: Path) -> Path:
+    """A set of two images with labels and captions of two kinds."""
+    folder.mkdir(parents=True)
+    columns = {"image": [b"1", b"2"], "label": [0, 1], "coarse": [0, 0]}
+    table = pa.table({**columns, "caption": ["a", "b"], "long": ["a long", "b long"]})
+    pq.write_table(table, folder / "set.parquet", row_group_size=1)
+    return folder / "set.parquet"
+
+
+def digests(path: Path, *sections: str, **changes: Any) -> list[str]:
+    """Of sets of one file."""
+    told = {"path": str(path), **changes.pop("test", {})}
+    one = {"name": "own", "test": told}
+    labelled = {**one, "class_names": ["a", "b"], **changes}
+    sets = {"classification": [labelled], "retrieval": [one]}
+    config = EvaluationConfig.model_validate({name: sets[name] for name in sections})
+    return OpenedSets.of(config).digests
+
+
+def test_a_set_is_told_by_what_is_asked_of_it_and_not_by_where_it_is(tmp_path):
+    path, labels, captions = table_of(tmp_path / "one"), "classification", "retrieval"
+    names = tmp_path / "names.json"
+    names.write_text('["a", "b"]')
+    first = digests(path, labels)
+    published = ["a photo of a {}."]
+    for same in (
+        digests(table_of(tmp_path / "moved"), labels),
+        digests(path, labels, test={"unit_rows": 1}),
+        digests(path, labels, templates=published, class_names=str(names)),
+        digests(path, labels, captions)[:1],
+    ):
+        assert same == first
+    others = (
+        digests(path, labels, test={"label": "coarse"}),
+        digests(path, labels, class_names=["a", "c"]),
+        digests(path, labels, templates=["{}"]),
+        digests(path, labels, train={"path": str(path)}),
+        digests(path, captions),
+        digests(path, captions, test={"captions": "long"}),
+    )
+    assert len({first[0], *(one for (one,) in others)}) == 1 + len(others)
 
 
 def test_another_model_under_the_same_name_is_evaluated_anew(found):

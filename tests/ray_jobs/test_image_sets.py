@@ -74,11 +74,19 @@ def evaluation(storage: Storage, folder: str, *sets: dict[str, Any]) -> Evaluati
     return Evaluation(EvaluationConfig.model_validate(settings), storage, "model", None, folder)
 
 
-def test_folders_are_classified_as_the_library_does(storage, tmp_path):
+def test_folders_are_classified_as_the_library_does(storage, tmp_path, monkeypatch):
     test = write_folder(tmp_path / "test", 0)
     (test / "red_square" / "broken.png").write_bytes(picture((1, 2, 3), 0)[:50])
     train = write_folder(tmp_path / "train", 1)
-    named = {"name": "squares", "test": {"path": str(test), "unit_rows": 7}}
+    templates = ["a photo of a {}.", "the colour of a {}", "{}"]
+    named = {
+        "name": "squares",
+        "test": {"path": str(test), "unit_rows": 7},
+        "templates": templates,
+    }
+    # This process has neither the time nor the memory for them.
+    for work in ("fetch_checkpoint", "linear_probe"):
+        monkeypatch.setattr(f"ray_jobs.classification.{work}", None)
     result = evaluation(storage, "folders", {**named, "train": {"path": str(train)}}).run()
     zero_shot, probe = result.classification
     assert (zero_shot["images"], zero_shot["left_out"], zero_shot["classes"]) == (24, 1, 3)
@@ -87,13 +95,16 @@ def test_folders_are_classified_as_the_library_does(storage, tmp_path):
     with torch.inference_mode():
         pixels = transform.batch([image for _, image in pictures(0)]).pixels
         names = [name.replace("_", " ") for name in COLOURS]
-        classes = zero_shot_classifier(model, names, ["a photo of a {}."])
+        classes = zero_shot_classifier(model, names, templates)
         labels = np.repeat(np.arange(3), EACH)
         expected = classify(model.encode_image(pixels), classes, labels)
     assert zero_shot["top1"] == expected.top1
     assert zero_shot["mean_per_class"] == expected.mean_per_class
     assert (probe["task"], probe["top1"]) == ("linear_probe", 1.0)
     assert result.metrics["squares_linear_probe_top1"] == 1.0
+    assert set(result.tested) == set(result.metrics)
+    (one,) = {told["test_set"] for told in result.tested.values()}
+    assert one == "squares"
     assert result.metrics["zero_shot_average"] == expected.top1
     written = storage.read_json("folders/sets/clip_benchmark/squares-zero_shot.json")
     assert written["task"] == "zeroshot_classification"
@@ -262,15 +273,15 @@ def test_captions_of_any_number_are_searched_as_the_library_does(storage, tmp_pa
     captions.insert(3, ["a caption of nothing"])
     path = tmp_path / "captioned.parquet"
     pq.write_table(pa.table({"image": images, "caption": captions}), path, row_group_size=7)
-    sets = {"retrieval": [{"name": "own", "test": {"path": str(path)}}]}
-    settings = {"cpus_per_worker": 0.2, "batch": 5, **sets}
+    own = {"name": "own", "test": {"path": str(path)}, "template": "a photo of {}."}
+    settings = {"cpus_per_worker": 0.2, "batch": 5, "retrieval": [own]}
     config = EvaluationConfig.model_validate(settings)
     result = Evaluation(config, storage, "model", None, "captioned").run()
     (score,) = result.retrieval
     del images[3], captions[3]
     assert (score["images"], score["left_out"]) == (len(images), 1)
     model = load_checkpoint(storage.path("model")).eval()
-    texts = [text for some in captions for text in some]
+    texts = [f"a photo of {text}." for some in captions for text in some]
     owner = np.repeat(np.arange(len(images)), [len(some) for some in captions])
     with torch.inference_mode():
         transform = rwkv_clip.image_transform(model.config)

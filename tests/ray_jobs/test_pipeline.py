@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from mlflow.exceptions import MlflowException
 
 from ray_jobs.embed import EmbedResult
 from ray_jobs.embed import embed as embed_pairs
-from ray_jobs.pipeline import PipelineConfig, pipeline
+from ray_jobs.ingest import Manifest
+from ray_jobs.pipeline import PipelineConfig, pipeline, run_stage
 from ray_jobs.storage import Storage
+from ray_jobs.synthesize import SynthesisError
 from ray_jobs.tracking.registry import CHAMPION, champion_of
 from ray_jobs.tracking.source import stored_model
 from ray_jobs.training.config import ModelConfig
@@ -157,6 +160,34 @@ def test_a_mistake_in_the_configuration_is_told_before_any_work(tmp_path, capsys
     assert "trian" in told
     assert "did you mean 'train'?" in told
     assert not (tmp_path / "storage").exists()
+
+
+def test_a_stage_alone_needs_the_texts_that_the_configuration_asks_for(tmp_path, monkeypatch):
+    engine = {"engine": {"kind": "http", "url": "http://127.0.0.1:9/v1", "model": "m"}}
+    path = config_file(tmp_path, tracking=None, captioning=engine, synthesis=engine)
+    begun: list[str] = []
+    for method in ("_describe", "_train"):
+        note = partial(lambda name, *_: begun.append(name), method)
+        monkeypatch.setattr(f"ray_jobs.pipeline._Pipeline.{method}", note)
+
+    def run(stage: str, *changes: str) -> None:
+        run_stage(load_config(PipelineConfig, path, changes), storage, stage)
+
+    storage = Storage.at(tmp_path / "storage")
+    Manifest("train", (), {}, {}, "config", "data").save(storage)
+    storage.write_json("captions/train/run.json", {})  # begun and killed
+    for stage in ("synthesize", "train"):
+        with pytest.raises(SynthesisError, match=r"captions .* not finished; run caption first"):
+            run(stage)
+    storage.write_json("captions/train/manifest.json", {})
+    with pytest.raises(SynthesisError, match=r"descriptions .* run synthesize first"):
+        run("train")
+    assert not begun
+    run("synthesize")
+    run("train", "synthesis=null")
+    storage.write_json("descriptions/train/manifest.json", {})
+    run("train")
+    assert begun == ["_describe", "_train", "_train"]
 
 
 @pytest.fixture

@@ -18,12 +18,13 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
 from pydantic import ValidationError
 
+from ray_jobs.evaluate import scored_on
 from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.tracking import Tracker, TrackingConfig, TrackingError
 from ray_jobs.tracking.config import tracking_place
 from ray_jobs.tracking.metrics import StepMetrics
 from ray_jobs.tracking.registry import CHAMPION, champion_of, crown, register
-from ray_jobs.tracking.runs import current_store
+from ray_jobs.tracking.runs import StageRun, current_store
 from rwkv_clip import load_checkpoint, tokenize
 from rwkv_clip.model import create_model, save_checkpoint
 from rwkv_clip.model.config import named_config
@@ -113,6 +114,7 @@ def test_a_run_that_is_started_again_goes_on_and_logs_no_step_twice(storage):
     assert found["train"].info.run_id == failed["train"].info.run_id
     assert found["train"].info.status == "FINISHED"
     assert found["train"].data.tags["restarts"] == "1"
+    assert not {"error"} & {*found["train"].data.tags, *found["a run"].data.tags}
     assert steps_of(storage, found["train"]) == [1, 2, 3, 4, 5]
     with tracker(storage) as tracked, tracked.stage("train") as run:
         assert run.run_id is None  # all of it is there
@@ -132,11 +134,48 @@ def test_work_whose_results_are_gone_gets_a_run_of_its_own(storage):
     assert len(parents) == 1
 
 
-def test_another_configuration_is_another_run(storage):
-    with tracker(storage) as tracked:
-        first = tracked.parent.run_id
-    with tracker(storage, seed=1) as tracked:
-        assert tracked.parent.run_id != first
+def test_work_on_other_data_gets_a_run_of_its_own(storage):
+
+    def work(data: str, *, done: bool = False, fails: bool = False) -> str | None:
+        with tracker(storage) as tracked, tracked.stage("train", done, of=data) as run:
+            run.params({"data_digest": data})
+            if fails:
+                raise RuntimeError("the loss is not a number")
+            assert run.complete == (run.run_id is not None)
+            return run.run_id
+
+    with pytest.raises(RuntimeError):
+        work("bad", fails=True)
+    failed = runs(storage)["train"]
+    mended = work("good")
+    assert mended not in (None, failed.info.run_id)
+    with pytest.raises(RuntimeError):
+        work("other", done=True, fails=True)  # what is there is of the data before
+    assert work("good", done=True) is None
+    client = MlflowClient(tracking_uri=store(storage))
+    old = client.get_run(failed.info.run_id)
+    assert (old.info.status, old.data.params["data_digest"]) == ("FAILED", "bad")
+    assert client.get_run(mended).data.params["data_digest"] == "good"
+
+
+def test_another_configuration_is_another_run(storage, monkeypatch):
+    def parent(**settings: Any) -> str:
+        with tracker(storage, **settings) as tracked:
+            assert tracked.parent.run_id is not None
+            return tracked.parent.run_id
+
+    first = parent()
+    other = parent(seed=1)
+    assert other != first
+    (_, record) = storage.read_json("tracking.json")["records"]
+    assert (parent(), parent(seed=1)) == (first, other), "each goes on in its own"
+    storage.write_json("tracking.json", record)  # as older releases noted the last one alone
+    assert (parent(seed=1), parent() == first) == (other, False)
+    MlflowClient(tracking_uri=store(storage)).delete_run(other)
+    assert parent(seed=1) != other
+    monkeypatch.setattr("ray_jobs.tracking.runs._RECORDS", 2)
+    parent(seed=2)
+    assert len(storage.read_json("tracking.json")["records"]) == 2
 
 
 def test_a_killed_process_leaves_runs_that_say_so(storage):
@@ -162,6 +201,43 @@ def test_a_store_that_cannot_be_reached_is_told_before_any_work(storage):
     config = TrackingConfig(uri="http://127.0.0.1:9")
     with pytest.raises(TrackingError, match=r"mend tracking\.uri or MLFLOW_TRACKING_URI"):
         Tracker(config, storage, SETTINGS, "a run")
+
+
+def test_a_deleted_experiment_is_told_before_any_work(storage):
+    with tracker(storage) as tracked:
+        pass
+    waiting = tracker(storage, seed=1)
+    tracked.client.delete_experiment(tracked.experiment)
+    with pytest.raises(TrackingError, match=r"was deleted .* restore --experiment-id 1\)"):
+        tracker(storage)
+    with pytest.raises(TrackingError, match=r"refuses a run in the experiment rwkv-clip \("):
+        waiting.__enter__()
+
+
+def test_what_mlflow_does_not_tell_of_earlier_runs_is_not_taken_for_gone(storage, monkeypatch):
+    with tracker(storage):
+        pass
+
+    def away(*_: Any) -> None:
+        raise MlflowException("it is away", error_code=TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(MlflowClient, "get_run", away)
+    with pytest.raises(TrackingError, match=r"cannot be used \(it is away\)"):
+        tracker(storage)
+
+
+def test_a_run_that_fails_as_it_begins_ends_and_is_taken_up(storage, monkeypatch):
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageRun, "json", stop)  # while settings are uploaded
+        with pytest.raises(KeyboardInterrupt), tracker(storage):
+            pass
+    assert runs(storage)["a run"].info.status == "KILLED"
+    with tracker(storage) as tracked:
+        assert tracked.client.list_artifacts(tracked.parent.run_id)[0].path == "config.json"
+    assert len(runs(storage)) == 1
 
 
 class Away:
@@ -204,13 +280,20 @@ def checkpoint(storage: Storage) -> str:
     return "train/step-000000001"
 
 
+def train_anew(storage: Storage, checkpoint: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    save_checkpoint(create_model(named_config("RWKV-CLIP-Tiny")), storage.path(checkpoint))
+
+
 def registered(storage: Storage, checkpoint: str, score: float, **settings: Any) -> Any:
+    if "seed" in settings:
+        train_anew(storage, checkpoint, settings["seed"])
     with tracker(storage, **settings) as tracked:
         with tracked.stage("train"):
             pass
         digest = settings.get("digest", "of the test data")
-        text = settings.get("text", "caption")
-        found = register(tracked, storage, checkpoint, {METRIC: score}, digest, text)
+        on = scored_on("test", digest, settings.get("text", "caption"))
+        found = register(tracked, storage, checkpoint, {METRIC: score}, {METRIC: on})
         crown(tracked, found)
         return found
 
@@ -241,12 +324,12 @@ def test_only_a_better_model_becomes_the_champion(storage, checkpoint, capfd):
 
 def test_a_champion_of_the_meantime_is_not_displaced(storage, checkpoint):
     registered(storage, checkpoint, 0.25)
+    train_anew(storage, checkpoint, 1)
     with tracker(storage, seed=1) as tracked:
         with tracked.stage("train"):
             pass
-        better = register(
-            tracked, storage, checkpoint, {METRIC: 0.30}, "of the test data", "caption"
-        )
+        on = scored_on("test", "of the test data", "caption")
+        better = register(tracked, storage, checkpoint, {METRIC: 0.30}, {METRIC: on})
         assert (better.champion, better.before) == (True, "1")
         registered(storage, checkpoint, 0.40, seed=2)
         crowned = crown(tracked, better)
@@ -268,11 +351,22 @@ def test_a_registry_that_does_not_tell_has_no_champion_to_beat(storage):
 
 def test_a_training_that_was_done_again_is_another_version(storage, checkpoint):
     assert registered(storage, checkpoint, 0.25).version == "1"
-    torch.manual_seed(1)
-    save_checkpoint(create_model(named_config("RWKV-CLIP-Tiny")), storage.path(checkpoint))
+    train_anew(storage, checkpoint, 1)
     again = registered(storage, checkpoint, 0.30)
     assert (again.version, again.champion) == ("2", True)
     assert registered(storage, checkpoint, 0.30).version == "2"
+
+
+def test_the_same_weights_are_registered_once_whatever_else_is_configured(storage, checkpoint):
+    first = registered(storage, checkpoint, 0.25)
+    client = MlflowClient(tracking_uri=store(storage))
+    run = client.get_model_version("rwkv-clip", first.version).run_id
+    client.set_terminated(run, "KILLED")  # while it was reopened
+    again = registered(storage, checkpoint, 0.25, embed={"replace": True})
+    assert (again.version, again.champion) == (first.version, True)
+    assert client.get_run(run).info.status == "FINISHED"
+    client.delete_run(run)
+    assert registered(storage, checkpoint, 0.25, embed=None).version == first.version
 
 
 def test_registering_leaves_the_training_as_it_ended(storage, checkpoint, monkeypatch):
@@ -305,6 +399,17 @@ def test_a_champion_that_was_not_scored_so_stays_and_it_is_told(storage, checkpo
     assert not other.champion
     assert f"version 1 was not evaluated on {METRIC} and stays" in other.told
     assert "point the alias champion at version 2" in other.told
+
+
+def test_a_champion_of_an_older_release_is_compared_by_pairs_alone(storage, checkpoint):
+    registered(storage, checkpoint, 0.25)
+    client = MlflowClient(tracking_uri=store(storage))
+    client.delete_model_version_tag("rwkv-clip", "1", "test_set")
+    other = registered(storage, checkpoint, 0.30, seed=1, digest="of pairs, and no set beside them")
+    assert not other.champion
+    assert "older release, which did not tell sets apart, and stays" in other.told
+    assert "point the alias champion at version 2" in other.told
+    assert registered(storage, checkpoint, 0.40, seed=2).champion
 
 
 def test_a_metric_that_is_better_when_smaller_cannot_make_champions():
