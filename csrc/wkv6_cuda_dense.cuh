@@ -211,8 +211,10 @@ __device__ __forceinline__ float decay_rate(float w) {
   return exp2_fast(w * kLog2e + kLog2OfLog2e);
 }
 
-// The logarithm that is used: held, so that its inverse fits.
-__device__ __forceinline__ float held_decay(float rate) { return fmaxf(-rate, kFastest); }
+// The logarithm that is used: held, so that its inverse fits. A NaN stays one, which fmaxf loses.
+__device__ __forceinline__ float held_decay(float rate) {
+  return -rate < kFastest ? kFastest : -rate;
+}
 
 // Walks on by a token. `inner` leads from it to the middle or back, itself excluded, `outer` is the
 // inverse of that with itself; `log` is the logarithm so far.

@@ -98,20 +98,22 @@ def embed(config: EmbedConfig, storage: Storage, source: "ModelSource") -> Embed
     """
     manifest = Manifest.from_storage(storage, config.data)
     folder = vectors_folder(config.data)
+    # Who embeds other texts than a table says need not embed anew.
+    says = [one for one in written(storage, config.data) if config.text in one.says]
     identity = {
         "model": source.digest,
         "text": config.text,
         "data_digest": manifest.data_digest,
+        "beside": {one.kind: storage.read_json(one.manifest_file)["run"] for one in says},
     }
-    for beside in written(storage, config.data):
-        if config.text in beside.says:  # who embeds other texts need not embed anew
-            identity[beside.kind] = storage.read_json(beside.manifest_file)["run"]
     record, claim = f"{folder}/manifest.json", f"{folder}/run.json"
-    if storage.exists(claim) and storage.read_json(claim) != identity:
+    # What an older release did not note is taken for the same.
+    held = {**identity, **storage.read_json(claim)} if storage.exists(claim) else identity
+    if held != identity:
         if not config.replace:
             raise EmbedError(
-                f"{storage.child_uri(folder)} holds vectors of another model than {source.name} or "
-                "of other data; set embed.replace, or delete that folder, to embed anew"
+                f"{storage.child_uri(folder)} holds vectors of another model than {source.name}, "
+                "or of other data or texts; set embed.replace, or delete that folder, to embed anew"
             )
         for file in storage.names(folder, recursive=True):
             if file != claim:  # which goes last, so that a run killed here is known by it

@@ -70,7 +70,6 @@ logger = logging.getLogger(__name__)
 
 _TEXTS = [name for name in PAIR_SCHEMA.names if name != "image"]
 _AT_ONCE = 256  # pairs whose images are copied
-_FORMAT = 2  # of ids, parts and records; another refuses to go on with what an older one wrote
 _EARLY_ROWS = 1000  # from here on a share of rejected rows means something
 _EARLY_PARTS = 3  # with too many of them; one may be a broken file, whichever comes first
 _EXAMPLES = 3  # a reason
@@ -140,7 +139,7 @@ class IngestConfig(BaseConfig):
         """Over everything that decides which rows come out."""
         source = self.source.model_dump(mode="json", exclude=set(self.source.runtime))
         chosen = self.model_dump(mode="json", exclude={"source", *_RUNTIME})
-        return _digest({"format": _FORMAT, "source": source, **chosen})
+        return _digest({"format": self.source.format, "source": source, **chosen})
 
 
 @dataclass(frozen=True)

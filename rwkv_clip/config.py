@@ -214,7 +214,13 @@ def _read(path: Path) -> _Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates, which no configuration has: a name may look like one."""
+    """YAML without dates, which no configuration has: a name may look like one. Keys are texts."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -251,6 +257,8 @@ def _texts_of_numbers(node: yaml.Node | None, path: KeyPath) -> dict[KeyPath, st
         return {}
     found = {}
     for at, child in [(path, node), *((at, value) for at, _, value in _below(node, path))]:
+        for old in [old for old in found if old[: len(at)] == at]:
+            del found[old]  # an anchor's, which is merged before what is written here
         number = isinstance(child, yaml.ScalarNode) and child.tag.endswith((":int", ":float"))
         if number and str(yaml.safe_load(child.value)) != child.value:
             found[at] = child.value

@@ -43,10 +43,12 @@ class BaseSourceConfig(BaseConfig):
         runtime: the fields that change how fast rows are read but not which; a run may go on with
             other values of these.
         less_at_once: what gives a task less to read, for errors.
+        format: of ids and units; another number refuses to go on with what an older one wrote.
     """
 
     runtime: ClassVar[frozenset[str]] = frozenset()
     less_at_once: ClassVar[str] = "smaller units (source.unit_rows)"
+    format: ClassVar[int] = 1
 
 
 class FilesConfig(BaseSourceConfig):

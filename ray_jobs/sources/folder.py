@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyarrow.fs as pafs
 from pydantic import Field
@@ -51,6 +51,8 @@ class FolderColumnsConfig(ColumnsConfig):
 
 class FolderConfig(FilesConfig):
     """Image files, and lists that name them."""
+
+    format: ClassVar[int] = 2  # from here on ids are of the texts too
 
     kind: Literal["folder"]
     columns: FolderColumnsConfig = FolderColumnsConfig()

@@ -3,7 +3,8 @@
 Choices:
 - JSON lines and CSV are gone through once when listing, to note where every unit begins; a task
   then reads its own bytes only. Compressed files cannot be entered in the middle: a task unpacks
-  what comes before its bytes too, which takes little beside its images.
+  what comes before its bytes too, which takes as long as its images once a file has ten million
+  rows. A file with far too many is warned of.
 - A line that cannot be read is a rejected row; the lines after it are not affected. So it is with
   a quote that nothing closes, which would take the lines after it into its field: many data sets
   are written as TSV without any quoting. Quoted fields of several lines are read, if they are
@@ -47,6 +48,7 @@ _RECORD_BYTES = 10_000_000  # of them after the first
 _BLOCK_BYTES = 1 << 20
 _SAMPLE_ROWS = 1000  # looked at for the names of columns
 _ANY_SIZE = 1 << 62
+_MANY_UNITS = 1000  # of a packed file
 
 
 def list_units(config: FilesConfig, suffixes: Sequence[str] = LIST_SUFFIXES) -> list[Unit]:
@@ -277,6 +279,12 @@ def _units_of(file: File, config: FilesConfig) -> list[Unit]:
     if file.size == 0:
         return []
     starts = _row_starts(whole, config)
+    if file.uri.endswith(_PACKED) and len(starts) > _MANY_UNITS:
+        logger.warning(
+            "%s is packed and has some %s rows; each of its %s tasks unpacks what comes before its "
+            "own, so it is better unpacked, or cut",
+            *(file.label, f"{len(starts) * config.unit_rows:,}", f"{len(starts):,}"),
+        )
     return [
         Unit(file.uri, file.label, first, rows, offset, file.size) for first, rows, offset in starts
     ]

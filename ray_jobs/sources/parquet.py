@@ -495,6 +495,8 @@ def _check_image_column(field: pa.Field, where: str) -> None:
 
 def _check_texts_column(field: pa.Field, where: str) -> None:
     kind = item_type(field.type)
+    if pt.is_null(field.type) or (kind is not None and pt.is_null(kind)):
+        return  # as writers have it whose rows here have no texts
     if kind is None or not (is_string(kind) or pt.is_integer(kind) or pt.is_floating(kind)):
         raise SourceError(
             f"source.texts.column: {field.name!r} of {where} is {field.type}; takes a list of "

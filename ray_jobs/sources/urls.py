@@ -59,6 +59,7 @@ class UrlsConfig(FilesConfig):
     """Lists of URLs of images, with texts."""
 
     runtime: ClassVar[frozenset[str]] = frozenset({"concurrency", "connections_per_host"})
+    format: ClassVar[int] = 2  # from here on ids are of the texts too
 
     kind: Literal["urls"]
     columns: UrlColumnsConfig = UrlColumnsConfig()

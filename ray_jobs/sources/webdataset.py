@@ -55,7 +55,6 @@ class ShardColumnsConfig(BaseConfig):
 class WebdatasetConfig(FilesConfig):
     """Tar shards."""
 
-    runtime: ClassVar[frozenset[str]] = frozenset({"unit_rows"})
     less_at_once: ClassVar[str] = "smaller shards"
 
     kind: Literal["webdataset"]

@@ -87,7 +87,7 @@ class Captioning:
                 answer = await complete(messages, seed)
                 found = parse_caption(answer)
             except GenerationError as error:
-                logger.warning("%s: %s", row["id"], error)
+                logger.warning("%s: %s", row["id"], storable(str(error)))
                 refusal = {"refused_reason": "generation_error", "refused_text": str(error)}
                 continue
             except AnswerError as error:

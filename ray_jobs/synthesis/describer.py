@@ -113,7 +113,7 @@ async def _ask(
         answer = await complete(messages, seed)
         description = parse_description(answer)
     except GenerationError as error:
-        logger.warning("%s: %s", row["id"], error)
+        logger.warning("%s: %s", row["id"], storable(str(error)))
         return None, {"guard_reason": "generation_error", "refused_text": str(error)}
     except AnswerError as error:
         return None, {"guard_reason": f"answer_{error.reason}", "refused_text": answer}

@@ -5,7 +5,8 @@ refuses costs its row, and a server that is away or busy is asked again, with gr
 patience ends; then the job stops, and what is done is kept.
 
 A row that the server fails at, or that a gateway blocks, looks like a server that is broken or
-closed. What tells them apart is whether others are answered meanwhile: then the row is to blame.
+closed. What tells them apart is a plain question: where that is answered each time, the row is to
+blame.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from ray_jobs.synthesis.worker import ChunkWorker, Work
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 _TOO_MANY = 429
 _BROKEN = frozenset({500, 502, 504})  # where one input may be what breaks it
-_MOST_FAILURES = 6  # of a request, with answers to others between them
+_MOST_FAILURES = 6  # of a request; of a plain one then none, so one broken replica is no proof
 _KEY = frozenset({401, 402})
 _DENIED = frozenset({403, 404})  # the key or the model, or one text that a gateway blocks
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
@@ -60,7 +61,7 @@ class ChatClient:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session: aiohttp.ClientSession | None = None
         self._free = asyncio.Semaphore(config.requests_in_flight)
-        self._answered = -math.inf  # when a request last was
+        self._answered = -math.inf  # when a request last was, for limits of requests
 
     async def complete(self, messages: Messages, seed: int) -> str:
         """The model's answer to a conversation.
@@ -70,31 +71,36 @@ class ChatClient:
             ServerError: it wants another key, has no such model, or is away for too long.
         """
         request = self._request(messages, seed)
-        # Refusals, from which patience counts: before, the request may have waited for its turn.
-        first = last = math.inf
-        failures, pause = 1, _FIRST_PAUSE
+        # From the first refusal on: before, the request may have waited long for its own turn.
+        first = math.inf
+        failures, pause = 0, _FIRST_PAUSE
         while True:
             try:
                 async with self._free:
                     return await self._ask(request)
             except _DeniedError as error:
-                if await self._answers_others(-math.inf, seed):
+                plain = await self._refusal_of_plain(seed, 1)
+                if plain is None:
                     raise GenerationError(str(error)) from error
-                raise self._closed(error) from error
+                if isinstance(plain, _DeniedError):
+                    raise self._closed(error) from error
+                again = plain
             except _AskAgainError as error:
-                now = time.monotonic()
-                first = min(first, now)
-                # Where no other was answered in between, the server may be on its way back.
-                failures += error.status in _BROKEN and self._answered > last
-                last = now
-                # A limit of requests a minute takes its time, and passes over some for long.
-                since = max(first, self._answered) if error.status == _TOO_MANY else first
-                wait = error.after or pause * random.uniform(0.5, 1.5)  # noqa: S311
-                if failures >= _MOST_FAILURES or now + wait > since + self.config.patience_seconds:
-                    told = f"{self.config.url} {error}; gave up"
-                    if await self._answers_others(first, seed):
-                        raise GenerationError(told) from error
-                    raise ServerError(told) from error
+                again = error
+            now = time.monotonic()
+            first = min(first, now)
+            failures += again.status in _BROKEN
+            # A limit of requests a minute takes its time, and passes over some for long.
+            since = max(first, self._answered) if again.status == _TOO_MANY else first
+            wait = again.after or pause * random.uniform(0.5, 1.5)  # noqa: S311
+            over = now + wait > since + self.config.patience_seconds
+            if over or failures >= _MOST_FAILURES:
+                told = f"{self.config.url} {again}; gave up"
+                if await self._refusal_of_plain(seed, _MOST_FAILURES) is None:
+                    raise GenerationError(told)
+                if over:
+                    raise ServerError(told)
+                failures = 0
             await asyncio.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -117,19 +123,19 @@ class ChatClient:
             "response_format": {"type": "json_schema", "json_schema": schema},
         }
 
-    async def _answers_others(self, since: float, seed: int) -> bool:
-        """Whether the server has answered a request since then, or answers a plain one now.
-
-        A row may be the only one that is left, or be refused before the first other is answered.
-        """
-        if self._answered > since:
-            return True
-        try:
-            async with self._free:
-                await self._ask(self._request(_PLAIN, seed))
-        except (GenerationError, ServerError, _DeniedError, _AskAgainError):
-            return self._answered > since  # another one's answer came
-        return True
+    async def _refusal_of_plain(
+        self, seed: int, times: int
+    ) -> "_DeniedError | _AskAgainError | None":
+        """The first refusal of a plain question that is asked so often; raises ServerError."""
+        for _ in range(times):
+            try:
+                async with self._free:
+                    await self._ask(self._request(_PLAIN, seed))
+            except (_DeniedError, _AskAgainError) as error:
+                return error
+            except GenerationError:
+                pass  # an answer, if no good one
+        return None
 
     def _closed(self, refusal: object) -> ServerError:
         return ServerError(

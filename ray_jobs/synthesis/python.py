@@ -22,7 +22,7 @@ from PIL import Image
 
 from ray_jobs.synthesis.captioner import MODEL, Captioner, captioned, is_given
 from ray_jobs.synthesis.config import PythonConfig
-from ray_jobs.synthesis.task import GIVEN, Row
+from ray_jobs.synthesis.task import GIVEN, Row, storable
 from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
 from rwkv_clip.descriptions import MAX_DESCRIPTION, Caption
 from rwkv_clip.descriptions.sources import MAX_TAG, MAX_TAGS, clean_source
@@ -117,7 +117,7 @@ class PythonCaptioner:
             if len(shown) > 1:
                 return [row for one in shown for row in await self._ask([one])]
             row, told = shown[0][0], str(error)
-            logger.warning("%s: %s", row["id"], told)
+            logger.warning("%s: %s", row["id"], storable(told))
             source, reason = f"none: {MODEL_ERROR}", MODEL_ERROR
             return [
                 captioned(row, None, source, attempts=1, refused_reason=reason, refused_text=told)

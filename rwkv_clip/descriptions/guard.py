@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, pairwise
+from itertools import chain, dropwhile, pairwise
 from typing import Any, Literal, get_args
 
 from rwkv_clip.descriptions import lexicon, prompt, words
@@ -122,12 +122,28 @@ def _is_boilerplate(found: list[str], sources: Sources) -> bool:
 
 def _boilerplate(found: list[str]) -> set[tuple[str, ...]]:
     starts = [i for i, token in enumerate(found) if token in _PHRASES]
-    return {
+    return _notice(found) | {
         phrase
         for i in starts
         for phrase in _PHRASES[found[i]]
         if tuple(found[i : i + len(phrase)]) == phrase
     }
+
+
+def _notice(found: list[str]) -> set[tuple[str, ...]]:
+    """What a text says that is a notice and no more: "Member sign in", "a picture of sign in"."""
+    said = " ".join(dropwhile(STOP_WORDS.__contains__, found))
+    notice = _NOTICE.fullmatch(said)
+    return {tuple(notice[notice.lastindex or 0].split())} if notice else set()
+
+
+def _notices() -> re.Pattern[str]:
+    notices, around = (
+        "|".join(chain.from_iterable(lexicon.entries(table)))
+        for table in (lexicon.NOTICES, lexicon.AROUND_NOTICES)
+    )
+    wholly = rf"(?:(?:{around}) )*({notices})(?: (?:{notices}|{around}))*"
+    return re.compile(rf"{wholly}|(powered by)(?: \S+){{0,2}}")
 
 
 def _phrases() -> dict[str, list[tuple[str, ...]]]:
@@ -140,6 +156,7 @@ def _phrases() -> dict[str, list[tuple[str, ...]]]:
 
 
 _PHRASES = _phrases()
+_NOTICE = _notices()
 
 
 def _echoes_prompt(found: list[str]) -> bool:

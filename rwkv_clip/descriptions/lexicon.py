@@ -48,7 +48,7 @@ SYNONYMS = """
     sad, unhappy; angry, furious; ill, sick; injured, hurt;
     dog, doggy, hound, canine; cat, feline, kitty; bird, fowl; horse, equine; rabbit, bunny;
     chicken, hen; rooster, cockerel; pig, hog, swine; cattle, cow;
-    bicycle, bike; motorcycle, motorbike; car, automobile; airplane, aeroplane, plane, aircraft;
+    motorcycle, motorbike; car, automobile; airplane, aeroplane, plane, aircraft;
     ship, vessel; ship, boat; train, locomotive; truck, lorry; subway, metro;
     phone, telephone, cellphone, smartphone; television, tv; computer, pc; film, movie;
     clock, timepiece; box, carton, package, parcel; money, cash; gift, present;
@@ -66,11 +66,12 @@ SYNONYMS = """
 # The same of verbs, and of what means as a verb what it means as a noun: in every form.
 VERBS = """
     smile, grin; cry, weep; jump, leap; run, jog; walk, stroll; speak, talk; snow, snowy;
-    rain, rainy; flower, blossom, bloom; color, colour; gray, grey
+    rain, rainy; flower, blossom, bloom; color, colour; gray, grey; bicycle, bike
 """
 
 # Things whose name is also a verb, or looks like one's base: -ing and -ed do not tell of the thing.
-# A fishing man has no fish, a rocking chair is no rock, an earring no ear.
+# A fishing man has no fish, a rocking chair is no rock, an earring no ear. As their -s
+# may be a plural, "shops" and "shopping" do not follow from each other.
 THINGS = frozenset(
     """
     bank bat bear bed book bowl box cap coat cup dress duck ear fish house park pin plate rag rock
@@ -78,7 +79,7 @@ THINGS = frozenset(
     """.split()
 )
 
-# A general word, and the words that supply it.
+# A general word, and the words that supply it. Who is in a dress is dressed, but not the reverse.
 GENERAL = """
     person: man, woman, boy, girl, child, baby, doctor, cook, police, firefighter, farmer, judge,
         student, teacher, singer, artist, pilot, astronaut, mechanic, scientist, detective, ninja,
@@ -123,6 +124,7 @@ GENERAL = """
     sport: football, basketball, baseball, tennis, volleyball, rugby, golf, hockey, badminton;
     instrument: guitar, violin, piano, trumpet, drum, saxophone, accordion, flute, banjo;
     clothing: shirt, dress, coat, jacket, trousers, jeans, hat, sock, scarf, kimono, sari, bikini;
+    dressed: dress;
     furniture: chair, table, bed, couch, desk;
     water: sea, river, lake;
     weapon: gun, pistol, sword, dagger, bomb;
@@ -143,13 +145,13 @@ IRREGULAR = """
     buy: bought; bring: brought; think: thought; fight: fought; throw: threw, thrown;
     grow: grew, grown; hang: hung; shine: shone; hide: hid, hidden; bite: bit, bitten;
     tear: tore, torn; lose: lost; win: won; feed: fed; lead: led; meet: met; bend: bent;
-    die: dying; tie: tying; go: went, gone; come: came; use: using; bus: buses; gas: gases;
+    die: dying; tie: tying; go: went, gone; come: came; use: using, used; bus: buses; gas: gases;
     plus: pluses;
     taxi: taxis; bikini: bikinis; kiwi: kiwis; sari: saris; ski: skis; menu: menus; emu: emus
 """
 
 # What web pages say around images. Hyphens count as spaces. No "sign in", "log in", "powered by":
-# there are signs in streets, logs in rivers, and boats powered by the wind.
+# there are signs in streets, logs in rivers, and boats powered by the wind. NOTICES have those.
 BOILERPLATE = """
     click here; click to; click on; click image; click photo; free download; free shipping;
     free delivery; free trial; free vector; image of the day; picture of the day; photo of the day;
@@ -169,6 +171,10 @@ BOILERPLATE = """
     enable javascript; in stock; out of stock; as an ai; language model; i cannot; i can't;
     i'm sorry; i am sorry; here is a; here is the; here is your; web text; alt text; json
 """
+
+# Boilerplate where they are all that is said, along with the words that follow.
+NOTICES = "sign in; log in; sign up; share this"
+AROUND_NOTICES = "free; register; or; now; page; member; here"
 
 UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "

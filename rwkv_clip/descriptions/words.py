@@ -2,7 +2,8 @@
 
 Choices:
 - A word becomes keys: its stem, and the names of the meanings that it carries. A source's word
-  also supplies the keys of what is more general: a dog is an animal, an animal is no dog.
+  also supplies the keys of what is more general: a dog is an animal, an animal is no dog. That
+  follows as a noun, not as a verb of its stem: nobody need be drinking where there is a drink.
 - The stemmer undoes English inflection (plurals, -ing, -ed, -ly) and no derivation. It need not
   give words, only the same key for forms of one word; on other languages it does little.
 - Forms of different words that are spelled alike get keys of their own: a plan is no plane, so the
@@ -108,7 +109,8 @@ def asked(token: str) -> tuple[str, ...]:
         return (NEGATION,)
     if word in STOP_WORDS:
         return ()
-    keys = _meanings(PRONOUNS.get(word, word))
+    said = PRONOUNS.get(word, word)
+    keys = (*_meanings(said), _general(said))
     number = _number_key(word)
     if number is None:
         return keys
@@ -255,14 +257,20 @@ def _names(word: str) -> tuple[str, ...]:
     return (name, *_GROUPS.get(name, ()), *_VERBS.get(stem(word), ()))
 
 
+def _general(word: str) -> str:
+    """The key of a word where it follows from a more special one."""
+    return f"^{_name(word)}"
+
+
 def _reachable(start: str, direct: dict[str, set[str]]) -> set[str]:
     found: set[str] = set()
     todo = [start]
     while todo:
         for general in direct.get(todo.pop(), set()):
-            if not found.issuperset(keys := _meanings(general)):
-                found.update(keys)
-                todo += _names(general)
+            name, *meanings = _names(general)
+            if not found.issuperset(keys := {_general(general), *meanings}):
+                found |= keys
+                todo += [name, *meanings]
     return found
 
 

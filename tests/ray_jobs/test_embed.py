@@ -81,10 +81,15 @@ def test_vectors_are_the_library_s_and_a_stopped_run_does_what_is_missing(storag
     storage.delete(described)
     captioned = Beside(CAPTIONS, "test").manifest_file
     storage.write_json(captioned, {"run": {"model": "a-vlm"}})
-    with pytest.raises(EmbedError, match="or of other data"):
+    with pytest.raises(EmbedError, match="or of other data or texts"):
         embed(CONFIG, storage, source)
+    claim = f"{vectors_folder('test')}/run.json"
+    noted = storage.read_json(claim)
+    storage.write_json(claim, {key: value for key, value in noted.items() if key != "beside"})
+    assert embed(CONFIG, storage, source).resumed, "an older release did not note the texts"
+    storage.write_json(claim, noted)
     storage.delete(captioned)
-    with pytest.raises(EmbedError, match=r"of another model than .* or of other data"):
+    with pytest.raises(EmbedError, match=r"of another model than .*, or of other data"):
         embed(CONFIG.model_copy(update={"text": None}), storage, source)
     anew = embed(CONFIG.model_copy(update={"text": None, "replace": True}), storage, source)
     assert (anew.rows, anew.resumed) == (120, False)

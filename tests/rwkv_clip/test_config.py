@@ -15,6 +15,7 @@ class Optimizer(BaseConfig):
     kind: Literal["adamw", "lion"] = "adamw"
     rate: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
+    label: str = ""
 
 
 class Folder(BaseConfig):
@@ -42,6 +43,11 @@ class Run(BaseConfig):
         if "/" in name:
             raise ValueError("a name has no slash")
         return name
+
+
+class Runs(BaseConfig):
+    a: Run
+    b: Run
 
 
 class Required(BaseConfig):
@@ -114,6 +120,27 @@ def test_what_an_anchor_is_repeated_in_has_a_value_of_its_own(write, how):
     path = write(f"workers:\n  a: &one {{rate: 0.10}}\n  b: {how}\n")
     workers = load_config(Run, path, ["workers.b.rate=0.5"]).workers
     assert (workers["a"].rate, workers["b"].rate) == (0.1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "own", "expected"),
+    [
+        ("name: 1.10", "name: hello", {"name": "hello"}),
+        ("name: 1.10", "name: 5", {"name": "5"}),
+        ("name: hello", "name: 1.10", {"name": "1.10"}),
+        ("options: {v: 1.10}", "options: {w: hi}", {"options": {"w": "hi"}}),
+        ("sources: [{folder: 1.10}]", "sources: []", {"sources": ()}),
+    ],
+)
+def test_what_is_written_goes_before_what_an_anchor_says(write, anchor, own, expected):
+    path = write(f"a: &one {{{anchor}}}\nb: {{<<: *one, {own}}}\n")
+    runs = load_config(Runs, path)
+    assert {name: getattr(runs.b, name) for name in expected} == expected
+
+
+def test_a_key_may_look_like_a_number(write):
+    path = write("workers: {1: {label: 007}}\n")
+    assert load_config(Run, path).workers["1"].label == "007"
 
 
 def test_set_makes_the_sections_it_needs():

@@ -142,8 +142,11 @@ def test_a_column_may_hold_several_texts(tmp_path: Path, png: Png) -> None:
     tokens = tokenize(["raw words", "a nice caption"]).flatten().tolist()
     write(tmp_path / "tokens.parquet", {"image": [png(1)], "texts": [tokens]})
     write(tmp_path / "strings.parquet", {"image": [png(2)], "texts": [["raw words", None]]})
+    write(tmp_path / "a-none.parquet", {"image": [png(3)], "texts": [None]})
+    write(tmp_path / "b-empty.parquet", {"image": [png(4)], "texts": [[]]})
     texts = {"column": "texts", "are": ["web_text", "caption"]}
-    strings, numbers = rows_of(source(tmp_path, texts=texts))
+    none, empty, strings, numbers = rows_of(source(tmp_path, texts=texts))
+    assert not any(row.get(name) for row in (none, empty) for name in texts["are"])
     assert (numbers["web_text"], numbers["caption"]) == ("raw words", "a nice caption")
     assert (strings["web_text"], strings.get("caption")) == ("raw words", None)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -134,6 +135,38 @@ def test_a_text_that_breaks_the_server_holds_its_chunk_for_a_few_requests_only(m
     with server(reply) as url, pytest.raises(GenerationError, match="500"):
         ask_among_others(url)
     assert 6 <= sum(asked) < 20
+
+
+def test_a_server_that_fails_at_most_requests_costs_no_row(monkeypatch):
+    monkeypatch.setattr(http, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(http, "_LONGEST_PAUSE", 0.02)
+    fails = random.Random(7)
+
+    def reply(turn: int, body: Any, headers: Any) -> Reply:
+        return (500 if fails.random() < 0.8 else 200), {}, chat(ANSWER)
+
+    async def all_of(url: str) -> list[str]:
+        async with asking(url) as client:
+            return list(await asyncio.gather(*(client("describe") for _ in range(40))))
+
+    with server(reply) as url:
+        assert asyncio.run(all_of(url)) == [ANSWER] * 40
+
+
+def test_a_model_that_is_taken_away_is_told_as_such():
+    gone = threading.Event()
+
+    def reply(turn: int, body: Any, headers: Any) -> Reply:
+        return (404, {}, b"no such model") if gone.is_set() else (200, {}, chat(ANSWER))
+
+    async def twice(url: str) -> None:
+        async with asking(url) as client:
+            assert await client("describe") == ANSWER
+            gone.set()
+            await client("describe")
+
+    with server(reply) as url, pytest.raises(ServerError, match=r"no such model; mend engine\.url"):
+        asyncio.run(twice(url))
 
 
 def test_a_text_that_a_limit_of_requests_passes_over_has_its_turn_in_the_end(monkeypatch):

@@ -36,6 +36,32 @@ def test_the_sentence_is_made_of_what_there_is(sources, sentence):
     assert fallback_description(sources) == sentence
 
 
+@pytest.mark.parametrize(
+    "notice",
+    [
+        "Sign In",
+        "Log In",
+        "Sign up",
+        "Sign Up Free",
+        "Sign in / Register",
+        "Member sign in",
+        "Log-in page",
+        "Share this",
+        "Powered by Squarespace",
+        "Powered by vBulletin",
+    ],
+)
+def test_a_notice_of_a_web_page_gives_no_sentence(notice):
+    assert fallback_description(Sources(notice)) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["A stop sign in the snow.", "A log in a river.", "A toy boat powered by the wind."]
+)
+def test_what_only_holds_the_words_of_a_notice_gives_itself(text):
+    assert fallback_description(Sources(text)) == text
+
+
 def test_every_emoji_gets_a_sentence(emojis):
     for emoji in emojis:
         sentence = fallback_description(emoji.sources)

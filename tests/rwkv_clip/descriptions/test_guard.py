@@ -117,6 +117,11 @@ def test_what_the_sources_do_not_say_is_refused_with_its_reason(description, rea
         ("a plane, a bus, a pine", "planes, buses and pines"),
         ("a car of the house", "the cars of houses"),
         ("a woman using a phone", "a woman uses a phone"),
+        ("a phone used by a woman", "a woman using a phone"),
+        ("a man biking", "a man on a bicycle"),
+        ("a man on a bicycle", "a man biking in a vehicle"),
+        ("a woman in a white dress", "a woman dressed in white clothing"),
+        ("two roses, a boy", "flowers, plants, a child: he"),
         ("happily closed", "happy, joyfully shut"),
     ],
 )
@@ -167,11 +172,26 @@ def test_a_special_word_does_not_follow_from_a_general_one(source, description):
         ("a fallen tree", "A tree in autumn."),
         ("people boxing", "People with a box."),
         ("win a cat", "Wine and a cat."),
+        ("a man dressed as a pirate", "A man in a dress."),
     ],
 )
 def test_a_thing_does_not_follow_from_a_verb_or_a_word_spelled_like_it(source, description):
     verdict = check(description, Sources("", source))
     assert verdict.reason == "unsupported_word"
+
+
+@pytest.mark.parametrize(
+    ("source", "noun", "verb"),
+    [
+        ("a man beside a house", "A man beside a building.", "A man builds a house."),
+        ("a man beside a tree", "A man beside a plant.", "A man planting a tree."),
+        ("a man with a cup of coffee", "A man with a drink.", "A man drinking coffee."),
+        ("a woman by a lake", "A woman by the water.", "A woman watering a lake."),
+    ],
+)
+def test_a_general_noun_follows_and_its_verb_does_not(source, noun, verb):
+    assert check(noun, Sources("", source)).kept
+    assert check(verb, Sources("", source)).reason == "unsupported_word"
 
 
 @pytest.mark.parametrize(
@@ -209,6 +229,11 @@ def test_signs_and_logs_are_no_boilerplate(caption):
     assert check(caption, Sources(caption)).kept
     assert check("A dog; sign up now", Sources("A dog; sign up now")).reason == "boilerplate"
     assert check("Please log in, a dog", Sources("Please log in, a dog")).reason == "boilerplate"
+
+
+def test_a_notice_is_boilerplate_unless_the_image_itself_shows_it():
+    assert check("A picture of Sign In.", Sources("Sign In")).reason == "boilerplate"
+    assert check("A picture of Sign In.", Sources("", "sign in")).kept
 
 
 @pytest.mark.parametrize(

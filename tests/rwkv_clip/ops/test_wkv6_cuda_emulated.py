@@ -155,6 +155,22 @@ def test_extreme_decays_neither_overflow_nor_lose_accuracy(
     check(run(library, inputs), inputs)
 
 
+# The ends' decays lead nowhere; another one is between the tokens on its two sides.
+@pytest.mark.parametrize("tokens", [20, 130, 201])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decay_that_is_no_number_is_seen_in_its_head_alone(
+    library: ctypes.CDLL, dtype: torch.dtype, tokens: int
+) -> None:
+    inputs = random_inputs((1, tokens, 2, 16), dtype, torch.float32)
+    inputs[3][0, 5, 0, 3] = torch.nan
+    y, gr, gk, gv, gw, _ = run(library, inputs)
+    for of, name in ((y, "y"), (gv, "gv")):
+        assert of[0, [0, -1], 0].isnan().all(), name
+    for of, name in ((gr, "gr"), (gk, "gk"), (gw, "gw")):
+        assert of[0, :, 0, 3].isnan().any(), name
+    assert not any(of[0, :, 1].isnan().any() for of in (y, gr, gk, gv, gw))
+
+
 def test_quick_decays_keep_their_relative_gradient(library: ctypes.CDLL) -> None:
     inputs = random_inputs((1, 33, 1, 16), torch.bfloat16, torch.float32, decays=(1.6, 1.7))
     got, want = run(library, inputs)[4].double(), expected(inputs)[4]
