@@ -16,7 +16,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-WITHOUT = "RWKV_CLIP_BUILD=0 installs without the compiled operator (correct, but slow)"
+WITHOUT = (
+    "RWKV_CLIP_CUDA=0 builds without the CUDA kernels; "
+    "RWKV_CLIP_BUILD=0 installs without the compiled operator (correct, but slow)"
+)
 
 
 def wants_library() -> bool:

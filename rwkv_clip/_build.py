@@ -43,6 +43,7 @@ INSTRUCTIONS = {
 # Machine code for these, and code for the newest that later GPUs translate.
 ARCHITECTURES = ("80", "90", "100")
 X86 = ("x86_64", "AMD64")
+CUDA_RUNTIME = "libcudart_static.a"
 
 
 class BuildError(RuntimeError):
@@ -159,7 +160,12 @@ def _ninja_file(tools: Toolchain, sources: Sequence[Path]) -> str:
         link.append("-Wl,--as-needed")
     if tools.nvcc:
         flags.append("-DRWKV_CLIP_WITH_CUDA")
-        link += [f"-L{_argument(_cuda_libraries(tools.nvcc))}", "-lcudart_static", "-lrt", "-ldl"]
+        link += [
+            f"-L{_argument(_cuda_libraries(tools.nvcc, tools.cxx))}",
+            "-lcudart_static",
+            "-lrt",
+            "-ldl",
+        ]
     lines = [
         "ninja_required_version = 1.8",
         f"cxx = {tools.cxx}",
@@ -217,16 +223,29 @@ def _architectures(nvcc: str) -> list[str]:
     return found
 
 
-def _cuda_libraries(nvcc: str) -> Path:
+def _cuda_libraries(nvcc: str, cxx: str) -> Path:
     """The folder of the CUDA runtime; nvcc itself may be a script somewhere else."""
     command = [nvcc, "-dryrun", "-E", "-x", "cu", os.devnull]
     told = subprocess.run(command, check=False, capture_output=True, text=True)
     top = re.search(r"^#\$ TOP=(.+)$", told.stdout + told.stderr, re.MULTILINE)
     root = Path(top[1].strip() if top else Path(nvcc).parent.parent).resolve()
-    for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
-        if (root / name / "libcudart_static.a").is_file():
+    machine = platform.machine()
+    names = ["lib64", "lib", f"lib/{machine}-linux-gnu", f"targets/{machine}-linux/lib"]
+    if machine == "aarch64":
+        names.append("targets/sbsa-linux/lib")
+    for name in names:
+        if (root / name / CUDA_RUNTIME).is_file():
             return root / name
-    raise BuildError(f"libcudart_static.a is not under {root}: install the CUDA runtime's files")
+    # Debian's nvcc may name a root of its own, and its libraries are where the linker looks.
+    command = [*shlex.split(cxx), f"-print-file-name={CUDA_RUNTIME}"]
+    told = subprocess.run(command, check=False, capture_output=True, text=True)
+    found = Path(told.stdout.strip())
+    if found.is_absolute() and found.is_file():
+        return found.parent.resolve()
+    raise BuildError(
+        f"{CUDA_RUNTIME} is not under {root}: install the CUDA runtime's files, or set "
+        "RWKV_CLIP_CUDA=0 to build without the CUDA kernels"
+    )
 
 
 def _argument(path: Path | str) -> str:

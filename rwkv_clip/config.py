@@ -255,7 +255,7 @@ def _texts_of_numbers(node: yaml.Node | None, path: KeyPath) -> dict[KeyPath, st
     """What was written for each number below a node that Python would write otherwise."""
     if node is None:
         return {}
-    found = {}
+    found: dict[KeyPath, str] = {}
     for at, child in [(path, node), *((at, value) for at, _, value in _below(node, path))]:
         for old in [old for old in found if old[: len(at)] == at]:
             del found[old]  # an anchor's, which is merged before what is written here

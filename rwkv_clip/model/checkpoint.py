@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import secrets
+import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,11 @@ _BFLOAT16_PUBLISHED = re.compile(r"text_model\.blocks\.\d+\.att\.(time_decay|tim
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where training scripts keep weights
 _LISTED = 8  # of each kind of wrong key
+# What torch.load raises for files that are cut or garbled; it reads *.safetensors by their name.
+_DAMAGED = (
+    *(RuntimeError, EOFError, ValueError, LookupError, OSError),
+    *(struct.error, SafetensorError),
+)
 
 PathLike = str | os.PathLike[str]
 
@@ -190,12 +196,13 @@ def _kind(path: Path) -> str:
     """What a file is by its first bytes: safetensors, zip or pickle."""
     with path.open("rb") as file:
         head = file.read(9)
+    # First of all: the header's length, before its brace, may begin as any other file does.
+    if len(head) == 9 and head.endswith(b"{"):
+        return "safetensors"
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     if head.startswith(b"\x80"):
         return "pickle"
-    if len(head) == 9 and head.endswith(b"{"):  # after the header's length
-        return "safetensors"
     raise CheckpointError(
         f"{path} is neither a safetensors nor a PyTorch file "
         f"({f'it begins with {head!r}' if head else 'it is empty'})"
@@ -218,7 +225,7 @@ def _read_pickle(path: Path, *, zipped: bool) -> dict[str, Any]:
             f"Where it comes from somebody you trust, load it there and save its state_dict(). "
             f"({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except _DAMAGED as error:
         reason = _first_line(error)
         raise CheckpointError(f"{path} is damaged, or no checkpoint: {reason}") from error
     data = _innermost_state(data)

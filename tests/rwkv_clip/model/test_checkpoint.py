@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 import rwkv_clip.model.checkpoint as checkpoint_module
 from rwkv_clip.model import (
     CheckpointError,
+    CLIPConfig,
+    ImageConfig,
+    TextConfig,
     create_model,
     load_checkpoint,
     save_checkpoint,
@@ -297,6 +300,29 @@ def test_a_cut_file_is_refused(kept, tiny, tmp_path):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[: int(len(content) * kept)])
         assert "is damaged" in _refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.bin"])
+def test_safetensors_that_begin_as_a_pickle_does_are_read(name, tmp_path):
+    # The first byte is of the header's length: of one configuration in 32 it is a pickle's.
+    config = CLIPConfig(ImageConfig(1, 2, 32, 64, 8, 32), TextConfig(1, 2, 32, 64, vocab_size=512))
+    model = create_model(config)
+    save_checkpoint(model, tmp_path)
+    path = (tmp_path / "model.safetensors").rename(tmp_path / name)
+    content = path.read_bytes()
+    assert content.startswith(b"\x80")
+    _assert_same_state(load_checkpoint(path), model.state_dict())
+    for kept in (5, 9, 5000, len(content) - 1):
+        path.write_bytes(content[:kept])
+        _refusal(path)
+
+
+def test_a_cut_file_of_the_old_format_is_refused(tiny_state, tmp_path):
+    torch.save(tiny_state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "old.pt").read_bytes()
+    for kept in [*range(1, 600, 7), len(content) // 2, len(content) - 1]:
+        (tmp_path / "cut.pt").write_bytes(content[:kept])
+        _refusal(tmp_path / "cut.pt")
 
 
 @pytest.mark.parametrize("data", [torch.zeros(3), [1, 2], {}, {"state_dict": {}}])

@@ -1,6 +1,7 @@
 """The build script, on sources small enough to compile in a second."""
 
 import ctypes
+import platform
 import threading
 from pathlib import Path
 
@@ -102,3 +103,39 @@ def test_a_strange_setting_is_refused(sources, tmp_path, monkeypatch):
     monkeypatch.setenv("RWKV_CLIP_CUDA", "yes")
     with pytest.raises(_build.BuildError, match=r"RWKV_CLIP_CUDA is 'yes'.*0.*1"):
         _build.build(tmp_path)
+
+
+def script(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("machine", "folder", "top"),
+    [
+        ("x86_64", "lib64", ""),
+        ("x86_64", "lib/x86_64-linux-gnu", ""),  # of Debian and Ubuntu
+        ("aarch64", "lib/aarch64-linux-gnu", ""),
+        ("aarch64", "targets/sbsa-linux/lib", ""),
+        ("x86_64", "lib/x86_64-linux-gnu", "lib/nvidia-cuda-toolkit"),  # the linker knows it
+    ],
+)
+def test_the_cuda_runtime_is_found(machine, folder, top, tmp_path, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    runtime = tmp_path / folder / "libcudart_static.a"
+    runtime.parent.mkdir(parents=True)
+    runtime.touch()
+    nvcc = script(tmp_path / "bin" / "nvcc", f"echo '#$ TOP={tmp_path / top}' >&2" if top else "")
+    cxx = script(tmp_path / "bin" / "c++", f'[ "$1" = -m64 ] && echo {runtime}' if top else "")
+    assert _build._cuda_libraries(nvcc, f"{cxx} -m64") == runtime.parent
+
+
+def test_a_cuda_runtime_that_is_nowhere_is_told_with_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "libcudart_static.a").touch()
+    monkeypatch.chdir(tmp_path)  # a compiler that finds nothing repeats the name
+    nvcc = script(tmp_path / "usr" / "bin" / "nvcc", "")
+    cxx = script(tmp_path / "usr" / "bin" / "c++", "echo libcudart_static.a")
+    with pytest.raises(_build.BuildError, match=r"not under .*/usr: .*RWKV_CLIP_CUDA=0"):
+        _build._cuda_libraries(nvcc, cxx)
