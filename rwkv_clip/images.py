@@ -16,7 +16,10 @@ _RESIZABLE = frozenset({"RGB", "L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"
 _MOST_READS = 20_000  # of a header; whole files of cameras and editors take some hundreds
 _MOST_EXIF = 16
 _EXIF = b"Exif\0\0"
-_MOST_INFLATED = 16  # parts of a PNG, at a megabyte each; a profile and a few texts are honest
+# Bytes of a PNG's parts that may be inflated. DEFLATE makes at most some 1,032 bytes of one, and
+# Pillow stops at a megabyte of a part: so of a part the first kilobyte counts.
+_MOST_INFLATED = 16 * 1024
+_MOST_OF_PART = 1024
 _INFLATED = frozenset({b"iCCP", b"zTXt", b"iTXt"})
 
 
@@ -41,7 +44,8 @@ class _Header(io.BytesIO):
         """As BytesIO's; raises HeaderError."""
         got = super().read(size)
         if size == 8:  # the head of a part of a PNG: its length, and its kind
-            self._inflated += got[4:] in _INFLATED
+            if got[4:] in _INFLATED:
+                self._inflated += min(int.from_bytes(got[:4]), _MOST_OF_PART)
             if self._inflated > _MOST_INFLATED:
                 raise HeaderError("its header has too many parts")
         if self.bounded:

@@ -5,9 +5,11 @@ then merges bytes. The merging is done by instant-clip-tokenizer, a Rust library
 vocabulary. Cleaning would cost fifty times as much as the merging, so this module first asks
 whether it could change anything: ftfy is called only for texts that one of its fixers touches.
 
-Two known limits. Letters and digits are those of Unicode 15.0, which the Rust library knows; the
+Three known limits. Letters and digits are those of Unicode 15.0, which the Rust library knows; the
 published code takes them from whichever `regex` is installed. A combining ypogegrammeni (U+0345)
-that does not compose with its base splits a word here and does not there.
+that does not compose with its base splits a word here and does not there. A text of more than 1,024
+characters with references nested more than 64 deep ("&amp;amp;amp;…") gets other ids than there,
+where they are resolved however deep they are.
 """
 
 from __future__ import annotations
@@ -68,6 +70,8 @@ _LONG_NUMBER = re.compile("&#0*([0-9]{8})[0-9]*")
 # up to so many characters that is no more than the rest of cleaning takes.
 _SHORT_TEXT = 1024
 _LONG_RUN = 32
+# A round of ftfy resolves one level of nested references, and there may be as many as characters.
+_MOST_ROUNDS = 64
 
 # What ftfy.fix_text does in each round, but for the normalizing at its end.
 _FIXERS = (
@@ -223,9 +227,10 @@ def _fix_text(text: str) -> str:
 
 
 def _fix_long(text: str) -> str:
-    """ftfy.fix_text(text), in a time that grows as the text does.
+    """ftfy.fix_text(text) in `_MOST_ROUNDS` rounds at most, each quick whatever marks it has.
 
-    Its fixers may bring combining characters about, so order is made in each of its rounds.
+    Its fixers may bring combining characters about, so order is made in each of its rounds. (What
+    ftfy.fix_encoding itself repeats, for mojibake within mojibake, is not bounded.)
     """
     escaped = True
     fixed = []
@@ -236,7 +241,7 @@ def _fix_long(text: str) -> str:
 
 
 def _fix_segment(segment: str, escaped: bool) -> str:
-    while True:
+    for _ in range(_MOST_ROUNDS):
         before = segment
         if escaped:
             segment = fixes.unescape_html(segment)
@@ -244,7 +249,8 @@ def _fix_segment(segment: str, escaped: bool) -> str:
             segment = fix(segment)
         segment = unicodedata.normalize("NFC", _in_order(segment))
         if segment == before:
-            return segment
+            break
+    return segment
 
 
 def _in_order(text: str) -> str:

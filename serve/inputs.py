@@ -4,7 +4,7 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,7 +27,7 @@ from serve.remote import Fetcher
 Request = TypeVar("Request", bound="Shape")
 
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),", re.IGNORECASE)
-_LIKE_DATA_URI = re.compile(r"data:(?:[^\s;,/]*/[^\s;,]*[;,]|;base64,)", re.IGNORECASE)
+_LIKE_DATA_URI = re.compile(r"data:(?:[^\s;,/]*/[^\s;,]*[;,]|[^\s,]*;base64,)", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SPACE = re.compile(r"\s+")
 _AS_TEXT = 'a text that begins so is sent as {"type": "text", "text": …}'
@@ -181,8 +181,38 @@ def request_items(request: EmbeddingsRequest, limits: LimitsConfig) -> list[obje
     return items
 
 
+class _Fetch:
+    """A fetch that items wait for together; it is cancelled when none waits any longer."""
+
+    def __init__(self, work: Coroutine[Any, Any, bytes]) -> None:
+        self._task = asyncio.create_task(work)
+        self._waiting = 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether it gives nothing to an item that comes now."""
+        task = self._task
+        if task.cancelling() or task.cancelled():
+            return True
+        return task.done() and task.exception() is not None
+
+    async def content(self) -> bytes:
+        """What was fetched; raises an ApiError of the caller's own."""
+        self._waiting += 1
+        try:
+            return await asyncio.shield(self._task)  # one item's end is not the others'
+        except ApiError as error:
+            raise ApiError(error.status, error.code, error.message) from None
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._task.cancel()  # does nothing to one that is done
+
+
 class Reader:
-    """Reads the texts and images of a request, which may be done again: none is fetched twice.
+    """Reads the texts and images of a request, which may be done again.
+
+    No image that came is fetched twice, and items at one address wait for one fetch.
 
     Args:
         limits: of what is read.
@@ -194,7 +224,7 @@ class Reader:
         self, limits: LimitsConfig, fetcher: Fetcher | None, count: Callable[[int], None]
     ) -> None:
         self.limits, self.fetcher, self._count = limits, fetcher, count
-        self._fetched: dict[str, bytes] = {}
+        self._fetches: dict[str, _Fetch] = {}
 
     async def item(self, item: object) -> Text | Picture:
         """The text or image of an item; raises ApiError if it cannot be embedded."""
@@ -249,11 +279,15 @@ class Reader:
                 "is an address; this server fetches none, so send the image as "
                 "data:image/…;base64,…",
             )
-        if address not in self._fetched:
-            data = await self.fetcher.fetch(address)
-            self._count(len(data))
-            self._fetched[address] = data
-        return self._fetched[address]
+        fetch = self._fetches.get(address)
+        if fetch is None or fetch.failed:
+            fetch = self._fetches[address] = _Fetch(self._counted(self.fetcher, address))
+        return await fetch.content()
+
+    async def _counted(self, fetcher: Fetcher, address: str) -> bytes:
+        data = await fetcher.fetch(address)
+        self._count(len(data))
+        return data
 
     def _within(self, url: str) -> bytes:
         """The checked image that base64 or a data URI holds; megabytes take a while."""

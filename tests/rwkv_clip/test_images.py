@@ -67,6 +67,7 @@ def test_honest_files_open_as_ever():
         with_segments(b"http://ns.adobe.com/xmp/extension/\0", 80, 65_000),
         encoded("PNG", exif=tag),
         with_chunks(PROFILE, FOREIGN * 15),
+        with_chunks(*(chunk(b"iTXt", b"key %d\0\0\0\0\0short" % at) for at in range(40))),
         encoded("WEBP", exif=tag),
         encoded("GIF", comment=b"c" * 100_000),
         encoded("BMP"),

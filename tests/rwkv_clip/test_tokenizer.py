@@ -202,6 +202,33 @@ def test_marks_are_in_order_before_a_long_text_is_normalized(
     assert max(given) < 2
 
 
+def nested(digit: str, depth: int) -> str:
+    """A digit as a reference one digit of which is such a reference, and so on."""
+    heads = ""
+    for _ in range(depth):
+        code = str(ord(digit))
+        heads, digit = f"{heads}&#{code[0]}", code[1]
+    return heads + digit + ";" * depth
+
+
+@pytest.mark.parametrize(
+    "form", [lambda n: "&" + "amp;" * n, lambda n: "&" + "#38;" * n, lambda n: nested("8", n)]
+)
+def test_references_within_references_are_resolved_in_so_many_rounds(
+    form: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = " and so on" * 110
+    for depth in (3, tokenizer._MOST_ROUNDS - 1, tokenizer._MOST_ROUNDS):
+        text = form(depth) + rest
+        assert tokenizer.clean_text(text) == published_clean(text)
+    unescape, rounds = tokenizer.fixes.unescape_html, []
+    monkeypatch.setattr(
+        tokenizer.fixes, "unescape_html", lambda text: rounds.append(text) or unescape(text)
+    )
+    tokenizer.clean_text(form(1000) + rest)
+    assert len(rounds) == tokenizer._MOST_ROUNDS
+
+
 def test_every_mark_that_normalizing_moves_is_known() -> None:
     taken_apart = (unicodedata.normalize("NFD", chr(code)) for code in range(0x110000))
     moved = [code for code, parts in enumerate(taken_apart) if unicodedata.combining(parts[0])]

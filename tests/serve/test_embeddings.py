@@ -155,7 +155,8 @@ def read(item: object) -> Text | Picture:
     "text",
     [
         "Data: sales in 2023, by region", "data:", "data:,", "DATA:a;b,c", "Data:2023;base64",
-        "data: image/png;base64,", "data:a b/c,d", "data:and/or more, or less",
+        "data: image/png;base64,", "Data: image/png;base64, and more", "data:a b/c,d",
+        "data:and/or more, or less",
     ],
 )  # fmt: skip
 def test_a_text_may_begin_as_a_data_uri_does(text):
@@ -163,8 +164,12 @@ def test_a_text_may_begin_as_a_data_uri_does(text):
 
 
 @pytest.mark.parametrize(
-    "uri", ["data:image/png,a", "data:text/plain;base64,YQ==", "data:;base64,YQ=="]
-)
+    "uri",
+    [
+        "data:image/png,a", "data:text/plain;base64,YQ==", "data:;base64,YQ==",
+        "data:image;base64,iVBOR", "Data:png;a=b;BASE64,iVBOR",
+    ],
+)  # fmt: skip
 def test_what_looks_like_a_data_uri_is_a_text_only_in_a_part(uri):
     with pytest.raises(ApiError, match="a text that begins so is sent as"):
         read(uri)

@@ -7,9 +7,10 @@ import json
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp.abc import AbstractResolver
@@ -180,6 +181,87 @@ def test_any_other_address_is_refused(read, address, status, code):
 )
 def test_what_is_local_to_a_network_is_not_public(address):
     assert not is_public(address)
+
+
+class Slow:
+    """A site whose images come, or fail, when they are let."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.ended = 0
+        self.coming = asyncio.Event()
+        self.error: ApiError | None = None
+
+    async def fetch(self, address: str) -> bytes:
+        self.asked.append(address)
+        try:
+            await self.coming.wait()
+        finally:
+            self.ended += 1
+        if self.error is not None:
+            raise self.error
+        return IMAGE
+
+
+def at_once(work: Callable[..., Coroutine[Any, Any, None]]) -> None:
+    """Do work with a slow site, what was counted, and five items at one address of it."""
+
+    async def run() -> None:
+        site, counted = Slow(), []
+        reader = Reader(LimitsConfig(), site, counted.append)  # type: ignore[arg-type]
+        part = image_part(f"https://{HOST}/a.png")
+        items = [asyncio.create_task(reader.item(part)) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        await asyncio.wait_for(work(site, counted, items, lambda: reader.item(part)), 10)
+
+    asyncio.run(run())
+
+
+def test_items_at_one_address_wait_for_one_fetch():
+    async def work(site, counted, items, again):
+        items[0].cancel()  # that which came first
+        await asyncio.sleep(0.01)
+        assert site.ended == 0
+        site.coming.set()
+        found = await asyncio.gather(*items, again(), return_exceptions=True)
+        assert isinstance(found[0], asyncio.CancelledError)
+        assert found[1:] == [Picture(IMAGE)] * 5
+        assert await again() == Picture(IMAGE)
+        assert (len(site.asked), counted) == (1, [len(IMAGE)])
+
+    at_once(work)
+
+
+def test_a_fetch_that_fails_fails_for_each_item_and_may_be_tried_again():
+    async def work(site, counted, items, again):
+        site.error = ApiError(400, "remote_failed", "cannot be fetched")
+        site.coming.set()
+        failures = await asyncio.gather(*items, return_exceptions=True)
+        assert len({id(failure) for failure in failures}) == 5
+        assert {(one.status, one.code, one.message) for one in failures} == {
+            (400, "remote_failed", "cannot be fetched")
+        }
+        assert len(site.asked) == 1
+        site.error = None
+        assert await again() == Picture(IMAGE)
+        assert (len(site.asked), counted) == (2, [len(IMAGE)])
+
+    at_once(work)
+
+
+def test_a_fetch_that_none_waits_for_ends():
+    async def work(site, counted, items, again):
+        for item in items:
+            item.cancel()
+        await asyncio.wait(items)
+        one_more = asyncio.create_task(again())  # while the first is being given up
+        await asyncio.sleep(0.01)
+        assert site.ended == 1
+        site.coming.set()
+        assert await one_more == Picture(IMAGE)
+        assert (len(site.asked), counted) == (2, [len(IMAGE)])
+
+    at_once(work)
 
 
 def test_a_request_that_goes_through_a_second_model_fetches_and_counts_nothing_twice():
