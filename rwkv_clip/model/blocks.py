@@ -113,7 +113,8 @@ class ChannelMix(nn.Module, ABC):
     def forward(self, x: Tensor, shift: TokenShift) -> tuple[Tensor, Tensor]:
         """[B, T, C] -> r and v of [B, T, C]; gating waits until they meet the residual stream."""
         xk, xr = fused.token_shift_mix(x, self.neighbours_share(), shift=shift)
-        return self.receptance(xr), self.value(fused.relu_square_(self.key(xk)))
+        square = fused.relu_square_statement if _has_hooks(self.key) else fused.relu_square_
+        return self.receptance(xr), self.value(square(self.key(xk)))
 
 
 class ImageChannelMix(ChannelMix):
@@ -257,6 +258,18 @@ def run_blocks(
         else:
             x = block(x, shift, own)
     return x
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether someone may hold what the module returns, so that its memory is not to be reused."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
 
 
 def _parameter(*shape: int) -> nn.Parameter:

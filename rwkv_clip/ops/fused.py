@@ -1,9 +1,9 @@
 """The element-wise steps of a block, each one function so that one kernel can stand behind it.
 
 Each `*_statement` says in plain PyTorch what its step computes: the definition that its kernel is
-tested against, and what runs wherever there is none (other devices and types, tracing, no compiled
-library). A kernel passes over memory once, and keeps for the backward pass only what it was given
-or what it returned.
+tested against, and what runs wherever there is none (other devices and types, tracing, torch.func,
+forward-mode differentiation, no compiled library). A kernel passes over memory once, and keeps for
+the backward pass only what it was given or what it returned.
 
 Shapes: B batch, T tokens, C = H * N channels, H heads, N head size, n mixtures, R rank.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_clip.ops import _library
+from rwkv_clip.ops.operator import is_transformed
 
 # Limits of the kernels: on n, and on C where there is a product to vectorise.
 _MOST_MIXTURES = 8
@@ -266,7 +267,7 @@ class _GatedResidual(torch.autograd.Function):
 
 def _has_kernel(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these. A compiler fuses the statements itself."""
-    if not _library.is_loaded() or torch.compiler.is_compiling():
+    if not _library.is_loaded() or torch.compiler.is_compiling() or is_transformed():
         return False
     return all(
         type(x) in (Tensor, nn.Parameter)

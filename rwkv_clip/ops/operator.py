@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from rwkv_clip.ops import reference
 
 LARGEST_HEAD = 128
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,7 +28,8 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
              + (r[t] * u) . k[t]  v[t]                       with d = exp(-exp(w))
 
     On the CPU in float32, bfloat16, float16 or float64, on CUDA in the first three; sums are
-    float32 (float64 for float64). Under autocast r, k and v come in autocast's type.
+    float32 (float64 for float64). Under autocast r, k and v come in autocast's type. Under
+    `torch.func` and forward-mode differentiation the reference computes.
 
     Args:
         r: [B, T, C] receptance, C = H * N, T at least 1.
@@ -47,8 +51,22 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         check_shapes(r, k, v, w, u)
     else:
         check_arguments(r, k, v, w, u)
+    if is_transformed():
+        return _differentiable(r, k, v, w, u)
     y: Tensor = torch.ops.rwkv_clip.wkv6(r, k, v, w, u)
     return y
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work.
+
+    The library's operators have no rule for the one, and drop the other's tangents unsaid.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+# The compiler compiles anew for each state of either.
+torch.compiler.assume_constant_result(is_transformed)
 
 
 def check_shapes(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
@@ -135,6 +153,26 @@ def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     )
 
 
+def _differentiable(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """The reference, in the types that the operator has."""
+    device = r.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return reference.wkv6(r, k, v, w, u)
+    with torch.autocast(device, enabled=False):
+        return reference.wkv6(*_cast(device, r, k, v, w), u)
+
+
+def _cast(
+    device: str, r: Tensor, k: Tensor, v: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """To the types of the device's autocast."""
+    if r.dtype == torch.float64:
+        return r, k, v, w
+    dtype = torch.get_autocast_dtype(device)
+    w = w if w.dtype in (dtype, torch.float32) else w.float()
+    return r.to(dtype), k.to(dtype), v.to(dtype), w
+
+
 def _register_autocast(device: str) -> None:
     """Behave as a linear layer does: r, k and v in autocast's type.
 
@@ -144,10 +182,7 @@ def _register_autocast(device: str) -> None:
     operator = torch.ops.rwkv_clip.wkv6.default
 
     def cast(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
-        if r.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            r, k, v = r.to(dtype), k.to(dtype), v.to(dtype)
-            w = w if w.dtype in (dtype, torch.float32) else w.float()
+        r, k, v, w = _cast(device, r, k, v, w)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             y: Tensor = operator(r, k, v, w, u)
         return y

@@ -73,8 +73,8 @@ def wkv6_backward(
             g_log_decay[:, t] += decay[:, t] * (S * G).sum(-1)
     gw = -g_log_decay * torch.exp(w_.clamp(max=LARGEST_DECAY))
     gu = (g_own * r_ * k_).sum((0, 1)).to(u.dtype)
-    g = [x.reshape(r.shape) for x in (gr, gk, gv, gw)]
-    return g[0].to(r.dtype), g[1].to(k.dtype), g[2].to(v.dtype), g[3].to(w.dtype), gu
+    g = [x.reshape(r.shape).contiguous() for x in (gr, gk, gv, gw)]
+    return g[0].to(r.dtype), g[1].to(k.dtype), g[2].to(v.dtype), g[3].to(w.dtype), gu.contiguous()
 
 
 def _by_head(u: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
 
 from rwkv_clip.model import RWKVCLIP, create_model
 from rwkv_clip.model.blocks import drop_path_scale, sample_noise
@@ -126,6 +128,57 @@ def test_what_is_no_batch_of_images_is_refused(pixels, error, says, tiny):
 def test_what_is_no_batch_of_texts_is_refused(tokens, error, says, tiny):
     with pytest.raises(error, match=says):
         tiny.encode_text(tokens)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_forward_mode_differentiates_an_encoder(trains, tiny):
+    model = tiny.requires_grad_(trains)
+    pixels, along = torch.randn(2, 2, 3, 32, 32)
+    step = 3e-3 * along
+    with torch.no_grad():
+        ahead, behind = model.encode_image(pixels + step), model.encode_image(pixels - step)
+    expected = (ahead - behind) / 6e-3
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            y = model.encode_image(forward_ad.make_dual(pixels, along))
+            tangents = [forward_ad.unpack_dual(y).tangent]
+        with torch.set_grad_enabled(grad):
+            tangents.append(torch.func.jvp(model.encode_image, (pixels,), (along,))[1])
+        for tangent in tangents:
+            assert (tangent - expected).norm() <= 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_encoder_takes_the_transforms_of_torch_func(trains, tiny):
+    model = tiny.requires_grad_(trains)
+    pixels = torch.randn(2, 3, 32, 32)
+    mapped = torch.vmap(lambda x: model.encode_image(x[None])[0])(pixels)
+    torch.testing.assert_close(mapped, model.encode_image(pixels), rtol=1e-4, atol=2e-6)
+    got = torch.func.grad(lambda x: model.encode_image(x)[:, 0].sum())(pixels)
+    pixels.requires_grad_()
+    (expected,) = torch.autograd.grad(model.encode_image(pixels)[:, 0].sum(), pixels)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_hook_sees_of_the_channel_mix_stays(tiny, tiny_io):
+    key = tiny.image_model.layers[0].ffn.key
+    seen = []
+    for register in (key.register_forward_hook, nn.modules.module.register_module_forward_hook):
+        handle = register(lambda m, _, out: seen.append((out, out.clone())) if m is key else None)
+        with torch.no_grad():
+            tiny.encode_image(tiny_io["image"])
+        handle.remove()
+    assert len(seen) == 2
+    assert all(torch.equal(out, copy) for out, copy in seen)
+
+
+def test_the_channel_mix_takes_hooks_on_the_way_back(tiny, tiny_io):
+    called = []
+    key = tiny.image_model.layers[0].ffn.key
+    key.register_full_backward_hook(lambda *_: called.append("after"))
+    key.register_full_backward_pre_hook(lambda *_: called.append("before"))
+    tiny.encode_image(tiny_io["image"]).sum().backward()
+    assert called == ["before", "after"]
 
 
 def _gradients(model: RWKVCLIP, io) -> dict[str, torch.Tensor]:

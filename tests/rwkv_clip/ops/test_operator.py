@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import rwkv_clip.ops
@@ -39,6 +40,67 @@ def test_pytorch_finds_nothing_wrong_with_the_operators(T, dtype):
     torch.library.opcheck(OPERATOR, leaves(1, T, 1, 8, dtype=dtype))
     inputs = arguments(1, T, 1, 8, dtype=dtype)
     torch.library.opcheck(BACKWARD, [torch.ones_like(inputs[0]), *inputs])
+
+
+def permuted(*args: int) -> Tensors:
+    """Each with its second dimension outermost in memory."""
+    return [x.transpose(0, 1).contiguous().transpose(0, 1) for x in arguments(*args)]
+
+
+@pytest.mark.parametrize("backward", [reference.wkv6_backward, BACKWARD])
+def test_gradients_lie_in_memory_as_tracing_says(backward):
+    inputs = permuted()
+    assert not any(x.is_contiguous() for x in inputs)
+    assert all(g.is_contiguous() for g in backward(inputs[0], *inputs))
+
+
+def tangent_by_differences(inputs: Tensors, position: int) -> torch.Tensor:
+    inputs = [x.double() for x in inputs]
+    step = 1e-5 * torch.ones_like(inputs[position])
+    ahead, behind = (
+        wkv6(*inputs[:position], inputs[position] + s, *inputs[position + 1 :])
+        for s in (step, -step)
+    )
+    return (ahead - behind) / 2e-5
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("position", range(5))
+def test_forward_mode_has_every_tangent(position, compiles):
+    inputs = arguments()
+    expected = tangent_by_differences(inputs, position).float()
+
+    def derivative(x):
+        def function(x):
+            return wkv6(*inputs[:position], x, *inputs[position + 1 :])
+
+        return torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+
+    if compiles:
+        derivative = torch.compile(derivative, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(derivative(inputs[position]), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_dual_numbers_have_tangents_under_autocast_too():
+    inputs = arguments()
+    with forward_ad.dual_level(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = wkv6(forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0])), *inputs[1:])
+        assert y.dtype == torch.bfloat16
+        tangent = forward_ad.unpack_dual(y).tangent
+    expected = tangent_by_differences(inputs, 0)
+    assert (tangent - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_a_second_derivative_by_forward_over_reverse_is_right():
+    inputs = arguments(1, 3, 1, 8, dtype=torch.float64)
+
+    def hessian(function):
+        def loss(w):
+            return function(*inputs[:3], w, inputs[4]).square().sum()
+
+        return torch.func.jacfwd(torch.func.grad(loss))(inputs[3])
+
+    torch.testing.assert_close(hessian(wkv6), hessian(reference.wkv6))
 
 
 @pytest.mark.parametrize(("B", "T", "H", "N"), [(2, 5, 2, 8), (1, 1, 1, 8), (1, 19, 1, 16)])
@@ -231,10 +293,12 @@ def test_without_the_library_the_reference_stands_in_under_the_same_names():
 import logging, sys
 logging.basicConfig()
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_operator import BACKWARD, OPERATOR, arguments, leaves
+from test_operator import BACKWARD, OPERATOR, arguments, leaves, permuted
 import torch
 from rwkv_clip.ops import build_info, reference, wkv6
 torch.library.opcheck(OPERATOR, leaves())
+inputs = permuted()
+torch.library.opcheck(BACKWARD, [inputs[0], *inputs])
 inputs = arguments()
 assert torch.equal(wkv6(*inputs), reference.wkv6(*inputs))
 assert build_info()["library"] is None
