@@ -17,7 +17,7 @@ are, and a linear probe is fitted there.
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,7 @@ from ray_jobs.encoding import (
     matrix,
     vectors,
 )
-from ray_jobs.execution import arrange
 from ray_jobs.image_sets import SET_NAME, ImageSet, ImageSetConfig, embed_set
-from ray_jobs.progress import Progress
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig
@@ -270,15 +268,9 @@ def _classes(
         model = fetch_checkpoint(storage, checkpoint)
         return zero_shot_classifier(model, class_names, templates, batch)
     work = [{"texts": texts[at : at + batch]} for at in range(0, len(texts), batch)]
-    dataset = encoder.embedded("evaluation", work, PromptEncoder, storage, checkpoint)
-    arrange(dataset, ordered=True)
-    parts: list[pa.Table] = []
-    batches: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
-    with Progress(f"prompts of {config.name}", len(texts), "prompts") as progress:
-        for part in batches:
-            parts.append(part)
-            progress.update(part.num_rows)
-    embedded = torch.tensor(matrix(pa.concat_tables(parts)["text_embedding"]))
+    told = f"prompts of {config.name}"
+    table = encoder.gather(told, len(texts), "prompts", work, PromptEncoder, storage, checkpoint)
+    embedded = torch.tensor(matrix(table["text_embedding"]))
     return class_embeddings(embedded.unflatten(0, (len(class_names), -1)))
 
 

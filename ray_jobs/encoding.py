@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 import rwkv_clip
-from ray_jobs.execution import work_items
+from ray_jobs.execution import arrange, work_items
+from ray_jobs.progress import Progress
 from ray_jobs.room import Need, warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import TEXTS, PairFiles
@@ -78,6 +79,35 @@ class EncoderConfig(BaseConfig):
             num_cpus=self.cpus_per_worker,
             num_gpus=self.gpus_per_worker or None,
         )
+
+    def gather(
+        self,
+        told: str,
+        total: int,
+        unit: str,
+        work: Sequence[Mapping[str, Any]],
+        encoder: Callable[..., Any],
+        *arguments: Any,
+        **named: Any,
+    ) -> pa.Table:
+        """All that these processes give in an evaluation, in order, telling how far it is.
+
+        Args:
+            told: what is done.
+            total: rows that there may be.
+            unit: what a row is.
+            work, encoder, arguments, named: as of `embedded`.
+        """
+        dataset = arrange(
+            self.embedded("evaluation", work, encoder, *arguments, **named), ordered=True
+        )
+        tables: list[pa.Table] = []
+        batches: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+        with Progress(told, total, unit) as progress:
+            for batch in batches:
+                tables.append(batch)
+                progress.update(batch.num_rows)
+        return pa.concat_tables(tables).combine_chunks()
 
 
 @dataclass(frozen=True)
@@ -139,10 +169,11 @@ class ImageEncoder:
         return self.model.encode_image(found.pixels.to(self.device)), found.indices, found.errors
 
     @torch.inference_mode()
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [n, D]."""
+    def encode_texts(self, texts: Sequence[str], at_once: int | None = None) -> Tensor:
+        """Embeddings [n, D] of n texts, so many at a time."""
         tokens = rwkv_clip.tokenize(list(texts), self.model.config.context_length)
-        return self.model.encode_text(tokens.to(self.device))
+        parts = [tokens] if at_once is None else tokens.split(at_once)
+        return torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])
 
     def _decode(self, images: Sequence[bytes], names: Sequence[object]) -> TransformedBatch:
         if self.threads is None or not images:

@@ -7,18 +7,15 @@ the embeddings. What is written, below `evaluation/NAME/`:
     clip_benchmark/*.json       the metrics in LAION's CLIP_benchmark's form, a file a task
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray.data
 from pydantic import Field, PositiveInt, model_validator
 
 from ray_jobs import job
@@ -38,13 +35,11 @@ from ray_jobs.encoding import (
     vectors,
     with_text,
 )
-from ray_jobs.execution import arrange
 from ray_jobs.image_sets import ImageSet
 from ray_jobs.ingest import Manifest
 from ray_jobs.pairs import TextColumn
-from ray_jobs.progress import Progress
 from ray_jobs.retrieval import RetrievalConfig, RetrievalScore, open_captioned, search_set
-from ray_jobs.storage import Storage
+from ray_jobs.storage import Storage, digest_of_json
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip.evaluation import benchmark_result, retrieval, top_k
 
@@ -150,12 +145,12 @@ def labelled_digest(config: ClassificationConfig, test: ImageSet, train: ImageSe
     """Tells what is asked of a set of labelled images, and of which, from anything else."""
     told = config.model_dump(mode="json", exclude={"test", "train"})
     told["templates"] = config.prompts()
-    return _digest([told, test.digest, train.digest if train else None])
+    return digest_of_json([told, test.digest, train.digest if train else None])
 
 
 def captioned_digest(config: RetrievalConfig, images: ImageSet) -> str:
     """Tells a set of captioned images from anything else."""
-    return _digest([config.model_dump(mode="json", exclude={"test"}), images.digest])
+    return digest_of_json([config.model_dump(mode="json", exclude={"test"}), images.digest])
 
 
 def scored_on(name: str, digest: str, text: str = "") -> dict[str, str]:
@@ -167,10 +162,6 @@ def scored_on(name: str, digest: str, text: str = "") -> dict[str, str]:
         text: which of the pairs' texts images were searched by.
     """
     return {"test_set": name, "test_digest": digest, "test_text": text}
-
-
-def _digest(told: Any) -> str:
-    return sha256(json.dumps(told).encode()).hexdigest()
 
 
 class Evaluation:
@@ -209,7 +200,7 @@ class Evaluation:
         self.manifest = Manifest.from_storage(storage, name) if name else None
         self._sets = sets or OpenedSets.of(config)
         pairs = self.manifest.data_digest if self.manifest else None
-        self.digest = _digest([pairs, *self._sets.digests])
+        self.digest = digest_of_json([pairs, *self._sets.digests])
         self.identity = {
             "config": config.model_copy(
                 update={"classification": tuple(one for one, *_ in self._sets.labelled)}
@@ -271,7 +262,7 @@ def _add(result: EvaluationResult, scores: Sequence[ClassificationScore], digest
         result.metrics[name] = float(np.mean([one[one["metric"]] for one in averaged]))
         parts = [result.tested[f"{one['name']}_{task}_top1"]["test_digest"] for one in averaged]
         names = ", ".join(one["name"] for one in averaged)
-        result.tested[name] = scored_on(names, _digest(parts))
+        result.tested[name] = scored_on(names, digest_of_json(parts))
 
 
 def _add_search(result: EvaluationResult, score: RetrievalScore, digest: str) -> None:
@@ -314,18 +305,8 @@ def _embed(
         for first in range(0, manifest.rows, config.batch)
     ]
     arguments = (storage, checkpoint, files, config.text, config.threads)
-    dataset = config.embedded("evaluation", work, Encoder, *arguments)
-    arrange(dataset, ordered=True)
-    tables = []
-    with Progress(f"evaluate {manifest.name}", manifest.rows, "pairs") as progress:
-        for batch in _arrow_batches(dataset):
-            tables.append(batch)
-            progress.update(batch.num_rows)
-    return pa.concat_tables(tables).combine_chunks()
-
-
-def _arrow_batches(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    told = f"evaluate {manifest.name}"
+    return config.gather(told, manifest.rows, "pairs", work, Encoder, *arguments)
 
 
 def _score(

@@ -4,8 +4,6 @@ A set is a folder whose folders are the classes, or Parquet files with a column 
 and one of what goes with them.
 """
 
-import hashlib
-import json
 import logging
 import posixpath
 from collections import Counter
@@ -14,13 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as pt
-import torch
 from pydantic import Field
 
-import rwkv_clip
 from ray_jobs.encoding import EncoderConfig, ImageEncoder, fetch_checkpoint, vectors
-from ray_jobs.execution import arrange
-from ray_jobs.progress import Progress
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Unit
 from ray_jobs.sources.files import find_files, open_file
@@ -32,7 +26,7 @@ from ray_jobs.sources.parquet import (
     read_rows,
     row_group_units,
 )
-from ray_jobs.storage import Storage
+from ray_jobs.storage import Storage, digest_of_json
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +102,7 @@ class ImageSet:
         files = {unit.path: [unit.label, rows[unit.path], unit.size] for unit in flat}
         config = self.config.model_dump(mode="json", exclude={"path", "s3", "unit_rows"})
         told = [config, *files.values()]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        return digest_of_json(told)
 
     def read(self, units: Sequence[Unit]) -> Iterator[tuple[str, list[str], bytes]]:
         """Name, label or captions, and encoded image of each; empty if it cannot be read."""
@@ -200,16 +194,9 @@ class SetEncoder(ImageEncoder):
         columns = {"values": values, "image_embedding": vectors(embedded)}
         if self.template is not None:
             texts = [self.template.replace("{}", text) for text in values.flatten().to_pylist()]
-            encoded = vectors(self._encode_texts(texts))
+            encoded = vectors(self.encode_texts(texts, self.batch))
             columns["text_embedding"] = pa.ListArray.from_arrays(values.offsets, encoded)
         return pa.table(columns)
-
-    @torch.inference_mode()
-    def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        tokens = rwkv_clip.tokenize(list(texts), self.model.config.context_length)
-        return torch.cat(
-            [self.model.encode_text(part.to(self.device)) for part in tokens.split(self.batch)]
-        )
 
 
 def embed_set(
@@ -224,15 +211,9 @@ def embed_set(
     """What `SetEncoder` gives for all images that can be decoded, in order."""
     work = [{"unit": at} for at in range(len(images.units))]
     arguments = (storage, checkpoint, images, config)
-    dataset = config.embedded("evaluation", work, SetEncoder, *arguments, template=template)
-    arrange(dataset, ordered=True)
-    tables: list[pa.Table] = []
-    batches: Iterator[Any] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
-    with Progress(told, images.rows, "images") as progress:
-        for batch in batches:
-            tables.append(batch)
-            progress.update(batch.num_rows)
-    table = pa.concat_tables(tables).combine_chunks()
+    table = config.gather(
+        told, images.rows, "images", work, SetEncoder, *arguments, template=template
+    )
     if not table.num_rows:
         raise SourceError(f"{images.key}.path: none of the images can be decoded")
     return table

@@ -63,7 +63,7 @@ from ray_jobs.sources import (
     Unit,
     open_source,
 )
-from ray_jobs.storage import Storage
+from ray_jobs.storage import Storage, digest_of_json
 from rwkv_clip.config import BaseConfig
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class IngestConfig(BaseConfig):
         """Over everything that decides which rows come out."""
         source = self.source.model_dump(mode="json", exclude=set(self.source.runtime))
         chosen = self.model_dump(mode="json", exclude={"source", *_RUNTIME})
-        return _digest({"format": self.source.format, "source": source, **chosen})
+        return digest_of_json({"format": self.source.format, "source": source, **chosen})
 
 
 @dataclass(frozen=True)
@@ -492,7 +492,7 @@ class _Ingestion:
             rejected=dict(rejected.most_common()),
             duplicates=duplicates,
             config_digest=self.config_digest,
-            data_digest=_digest([part.digest for part in parts]),
+            data_digest=digest_of_json([part.digest for part in parts]),
         )
 
 
@@ -808,11 +808,7 @@ def _content_of(table: pa.Table) -> str:
 
 
 def _drop_digest(drops: Sequence[_Drop]) -> str:
-    return _digest([[one.reason, one.ids.tolist()] for one in drops])
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return digest_of_json([[one.reason, one.ids.tolist()] for one in drops])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Choices:
   work after a crash writes the same bytes to the same names, and nothing needs a lock.
 """
 
+import hashlib
 import json
 import posixpath
 import time
@@ -26,6 +27,11 @@ from rwkv_clip.config import BaseConfig
 
 _TEMPORARY = ".tmp-"
 _NOBODYS_SECONDS = 86_400.0  # without a byte written, a file that is not finished is given up
+
+
+def digest_of_json(value: object) -> str:
+    """The SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class S3Config(BaseConfig):

@@ -156,12 +156,17 @@ class _Document:
                 holder[step] = value
             else:
                 holder = _descend(holder, step)
-        for kept in (self.sources, self.written):
-            for old in [old for old in kept if old[: len(path)] == path]:
-                del kept[old]
+        _forget(self.sources, path)
+        _forget(self.written, path)
         self.sources[path] = source
         self.written |= _texts_of_numbers(node, path)
         return None
+
+
+def _forget(texts: dict[KeyPath, str], path: KeyPath) -> None:
+    """Remove what is known of a path and of all below it."""
+    for old in [old for old in texts if old[: len(path)] == path]:
+        del texts[old]
 
 
 def _step(holder: Any, name: str) -> str | int:
@@ -257,8 +262,7 @@ def _texts_of_numbers(node: yaml.Node | None, path: KeyPath) -> dict[KeyPath, st
         return {}
     found: dict[KeyPath, str] = {}
     for at, child in [(path, node), *((at, value) for at, _, value in _below(node, path))]:
-        for old in [old for old in found if old[: len(at)] == at]:
-            del found[old]  # an anchor's, which is merged before what is written here
+        _forget(found, at)  # an anchor's, which is merged before what is written here
         number = isinstance(child, yaml.ScalarNode) and child.tag.endswith((":int", ":float"))
         if number and str(yaml.safe_load(child.value)) != child.value:
             found[at] = child.value

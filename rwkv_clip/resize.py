@@ -40,7 +40,7 @@ def resize_bicubic(
         uint8 [3, S, S].
     """
     if not _library.is_loaded():
-        return _planes(resize_by_pillow(Image.fromarray(pixels), box, size, offset, side))
+        return planes_of(resize_by_pillow(Image.fromarray(pixels), box, size, offset, side))
     source = torch.from_numpy(np.ascontiguousarray(pixels))
     planes = torch.ops.rwkv_clip.resize_bicubic(source, *map(float, box), *size, *offset, side)
     resized: Pixels = planes.numpy()
@@ -51,7 +51,7 @@ def resize_bicubic_statement(
     pixels: Pixels, box: Box, size: tuple[int, int], offset: tuple[int, int], side: int
 ) -> Pixels:
     """What `resize_bicubic` computes, by Pillow."""
-    return _planes(_rows_first(Image.fromarray(pixels), box, size, offset, side))
+    return planes_of(_rows_first(Image.fromarray(pixels), box, size, offset, side))
 
 
 def resize_by_pillow(
@@ -78,9 +78,10 @@ def _kept(box: Box, size: tuple[int, int], offset: tuple[int, int], side: int) -
     return (*start, left + (x + side) * across, upper + (y + side) * down)
 
 
-def _planes(image: Image.Image) -> Pixels:
-    """A view of [3, H, W], of memory that may be written."""
-    return np.array(image).transpose(2, 0, 1)
+def planes_of(image: Image.Image) -> Pixels:
+    """An image's red, green and blue: a view of [3, H, W], of memory that may be written."""
+    colours = image if image.mode == "RGB" else image.convert("RGB")
+    return np.array(colours).transpose(2, 0, 1)
 
 
 def _rows_first(

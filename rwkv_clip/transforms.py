@@ -43,7 +43,7 @@ from torch.nn.functional import interpolate
 
 from rwkv_clip.images import Encoded, ImageDecodeError, eight_bits, open_named
 from rwkv_clip.jitter import ColourJitter
-from rwkv_clip.resize import Box, Pixels, resize_bicubic, resize_by_pillow
+from rwkv_clip.resize import Box, Pixels, planes_of, resize_bicubic, resize_by_pillow
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -285,10 +285,10 @@ class ImageTransform:
             cut = image.crop(_whole(crop.box))
             if cut.mode == "RGB":
                 return _shrink(np.array(cut), side)
-            return _planes(cut.resize((side, side), Image.Resampling.BILINEAR))
+            return planes_of(cut.resize((side, side), Image.Resampling.BILINEAR))
         if image.mode == "RGB":
             return resize_bicubic(np.array(image), crop.box, crop.size, crop.offset, side)
-        return _planes(resize_by_pillow(image, crop.box, crop.size, crop.offset, side))
+        return planes_of(resize_by_pillow(image, crop.box, crop.size, crop.offset, side))
 
     def _normalise(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         out = np.empty(pixels.shape, np.float32)
@@ -407,11 +407,6 @@ def _turn(image: Image.Image, name: object) -> _Turn | None:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception as error:  # Pillow's parsers raise whatever a broken header leads them to
         raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
-
-
-def _planes(image: Image.Image) -> Pixels:
-    """A view of [3, H, W], of memory that may be written."""
-    return np.array(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def _open(image: ImageInput, name: object) -> Image.Image:

@@ -11,7 +11,6 @@ Choices:
   could not be logged is told, and logged when the pipeline is started again.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -37,7 +36,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_SOURCE_NAME,
 )
 
-from ray_jobs.storage import Storage
+from ray_jobs.storage import Storage, digest_of_json
 from ray_jobs.tracking.config import STORE_ERRORS, TrackingConfig, tracking_place
 from ray_jobs.tracking.metrics import StepMetrics
 from rwkv_clip import __version__
@@ -272,7 +271,7 @@ class Tracker:
             of: the data that it is of, and the model, as JSON takes it; another one begins where
                 that has changed.
         """
-        stages, told = self._record["stages"], _digest(of)
+        stages, told = self._record["stages"], digest_of_json(of)
         before = stages.get(name)
         # What releases noted that did not note this is taken for the same.
         if stages.get(name, {}).get("of", told) != told:
@@ -316,7 +315,7 @@ class Tracker:
         return next((one for one in self._records() if _same(one, fresh)), fresh)
 
     def _fresh(self) -> dict[str, Any]:
-        settings = _digest(self.settings)
+        settings = digest_of_json(self.settings)
         return {"uri": self.uri, "settings": settings, "parent": None, "stages": {}}
 
     def _records(self) -> list[dict[str, Any]]:
@@ -425,10 +424,6 @@ def _runs_of(record: Mapping[str, Any]) -> Iterator[str]:
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two records are of the same configuration in the same store."""
     return all(one[key] == other[key] for key in ("uri", "settings"))
-
-
-def _digest(told: Any) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:
