@@ -70,12 +70,12 @@ _LONG_NUMBER = re.compile("&#0*([0-9]{8})[0-9]*")
 # up to so many characters that is no more than the rest of cleaning takes.
 _SHORT_TEXT = 1024
 _LONG_RUN = 32
-# A round of ftfy resolves one level of nested references, and there may be as many as characters.
+# A round of ftfy resolves one level of nested references, and a step of it one of mojibake within
+# mojibake; there may be as many levels as characters.
 _MOST_ROUNDS = 64
 
-# What ftfy.fix_text does in each round, but for the normalizing at its end.
+# What ftfy.fix_text does in each round between mending the encoding and normalizing.
 _FIXERS = (
-    ftfy.fix_encoding,
     fixes.fix_c1_controls,
     fixes.fix_latin_ligatures,
     fixes.fix_character_width,
@@ -85,6 +85,7 @@ _FIXERS = (
     fixes.remove_terminal_escapes,
     fixes.remove_control_chars,
 )
+_EXPLAIN_NOTHING = ftfy.TextFixerConfig(explain=False)
 _SEGMENT = re.compile("[^\\n]{0,999999}\\n|[^\\n]{1,1000000}")
 
 # The published pattern ignores case, so a long s counts as an s in its literal alternatives, and
@@ -223,14 +224,14 @@ def _fix_text(text: str) -> str:
         straight = text.translate(_QUOTES)
         if "\n" not in straight and _ftfy_keeps(straight):
             return straight
-    return _fix_long(text) if long else ftfy.fix_text(text)
+    bad = not text.isascii() and is_bad(text)
+    return _fix_long(text) if long or bad else ftfy.fix_text(text)
 
 
 def _fix_long(text: str) -> str:
     """ftfy.fix_text(text) in `_MOST_ROUNDS` rounds at most, each quick whatever marks it has.
 
-    Its fixers may bring combining characters about, so order is made in each of its rounds. (What
-    ftfy.fix_encoding itself repeats, for mojibake within mojibake, is not bounded.)
+    Its fixers may bring combining characters about, so order is made in each of its rounds.
     """
     escaped = True
     fixed = []
@@ -241,16 +242,29 @@ def _fix_long(text: str) -> str:
 
 
 def _fix_segment(segment: str, escaped: bool) -> str:
+    steps = _MOST_ROUNDS
     for _ in range(_MOST_ROUNDS):
         before = segment
         if escaped:
             segment = fixes.unescape_html(segment)
+        segment, steps = _fix_encoding(segment, steps)
         for fix in _FIXERS:
             segment = fix(segment)
         segment = unicodedata.normalize("NFC", _in_order(segment))
         if segment == before:
             break
     return segment
+
+
+def _fix_encoding(text: str, steps: int) -> tuple[str, int]:
+    """ftfy.fix_encoding(text) in at most so many steps, and how many are left after it."""
+    while steps:
+        mended = ftfy._fix_encoding_one_step_and_explain(text, _EXPLAIN_NOTHING).text
+        if mended == text:
+            break
+        text = mended
+        steps -= 1
+    return text, steps
 
 
 def _in_order(text: str) -> str:

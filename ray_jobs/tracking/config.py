@@ -8,6 +8,7 @@ from pathlib import Path
 from boto3.exceptions import Boto3Error  # type: ignore[import-untyped]
 from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from pydantic import Field, PositiveFloat, field_validator
 
 from ray_jobs.models import cache_folder
@@ -71,7 +72,7 @@ def tracking_place(config: TrackingConfig, storage: Storage) -> Place:
             os.environ.setdefault(name, value)
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
-        return Place(uri, None)
+        return Place(uri, _artifacts_beside(uri, storage))
     # SQLite needs a real file; when the storage has none, it stays with the user. One for each
     # storage, because an experiment's artifacts all go into the same.
     if storage.is_local:
@@ -85,3 +86,17 @@ def tracking_place(config: TrackingConfig, storage: Storage) -> Place:
         storage.child_uri("mlflow/artifacts"),
         passing=not storage.is_local,
     )
+
+
+def _artifacts_beside(uri: str, storage: Storage) -> str | None:
+    """Where a new experiment of a tracking URI puts its artifacts; None if a server knows.
+
+    For a database that it reaches without a server MLflow takes the working directory, which is
+    a submitted job's own and is removed after it.
+    """
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if scheme not in DATABASE_ENGINES:
+        return None
+    if scheme == "sqlite" and (file := uri.partition(":///")[2].partition("?")[0]):
+        return str(Path(file).absolute().parent / "mlruns")
+    return storage.child_uri("mlflow/artifacts")

@@ -229,6 +229,24 @@ def test_references_within_references_are_resolved_in_so_many_rounds(
     assert len(rounds) == tokenizer._MOST_ROUNDS
 
 
+@pytest.mark.parametrize("rest", ["", " and so on" * 110], ids=["short", "long"])
+def test_mojibake_within_mojibake_is_mended_in_so_many_steps(
+    rest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for depth in (3, tokenizer._MOST_ROUNDS - 1):  # in "Ã " is one more
+        text = "Ã" + "ƒ" * depth + rest
+        assert tokenizer.clean_text(text) == published_clean(text)
+    step, steps = ftfy._fix_encoding_one_step_and_explain, []
+    monkeypatch.setattr(
+        ftfy,
+        "_fix_encoding_one_step_and_explain",
+        lambda text, config: steps.append(text) or step(text, config),
+    )
+    tokenizer.clean_text("Ã" + "ƒ" * 700 + rest)
+    # What a step finds within the text it mends as if it were a text of its own.
+    assert sum("ƒƒ" in text for text in steps) == tokenizer._MOST_ROUNDS
+
+
 def test_every_mark_that_normalizing_moves_is_known() -> None:
     taken_apart = (unicodedata.normalize("NFD", chr(code)) for code in range(0x110000))
     moved = [code for code, parts in enumerate(taken_apart) if unicodedata.combining(parts[0])]

@@ -93,6 +93,23 @@ def test_every_bucket_has_runs_of_its_own_on_this_machine(tmp_path, monkeypatch)
         assert place.uri.startswith(f"sqlite:///{tmp_path}/")
 
 
+@pytest.mark.parametrize(
+    ("uri", "artifacts"),
+    [
+        ("sqlite:///{folder}/mlflow.db", "{folder}/mlruns"),
+        ("sqlite:///mlflow.db?timeout=60", "{folder}/mlruns"),
+        ("postgresql+psycopg2://user@host/mlflow", "{folder}/run/mlflow/artifacts"),
+        ("https://mlflow.example.com", None),
+        ("databricks", None),
+    ],
+)
+def test_artifacts_are_never_left_in_the_working_directory(tmp_path, monkeypatch, uri, artifacts):
+    monkeypatch.chdir(tmp_path)
+    config = TrackingConfig(uri=uri.format(folder=tmp_path))
+    place = tracking_place(config, Storage.at(tmp_path / "run"))
+    assert place.artifacts == (artifacts and artifacts.format(folder=tmp_path))
+
+
 def test_a_run_that_is_started_again_goes_on_and_logs_no_step_twice(storage):
 
     def fail() -> None:
