@@ -1,7 +1,8 @@
 #include "cpu_features.h"
 
+#include <strings.h>
+
 #include <cstdlib>
-#include <cstring>
 #include <initializer_list>
 
 namespace rwkv_clip {
@@ -37,7 +38,7 @@ Isa active_isa() {
   const char* wanted = std::getenv("RWKV_CLIP_ISA");
   if (wanted == nullptr) return best;
   for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
-    if (std::strcmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;
+    if (strcasecmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;
   }
   return best;
 }

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARY = "_C.so"
+# What those are told who lack the library; installed packages have no sources.
+BUILD = "python -m rwkv_clip._build (in a checkout), or pip install . again"
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 
 # The oldest PyTorch that the library must load in: 2.11, as its headers write it.
@@ -44,6 +46,9 @@ INSTRUCTIONS = {
 ARCHITECTURES = ("80", "90", "100")
 X86 = ("x86_64", "AMD64")
 CUDA_RUNTIME = "libcudart_static.a"
+
+
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc", "env")  # which CXX may put before a compiler
 
 
 class BuildError(RuntimeError):
@@ -102,17 +107,26 @@ def _wants_cuda() -> bool | None:
 
 
 def _toolchain(cuda: bool | None) -> Toolchain:
-    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    cxx = find_compiler()
     if not cxx:
         raise BuildError("no C++ compiler: install g++ (build-essential), or name one in CXX")
     wanted = _torch_has_cuda() if cuda is None else cuda
-    nvcc = _find_nvcc() if wanted else None
+    nvcc = find_nvcc() if wanted else None
     if cuda and not nvcc:
         raise BuildError("CUDA was asked for, and nvcc is not found: set CUDA_HOME")
-    return Toolchain(cxx, _find_ninja(), nvcc)
+    ninja = find_ninja()
+    if not ninja:
+        raise BuildError("ninja is not installed: pip install ninja")
+    return Toolchain(cxx, ninja, nvcc)
 
 
-def _find_nvcc() -> str | None:
+def find_compiler() -> str | None:
+    """The command of the C++ compiler: CXX, which may hold arguments, or what is on the path."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler's path."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     for home in filter(None, homes):
         if found := shutil.which("nvcc", path=str(Path(home) / "bin")):
@@ -120,7 +134,8 @@ def _find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def _find_ninja() -> str:
+def find_ninja() -> str | None:
+    """Ninja's path: that of the package, or of the system."""
     try:
         import ninja
 
@@ -129,10 +144,7 @@ def _find_ninja() -> str:
             return str(packaged)
     except ImportError:
         pass
-    found = shutil.which("ninja")
-    if not found:
-        raise BuildError("ninja is not installed: pip install ninja")
-    return found
+    return shutil.which("ninja")
 
 
 def _torch() -> Path:
@@ -201,7 +213,16 @@ def _instructions(source: Path) -> tuple[str, ...]:
 
 
 def _nvcc_flags(cxx: str, nvcc: str) -> list[str]:
-    flags = ["-O3", "-std=c++17", "-ccbin", cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    # nvcc takes one program.
+    compiler = next((one for one in shlex.split(cxx) if Path(one).name not in LAUNCHERS), cxx)
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-ccbin",
+        _argument(compiler),
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+    ]
     flags += ["-cudart", "static", "--threads", "0"]
     architectures = _architectures(nvcc)
     for number in architectures:

@@ -9,11 +9,14 @@ imported, so what one command needs is never the price of another.
 import argparse
 import importlib
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from types import ModuleType
+from typing import TextIO
 
 from rwkv_clip._version import __version__
 from rwkv_clip.config import ConfigError
@@ -32,12 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         args = _parser(arguments).parse_args(arguments)
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        # Whoever read has gone, as `head` does. What is still held must have somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (CommandError, ConfigError) as error:
         print(f"rwkv-clip: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _is_closed(output: TextIO) -> bool:
+    """Whether nobody reads an output any more."""
+    poll = select.poll()
+    poll.register(output.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

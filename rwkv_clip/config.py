@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 Config = TypeVar("Config", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
 
+_MOST_VALUES = 100_000  # of one file
+
 
 class BaseConfig(BaseModel):
     """The base of every configuration: unknown keys are refused, values never change."""
@@ -194,8 +196,8 @@ def _read(path: Path) -> _Document:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError([Problem(str(path), "", f"cannot be read: {reason}")]) from error
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
         merged, data = _parse(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -240,20 +242,28 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any]:
     try:
         node = loader.get_single_node()
         value = None if node is None else loader.construct_document(node)
-        return node, _unshared(value)
     except RecursionError:
-        raise yaml.YAMLError("an alias stands inside its own anchor") from None
+        raise yaml.YAMLError("it is nested too deeply") from None
     except ValueError as error:  # of a number that is none
         raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
+    try:
+        return node, _unshared(value, iter(range(_MOST_VALUES)))
+    except RecursionError:
+        raise yaml.YAMLError("an alias stands inside its own anchor") from None
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which no two places are one object, as an anchor and its aliases are."""
+def _unshared(value: Any, left: Iterator[int]) -> Any:
+    """A copy in which no two places are one object, as an anchor and its aliases are.
+
+    Aliases of aliases may stand for any number of values, of which so many are `left`.
+    """
+    if next(left, None) is None:
+        raise yaml.YAMLError(f"its anchors and aliases stand for more than {_MOST_VALUES:,} values")
     if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+        return {key: _unshared(item, left) for key, item in value.items()}
+    return [_unshared(item, left) for item in value] if isinstance(value, list) else value
 
 
 def _texts_of_numbers(node: yaml.Node | None, path: KeyPath) -> dict[KeyPath, str]:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rwkv_clip._build import BUILD, find_compiler, find_ninja, find_nvcc
+
 SUMMARY = "show what is installed and active here, and the mend for what is missing"
 
-BUILD = "python -m rwkv_clip._build (in a checkout), or pip install . again"
 LIBRARY_PACKAGES = (
     "numpy",
     "safetensors",
@@ -268,29 +270,27 @@ def _cuda() -> Iterator[Finding]:
 
 def _compilers() -> Iterator[Finding]:
     """What building the operator takes; an installed wheel needs none of it."""
-    for name, mend in (
-        ("g++", "install g++ (Debian: apt install g++); only building the operator needs it"),
-        ("ninja", "pip install ninja; only building the operator needs it"),
-        ("nvcc", "install the CUDA toolkit, or set CUDA_HOME; only CUDA kernels need it"),
+    for name, found, mend in (
+        ("C++", find_compiler(), "install g++ (Debian: apt install g++); only building needs it"),
+        ("ninja", find_ninja(), "pip install ninja; only building the operator needs it"),
+        ("nvcc", find_nvcc(), "install CUDA's toolkit, or set CUDA_HOME; only its kernels need it"),
     ):
-        path = _find(name)
-        if path is None:
-            yield Finding(name, "missing", "not found", mend)
+        # CXX may hold arguments.
+        command = shlex.split(found or name) if name == "C++" else [found or name]
+        if shutil.which(command[0]) is None:
+            yield Finding(name, "missing", f"{command[0]} is not found", mend)
+            continue
+        try:
+            told = _compiler_version(command)
+        except (OSError, subprocess.SubprocessError) as error:
+            yield Finding(name, "limited", f"{found} does not run: {error}", mend)
         else:
-            yield Finding(name, "ok", f"{_compiler_version(path)} at {path}")
+            yield Finding(name, "ok", f"{told} at {found}")
 
 
-def _find(program: str) -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    beside = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), f"{home}/bin"]
-    if program == "g++" and "CXX" in os.environ:
-        return shutil.which(os.environ["CXX"])
-    return shutil.which(program, path=os.pathsep.join(beside))
-
-
-def _compiler_version(path: str) -> str:
+def _compiler_version(command: Sequence[str]) -> str:
     answer = subprocess.run(  # noqa: S603
-        [path, "--version"], capture_output=True, text=True, timeout=30, check=False
+        [*command, "--version"], capture_output=True, text=True, timeout=30, check=False
     )
     lines = [line for line in answer.stdout.splitlines() if line]
     release = [line for line in lines if "release" in line]

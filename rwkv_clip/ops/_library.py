@@ -19,6 +19,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from rwkv_clip._build import BUILD
 from rwkv_clip.ops import reference
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,7 @@ def load() -> None:
         logger.warning(
             "WKV6 runs through its reference, correct but slow: %s. %s",
             _reason,
-            "Unset that to use the compiled one"
-            if _is_left_alone()
-            else "To build it: python -m rwkv_clip._build",
+            "Unset that to use the compiled one" if _is_left_alone() else f"To have it: {BUILD}",
         )
 
 
@@ -90,7 +89,13 @@ def build_info() -> BuildInfo:
 
 
 def _is_left_alone() -> bool:
-    return os.environ.get("RWKV_CLIP_NO_LIBRARY") == "1"
+    value = os.environ.get("RWKV_CLIP_NO_LIBRARY", "")
+    if value not in ("", "0", "1"):
+        raise ImportError(
+            f"RWKV_CLIP_NO_LIBRARY is {value!r}; it takes 0 (the compiled library, where there is "
+            "one) or 1 (its reference)"
+        )
+    return value == "1"
 
 
 def _try_library() -> str | None:
@@ -139,9 +144,10 @@ def _tell_once(device: str) -> None:
         _devices_told.add(device)
         logger.warning(
             "WKV6 on %s runs through its reference, correct but slow: %s has no kernels for it. "
-            "To build them: RWKV_CLIP_CUDA=1 python -m rwkv_clip._build",
+            "To have them: RWKV_CLIP_CUDA=1 %s",
             device,
             _library,
+            BUILD,
         )
 
 

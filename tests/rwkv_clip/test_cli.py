@@ -1,6 +1,8 @@
 """The command line: how commands are found, and what a mistake costs."""
 
 import argparse
+import os
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -75,6 +77,15 @@ def test_a_wrong_call_prints_usage_and_status_2(plugin, arguments, capsys):
 def test_only_the_command_asked_for_is_imported(plugin, monkeypatch):
     monkeypatch.setitem(cli.LIBRARY_COMMANDS, "doctor", "a_module_that_would_fail_to_import")
     assert cli.main(["count"]) == 1
+
+
+def test_whoever_reads_may_stop():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as output:
+        command = [sys.executable, "-m", "rwkv_clip.cli", "doctor", "--json"]
+        ended = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "")
 
 
 def test_interrupting_is_no_traceback(plugin):

@@ -1,5 +1,6 @@
 """Configurations: what is read, what is refused, and how the refusal reads."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -204,6 +205,12 @@ def test_a_set_that_cannot_be_applied_is_named(write, override, words):
         ("steps: [1\n", "is not YAML"),
         ("- a\n", "takes a mapping of keys to values, got ['a']"),
         ("steps: &a [*a]\n", "an alias stands inside its own anchor"),
+        (f"steps: {'[' * 3000}{']' * 3000}\n", "is nested too deeply"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+            + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefg")),
+            "stand for more than 100,000 values",
+        ),
         ("steps: !!int many\n", "is not YAML: invalid literal"),
         ("steps: 1\nsteps: 2\n", ":2: steps: written twice, first at"),
         ("steps: !!python/object/apply:os.getcwd []\n", "is not YAML"),

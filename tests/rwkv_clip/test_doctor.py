@@ -64,6 +64,26 @@ def test_a_gpu_on_which_the_operator_fails_is_broken_beside_a_cpu_that_works(mon
     assert finding(f"operator's results on GPU {missing}").status == "broken"
 
 
+@pytest.mark.parametrize(
+    ("command", "status", "detail"),
+    [
+        ("/usr/bin/env sh", "ok", "at /usr/bin/env sh"),  # as in `ccache g++`
+        ("{folder}/broken", "limited", "does not run"),
+        ("{folder}/none", "missing", "is not found"),
+    ],
+)
+def test_a_compiler_is_the_build_s_and_may_be_broken(
+    tmp_path, monkeypatch, command, status, detail
+):
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", command.format(folder=tmp_path))
+    found = finding("C++")
+    assert found.status == status
+    assert detail in found.detail
+
+
 def test_a_missing_library_package_is_broken_and_named(monkeypatch):
     installed = doctor._version
     monkeypatch.setattr(

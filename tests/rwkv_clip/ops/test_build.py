@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_clip import _build
+from rwkv_clip.ops import _library
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_missing_tools_are_told(sources, tmp_path, monkeypatch):
 
 
 def test_cuda_without_its_compiler_is_refused(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(_build, "_find_nvcc", lambda: None)
+    monkeypatch.setattr(_build, "find_nvcc", lambda: None)
     with pytest.raises(_build.BuildError, match="CUDA_HOME"):
         _build.build(tmp_path, cuda=True)
     monkeypatch.setenv("RWKV_CLIP_CUDA", "1")
@@ -103,6 +104,20 @@ def test_a_strange_setting_is_refused(sources, tmp_path, monkeypatch):
     monkeypatch.setenv("RWKV_CLIP_CUDA", "yes")
     with pytest.raises(_build.BuildError, match=r"RWKV_CLIP_CUDA is 'yes'.*0.*1"):
         _build.build(tmp_path)
+
+
+def test_a_strange_choice_of_the_library_is_refused(monkeypatch):
+    monkeypatch.setenv("RWKV_CLIP_NO_LIBRARY", "true")
+    with pytest.raises(ImportError, match=r"RWKV_CLIP_NO_LIBRARY is 'true'.*0.*1"):
+        _library._is_left_alone()
+
+
+def test_nvcc_is_told_the_compiler_alone_and_not_what_starts_it():
+    nvcc = _build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is not found")
+    flags = _build._nvcc_flags("ccache /usr/bin/g++ -m64", nvcc)
+    assert flags[flags.index("-ccbin") + 1] == "/usr/bin/g++"
 
 
 def script(path: Path, text: str) -> str:
