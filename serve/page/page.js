@@ -1,8 +1,10 @@
 "use strict";
 
 const KEY = "rwkv-clip-key";
+// More than a server takes, which tells its own limit: what larger files would do to the browser.
+const MOST_MEGABYTES = 64;
 const find = (selector, root = document) => root.querySelector(selector);
-const images = { "search-image": null, "classify-image": null };
+const images = { "search-image": null, "classify-image": null }; // promises of data URIs
 const latest = new Map(); // each panel's last task: an older one that ends later shows nothing
 let again = null; // what a key was missing for
 
@@ -11,30 +13,69 @@ async function ask(path, body) {
   const key = sessionStorage.getItem(KEY);
   if (key) headers.Authorization = `Bearer ${key}`;
   const options = body ? { method: "POST", headers, body: JSON.stringify(body) } : { headers };
-  const answer = await fetch(path, options);
-  const told = await answer.json();
-  if (answer.status === 401) find("#key").hidden = false;
-  if (!answer.ok) throw new Error(told.error.message);
+  let answer, text;
+  try {
+    answer = await fetch(path, options);
+    text = await answer.text();
+  } catch {
+    throw new Error("The server cannot be reached.");
+  }
+  if (answer.status === 401) {
+    find("#key").hidden = false;
+    throw new Error(key ? "The server does not know this key." : "The server wants a key.");
+  }
+  const told = parsed(text);
+  if (!answer.ok || !Array.isArray(told?.data)) throw new Error(complaint(answer, text, told));
   find("#key").hidden = true;
   return told;
 }
 
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
+  }
+}
+
+// What is wrong: in this server's words, or in those of a proxy before it if they are for people.
+function complaint(answer, text, told) {
+  if (typeof told?.error?.message === "string") return told.error.message;
+  const plain = answer.headers.get("Content-Type")?.startsWith("text/plain");
+  const words = [told?.error, told?.detail, plain && text.trim().slice(0, 200), answer.statusText];
+  const why = words.find((one) => one && typeof one === "string");
+  if (answer.ok) return "The server's answer is none that this page can read.";
+  return `The server answered ${answer.status}${why ? `: ${why}` : "."}`;
+}
+
+function say(panel, words) {
+  find(".status", panel).textContent = words;
+}
+
+// A button that is disabled would lose the keyboard's focus: it is said to be, and does nothing.
+function busy(panel, so) {
+  find("button[type=submit]", panel).setAttribute("aria-disabled", String(so));
+}
+
+function isBusy(panel) {
+  return find("button[type=submit]", panel).getAttribute("aria-disabled") === "true";
+}
+
 async function work(panel, task) {
-  const status = find(".status", panel);
-  const button = find("button[type=submit]", panel);
-  again = () => work(panel, task);
   latest.set(panel, task);
-  status.textContent = "One moment …";
-  button.disabled = true;
+  say(panel, "One moment …");
+  busy(panel, true);
   try {
     const show = await task();
-    if (latest.get(panel) === task) status.textContent = show();
+    if (latest.get(panel) === task) say(panel, show());
   } catch (error) {
     if (latest.get(panel) !== task) return;
-    status.textContent = error instanceof TypeError ? "The server cannot be reached." : error.message;
-    if (!find("#key").hidden) find("#key-value").focus();
+    say(panel, error.message);
+    if (find("#key").hidden) return;
+    again = () => work(panel, task);
+    find("#key-value").focus();
   } finally {
-    if (latest.get(panel) === task) button.disabled = false;
+    if (latest.get(panel) === task) busy(panel, false);
   }
 }
 
@@ -54,6 +95,7 @@ async function search(input) {
   });
   return () => {
     find("#results").replaceChildren(...shown);
+    if (shown.length < 2) return shown.length ? "One result" : "Nothing was found.";
     return `${shown.length} results, the nearest first`;
   };
 }
@@ -61,7 +103,7 @@ async function search(input) {
 async function classify(image, labels) {
   const told = await ask("v1/classify", { image, labels });
   const rows = told.data.map((one) => {
-    const percent = `${(100 * one.probability).toFixed(1)} %`;
+    const percent = `${(100 * one.probability).toFixed(1)}\u00a0%`;
     const meter = made("meter", { value: one.probability, ariaHidden: "true" });
     return made("tr", {}, made("th", { scope: "row" }, one.label), made("td", {}, meter, percent));
   });
@@ -72,25 +114,53 @@ async function classify(image, labels) {
   };
 }
 
-function read(file) {
+async function read(file) {
+  const megabytes = Math.ceil(file.size / 1e6);
+  if (!file.type.startsWith("image/")) throw new Error(`${file.name} is no image file.`);
+  if (megabytes > MOST_MEGABYTES) {
+    throw new Error(`${file.name} has ${megabytes} MB; send ${MOST_MEGABYTES} MB at most.`);
+  }
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error("the file cannot be read"));
+    reader.onerror = () => reject(new Error(`${file.name} cannot be read.`));
     reader.readAsDataURL(file);
   });
 }
 
-async function take(target, file) {
+const preview = (target) => find(`.drop[data-target=${target}] img`);
+
+function forget(target) {
+  images[target] = null;
+  find(`#${target}`).value = ""; // or the same file could not be chosen again
+  preview(target).hidden = true;
+}
+
+function take(target, file) {
   if (!file) return;
   const panel = find(`#${target}`).closest("[role=tabpanel]");
-  const image = await read(file);
+  const image = read(file);
   images[target] = image;
-  const shown = find(`.drop[data-target=${target}] img`);
-  Object.assign(shown, { src: image, hidden: false });
+  preview(target).hidden = true;
+  image.then(
+    (src) => {
+      if (images[target] === image) Object.assign(preview(target), { src, hidden: false });
+    },
+    (error) => {
+      if (images[target] !== image) return;
+      forget(target);
+      say(panel, error.message);
+    },
+  );
   if (target === "search-image") {
     find("#words").value = "";
-    await work(panel, () => search(image));
+    work(panel, async () => search(await image));
+  } else {
+    // What is known, or asked for, of the image before is not this one's.
+    latest.delete(panel);
+    busy(panel, false);
+    say(panel, "");
+    find("#chances").hidden = true;
   }
 }
 
@@ -115,43 +185,79 @@ tabs.forEach((tab, at) => {
 
 for (const area of document.querySelectorAll(".drop")) {
   const target = area.dataset.target;
-  find("input", area).addEventListener("change", (event) => take(target, event.target.files[0]));
-  area.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    area.classList.add("over");
-  });
+  const input = find("input", area);
+  input.addEventListener("change", () => take(target, input.files[0]));
+  area.addEventListener("dragover", () => area.classList.add("over"));
   area.addEventListener("dragleave", () => area.classList.remove("over"));
   area.addEventListener("drop", (event) => {
-    event.preventDefault();
+    const { files } = event.dataTransfer;
     area.classList.remove("over");
-    take(target, event.dataTransfer.files[0]);
+    if (files.length !== 1) {
+      say(area.closest("[role=tabpanel]"), "Drop an image file, one at a time.");
+      return;
+    }
+    input.files = files; // to show its name
+    take(target, files[0]);
   });
+  // What the browser cannot show may still be an image for the server, which tells if it is none.
+  preview(target).addEventListener("error", () => (preview(target).hidden = true));
+}
+
+// Or the browser would leave the page for what is dropped beside the boxes.
+for (const kind of ["dragover", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    const within = (selector) => event.composedPath().some((one) => one.matches?.(selector));
+    if (within("#words, #labels") && !event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    if (!within(".drop")) event.dataTransfer.dropEffect = "none";
+  });
+}
+
+// Who asks for something else need not wait for the answer to what was asked before.
+for (const panel of document.querySelectorAll("[role=tabpanel]")) {
+  panel.addEventListener("input", () => busy(panel, false));
 }
 
 find("#search").addEventListener("submit", (event) => {
   event.preventDefault();
+  const panel = find("#panel-search");
+  if (isBusy(panel)) return;
   const words = find("#words").value.trim();
+  if (words) forget("search-image");
   // A part, so that no words are taken for the image that they may look like.
   const input = words ? { type: "text", text: words } : images["search-image"];
-  const panel = find("#panel-search");
-  if (input) work(panel, () => search(input));
-  else find(".status", panel).textContent = "Type words, or choose an image.";
+  if (input) work(panel, async () => search(await input));
+  else say(panel, "Type words, or choose an image.");
 });
 
 find("#classify").addEventListener("submit", (event) => {
   event.preventDefault();
   const panel = find("#panel-classify");
+  if (isBusy(panel)) return;
   const image = images["classify-image"];
   const labels = find("#labels").value.split("\n").map((line) => line.trim()).filter(Boolean);
-  if (image && labels.length) work(panel, () => classify(image, labels));
-  else find(".status", panel).textContent = "Choose an image, and type at least one label.";
+  if (image && labels.length) work(panel, async () => classify(await image, labels));
+  else say(panel, "Choose an image, and type at least one label.");
 });
 
 find("#key").addEventListener("submit", async (event) => {
   event.preventDefault();
-  sessionStorage.setItem(KEY, find("#key-value").value);
-  if (again) await again();
+  const form = find("#key");
+  const key = find("#key-value").value.trim();
+  try {
+    new Headers({ Authorization: `Bearer ${key}` });
+  } catch {
+    say(form, "No key has such characters; copy it once more.");
+    return;
+  }
+  sessionStorage.setItem(KEY, key);
+  say(form, "One moment …");
   await about();
+  if (!form.hidden) return;
+  find("[role=tabpanel]:not([hidden]) :is(#words, #labels)").focus();
+  const task = again;
+  again = null;
+  await task?.();
 });
 
 async function about() {
@@ -159,7 +265,8 @@ async function about() {
     const [model] = (await ask("v1/models")).data;
     find("#model").textContent = `${model.id}, version ${model.version}`;
   } catch (error) {
-    find("#model").textContent = error instanceof TypeError ? "no server" : error.message;
+    const place = find("#key").hidden ? "#model" : "#key .status";
+    find(place).textContent = error.message;
   }
 }
 

@@ -1,5 +1,6 @@
 """The search page: from this server alone, and in a browser."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -93,12 +94,52 @@ class Page:
         """A picture of the page at a size; nothing of it may lie outside the width."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        seen, there = self.browser.execute_script(
-            "return [innerWidth, document.documentElement.scrollWidth]"
+        seen, there, room = self.browser.execute_script(
+            "const { scrollWidth, clientWidth } = document.documentElement;"
+            "return [innerWidth, scrollWidth, clientWidth]"
         )
         assert seen == width
-        assert there <= width
+        assert there <= room  # which a scroll bar makes less
         file.write_bytes(self.browser.get_screenshot_as_png())
+
+    def status(self, panel: str = "#panel-search") -> str:
+        return str(self.one(f"{panel} .status").text)
+
+    def focused(self) -> str:
+        """The selector of what has the keyboard's focus."""
+        element = self.browser.switch_to.active_element
+        return f"{element.tag_name}#{element.get_property('id')}"
+
+    def answer(self, script: str) -> None:
+        """Let a function of JavaScript answer instead of the server, as a proxy would."""
+        self.browser.execute_script(f"window.fetch = {script}")
+
+    def drop(self, selector: str, given: str, kind: str = "drop") -> bool:
+        """Drop what a line of JavaScript puts into `data`; whether it is left to the browser."""
+        left = self.browser.execute_script(
+            f"""const data = new DataTransfer();
+            {given};
+            const about = {{ dataTransfer: data, bubbles: true, cancelable: true }};
+            return document.querySelector(arguments[0])
+              .dispatchEvent(new DragEvent("{kind}", about))""",
+            selector,
+        )
+        return bool(left)
+
+
+@pytest.fixture
+def page(endpoint: str, browser: webdriver.Chrome) -> Page:
+    browser.get(endpoint)
+    made = Page(browser)
+    made.until(lambda: "small, version 1" in made.one("#model").text)
+    return made
+
+
+def file_of(name: str, kind: str) -> str:
+    return f'data.items.add(new File(["words"], "{name}", {{ type: "{kind}" }}))'
+
+
+LINK = 'data.setData("text/uri-list", "https://example.com/")'
 
 
 def test_a_search_and_a_classification_in_a_browser(endpoint, browser, tmp_path):
@@ -120,6 +161,16 @@ def test_a_search_and_a_classification_in_a_browser(endpoint, browser, tmp_path)
     page.shot(1280, 900, tmp_path / "search.png")
     page.shot(360, 740, tmp_path / "search-phone.png")
 
+    # Words take the image's place, and then the same image takes theirs.
+    assert page.one("#search img").is_displayed()
+    page.search("a red heart")
+    assert not page.one("#search img").is_displayed()
+    assert page.one("#search-image").get_property("value") == ""
+    browser.execute_script("document.querySelector('#results').replaceChildren()")
+    page.one("#search-image").send_keys(str(file))
+    page.until(lambda: len(page.all("#results li")) == 24)
+    assert page.one("#words").get_property("value") == ""
+
     # By keyboard alone: to the tabs, to the other tab, to its labels.
     page.one("#tab-search").send_keys(Keys.ARROW_RIGHT)
     assert browser.switch_to.active_element.get_property("id") == "tab-classify"
@@ -128,11 +179,161 @@ def test_a_search_and_a_classification_in_a_browser(endpoint, browser, tmp_path)
     page.one("#labels").send_keys("a cat\na dog")
     page.one("#classify button").send_keys(Keys.ENTER)
     page.until(lambda: len(page.all("#chances tbody tr")) == 2)
-    assert "fits best" in page.one("#panel-classify .status").text
+    assert "fits best" in page.status("#panel-classify")
+    assert page.focused() == "button#"
     page.shot(360, 740, tmp_path / "classify-phone.png")
+    # What was found for one image is not shown beside another.
+    page.drop("#classify .drop", file_of("words.png", "image/png"))
+    assert not page.one("#chances").is_displayed()
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     loaded = browser.execute_script("return performance.getEntries().map((one) => one.name)")
     assert [one for one in loaded if "//" in one and not one.startswith(endpoint)] == []
+
+
+def test_a_file_that_is_of_no_use_is_told(page, browser, tmp_path):
+    said = "Drop an image file, one at a time."
+    page.drop("#search .drop", LINK)
+    assert page.status() == said
+    page.drop("#search .drop", file_of("words.txt", "text/plain"))
+    page.until(lambda: page.status() == "words.txt is no image file.")
+    page.drop("#search .drop", 2 * (file_of("a.png", "image/png") + ";"))
+    assert page.status() == said
+    assert not page.one("#search img").is_displayed()
+
+    large = tmp_path / "large.png"
+    large.touch()
+    os.truncate(large, 65_000_000)  # which takes no room on the disk
+    page.one("#search-image").send_keys(str(large))
+    page.until(lambda: page.status() == "large.png has 65 MB; send 64 MB at most.")
+    assert page.one("#search-image").get_property("value") == ""
+
+    # Chosen, and away when it is read.
+    file = tmp_path / "picture.png"
+    file.write_bytes(picture(0))
+    page.one("#classify-image").send_keys(str(file))
+    page.until(lambda: page.one("#classify img").get_property("src"))
+    file.unlink()
+    again = "data.items.add(document.querySelector('#classify-image').files[0])"
+    page.drop("#search .drop", again)
+    page.until(lambda: page.status() == "picture.png cannot be read.")
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+    # Only the server can tell that this one is none, and there is nothing to show of it.
+    page.drop("#search .drop", file_of("words.png", "image/png"))
+    page.until(lambda: page.status().startswith("input: "))
+    page.until(lambda: not page.one("#search img").is_displayed())
+    assert page.one("#search-image").get_property("value").endswith("words.png")
+
+
+def test_what_is_dropped_beside_the_boxes_leaves_the_page_as_it_is(page):
+    image = file_of("a.png", "image/png")
+    for kind in ("dragover", "drop"):
+        assert not page.drop("h1", image, kind)
+        assert not page.drop("h1", LINK, kind)
+        assert not page.drop("#words", image, kind)
+        assert page.drop("#words", "data.setData('text/plain', 'a heart')", kind)
+    assert page.status() == ""
+
+
+def test_the_keyboard_keeps_its_place_and_asks_once(page, browser):
+    page.one("#words").send_keys("a red heart")
+    button = page.one("#search button")
+    button.send_keys(Keys.ENTER)
+    page.until(lambda: page.all("#results li"))
+    assert page.focused() == "button#"
+
+    page.answer("() => { window.asked = (window.asked ?? 0) + 1; return new Promise(() => {}) }")
+    button.send_keys(Keys.ENTER)
+    page.one("#words").send_keys(Keys.ENTER)
+    assert browser.execute_script("return window.asked") == 1
+    assert page.status() == "One moment …"
+    page.one("#words").send_keys("s", Keys.ENTER)  # other words need not wait
+    assert browser.execute_script("return window.asked") == 2
+
+
+def test_a_key_is_asked_for_and_tried(page, browser):
+    page.answer(
+        """async (path, { headers }) => headers.Authorization === "Bearer good"
+          ? Response.json({ data: [{ id: "kept", version: 2, score: 0.5 }] })
+          : new Response("", { status: 401 })"""
+    )
+    page.one("#words").send_keys("a red heart", Keys.ENTER)
+    page.until(lambda: page.status() == "The server wants a key.")
+    assert page.focused() == "input#key-value"
+    for key, said in (
+        ("ключ", "No key has such characters; copy it once more."),
+        ("bad", "The server does not know this key."),
+    ):
+        page.one("#key-value").clear()
+        page.one("#key-value").send_keys(key, Keys.ENTER)
+        page.until(lambda said=said: page.status("#key") == said)
+    page.one("#key-value").clear()
+    page.one("#key-value").send_keys(" good ", Keys.ENTER)
+    page.until(lambda: page.status() == "One result")
+    assert page.one("#results li").text.startswith("kept")
+    assert page.one("#model").text == "kept, version 2"
+    assert not page.one("#key").is_displayed()
+    assert page.focused() == "input#words"
+
+
+def test_an_answer_of_another_shape_is_told_as_what_it_is(page):
+    cases = {
+        "new Response('<html>', { status: 502, headers: { 'Content-Type': 'text/html' } })": (
+            "The server answered 502."
+        ),
+        "new Response('slow down', { status: 429 })": "The server answered 429: slow down",
+        "Response.json({}, { status: 503 })": "The server answered 503.",
+        "Response.json({ detail: 'no route' }, { status: 404 })": (
+            "The server answered 404: no route"
+        ),
+        "Response.json({ error: { message: 'no vectors' } }, { status: 503 })": "no vectors",
+        "new Response('<html>Log in</html>')": (
+            "The server's answer is none that this page can read."
+        ),
+        "Promise.reject(new TypeError('Failed to fetch'))": "The server cannot be reached.",
+        "Response.json({ data: [] })": "Nothing was found.",
+    }
+    for answer, said in cases.items():
+        page.answer(f"async () => {answer}")
+        page.one("#words").send_keys("a", Keys.ENTER)
+        page.until(lambda said=said: page.status() == said)
+
+
+def test_long_labels_and_texts_stay_within_a_narrow_page(page, tmp_path):
+    long = "https://example.com/" + "path/" * 20
+    page.answer(
+        f"""async () => Response.json({{ data: [
+          {{ id: "{long}", label: "{long}", score: 1, probability: 1 }}] }})"""
+    )
+    page.search("a red heart")
+    page.shot(320, 700, tmp_path / "search-narrow.png")
+    page.one("#tab-classify").click()
+    page.drop("#classify .drop", file_of("a.png", "image/png"))
+    page.one("#classify button").click()
+    page.until(lambda: page.all("#chances tbody tr"))
+    page.shot(320, 700, tmp_path / "classify-narrow.png")
+
+
+def luminance(colour: str) -> float:
+    """Of `rgb(…)`, as WCAG 2.2 defines it."""
+    red, green, blue = (int(one) / 255 for one in re.findall(r"\d+", colour)[:3])
+    linear = [
+        one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4
+        for one in (red, green, blue)
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_edges_of_what_is_typed_into_are_seen(page, browser, scheme):
+    wanted = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wanted})
+    for inside, around in (("#words", "body"), ("#search-image", ".drop"), ("#labels", "body")):
+        edge = page.one(inside).value_of_css_property("border-top-color")
+        for beside in (inside, around):
+            ground = page.one(beside).value_of_css_property("background-color")
+            low, high = sorted((luminance(edge), luminance(ground)))
+            assert (high + 0.05) / (low + 0.05) >= 3, (inside, beside)  # WCAG 2.2, 1.4.11
 
 
 def test_what_has_no_name_for_a_screen_reader_is_not_there(endpoint, browser):
