@@ -52,6 +52,9 @@ class CaptionConfig(BaseConfig):
     hang_seconds: PositiveFloat = Field(
         600, description="an engine that answers nothing for so long is started anew"
     )
+    start_seconds: PositiveFloat = Field(
+        3600, description="an engine that takes longer to start, as with its weights, is ended"
+    )
 
     def identity(self, manifest: Manifest) -> dict[str, Any]:
         """What decides the captions; not where and how fast they are made."""
@@ -113,6 +116,7 @@ def caption(config: CaptionConfig, storage: Storage, name: str = "train") -> Cap
         config.identity(manifest),
         config.chunk_rows,
         config.hang_seconds,
+        config.start_seconds,
         engine.count,
     )
     if (held := task.finished()) is not None:

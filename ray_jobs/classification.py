@@ -299,17 +299,17 @@ def class_names_of(
     if isinstance(given, Mapping):
         names = dict(given)
     elif given is not None:
-        labels = map(str, range(len(given))) if numbers else iter(sorted(found))
+        labels = _numbered(found, len(given)) if numbers else sorted(found)
         names = dict(zip(labels, given, strict=False))
         if not numbers and len(given) != len(found):
             raise SourceError(
                 f"{key}.class_names: has {len(given)} names, and the data has {len(found)} labels; "
                 "give a name for each, in the labels' order, or names by label"
             )
-    elif numbers and images.schema is not None:
+    elif numbers:
         raise SourceError(
-            f"{key}.class_names: the labels are numbers, and the files do not name them; give the "
-            "names in order"
+            f"{key}.class_names: the labels are numbers, and the data does not name them; give "
+            "the names in order"
         )
     else:
         names = {label: label.replace("_", " ") for label in sorted(found)}
@@ -320,6 +320,17 @@ def class_names_of(
     if repeated := [name for name, times in Counter(names.values()).items() if times > 1]:
         logger.warning("%s: several classes are named %r", config.name, repeated[0])
     return names
+
+
+def _numbered(found: set[str], names: int) -> list[str]:
+    """Labels that are numbers, in the order of so many names.
+
+    They count from 0, and then some may be missing; or each name has one, as folders 001 to 100 do.
+    """
+    if len(found) == names and max(map(int, found)) >= names:
+        return sorted(found, key=int)
+    written = {int(label): label for label in found}
+    return [written.get(number, str(number)) for number in range(names)]
 
 
 def _named_in(path: str, key: str) -> tuple[str, ...] | dict[str, str]:

@@ -46,6 +46,9 @@ class SynthesisConfig(BaseConfig):
     hang_seconds: PositiveFloat = Field(
         300, description="an engine that answers nothing for so long is started anew"
     )
+    start_seconds: PositiveFloat = Field(
+        3600, description="an engine that takes longer to start, as with its weights, is ended"
+    )
 
     def identity(self, storage: Storage, manifest: Manifest) -> dict[str, Any]:
         """What decides the descriptions; not where and how fast they are made."""
@@ -123,6 +126,7 @@ def synthesize(config: SynthesisConfig, storage: Storage, name: str = "train") -
         config.identity(storage, manifest),
         config.chunk_rows,
         config.hang_seconds,
+        config.start_seconds,
         config.engine.count,
     )
     if (held := task.finished()) is not None:

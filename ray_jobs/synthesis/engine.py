@@ -59,13 +59,14 @@ class ChunkEngine(vLLMEngineStageUDF):
         **arguments: Any,
     ) -> None:
         self.worker = ChunkWorker(work)
-        self.model_folder = resolve_model(source)
         settings = dict(engine_kwargs)
         if on_cpus:
             settings.setdefault("dtype", cpu.data_type())
             os.environ.update(cpu.environment())  # of the engine's process, which is started here
-        arguments |= {"model": self.model_folder, "expected_input_keys": []}
-        super().__init__(**arguments, engine_kwargs=settings)
+        with self.worker.starting():
+            self.model_folder = resolve_model(source)
+            arguments |= {"model": self.model_folder, "expected_input_keys": []}
+            super().__init__(**arguments, engine_kwargs=settings)
         self.task = work.task
         self.numbers = itertools.count()
         self.shows_images = "image" in work.task.columns

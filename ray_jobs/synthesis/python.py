@@ -70,7 +70,8 @@ class PythonCaptioner:
         self.worker = ChunkWorker(work)
         # One thread makes and calls the captioner, because many a library wants that.
         self._thread = ThreadPoolExecutor(1, "captioner")
-        self.captioner: Captioner = self._thread.submit(self._load).result()
+        with self.worker.starting():
+            self.captioner: Captioner = self._thread.submit(self._load).result()
         with self.worker.asking():
             error = self._thread.submit(self._trouble).result()
         if error is not None:

@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +31,8 @@ from ray_jobs.synthesis.watch import Watch
 from ray_jobs.synthesis.worker import Work
 
 _ERROR_LINE = re.compile(r"(?!ray\.exceptions\.)[\w.]*(?:Error|Exception|Exit)\b(?:\([\w.]*\))?: ")
+
+_ADVICE = "To change retry attempts"  # Ray Data's, behind every error
 
 # Counts of chunks as they are done, for items of work; in its block, what does them may run.
 Stream = Callable[[ray.data.Dataset, Work], AbstractContextManager[ray.data.Dataset]]
@@ -73,6 +75,7 @@ class TaskRun:
         identity: what decides the outcome; tables of another identity are not mixed with these.
         chunk_rows: rows done, published or redone at once.
         hang_seconds: an engine that answers nothing for so long is started anew.
+        start_seconds: and one that takes longer than this to start.
         engines: that work at a time, at most.
     """
 
@@ -84,6 +87,7 @@ class TaskRun:
     identity: Mapping[str, Any]
     chunk_rows: int
     hang_seconds: float
+    start_seconds: float
     engines: int
 
     @property
@@ -161,24 +165,46 @@ class TaskRun:
         rows, name = self.manifest.rows, self.manifest.name
         done = rows - sum(chunk.rows for chunk in todo)
         others = tuple(one for one in written(self.storage, name) if one != self.beside)
-        work = Work(self.storage, name, others, self.task, watch, self.hang_seconds, self.engines)
+        work = Work(
+            self.storage,
+            name,
+            others,
+            self.task,
+            watch,
+            self.hang_seconds,
+            self.start_seconds,
+            self.engines,
+        )
         items = work_of(todo, _ITEMS * self.engines)
         with (
             Progress(f"{self.verb} {name}", rows, "pairs", done=done) as progress,
             ThreadPoolExecutor(4) as pool,
             stream(work_items(items), work) as counted,
         ):
-            sealing = []
+            sealing: list[Future[None]] = []
             for counts in self._counts(arrange(counted, slow=True), watch):
                 part = counts["part"]
                 left[part] -= 1
                 if not left[part]:
                     sealing.append(pool.submit(seal, self.storage, self.beside, unsealed[part]))
+                # What fails is told while there is something to mend, not after days.
+                for future in [one for one in sealing if one.done()]:
+                    sealing.remove(future)
+                    self._sealed(future)
                 befallen = len(watch.incidents())
                 progress.update(counts["rows"], f"{befallen} incidents" if befallen else "")
                 yield counts["began"]
             for future in sealing:
-                future.result()
+                self._sealed(future)
+
+    def _sealed(self, future: "Future[None]") -> None:
+        try:
+            future.result()
+        except OSError as error:
+            raise SynthesisError(
+                f"a table below {self.storage.child_uri(self.beside.folder)} cannot be made: "
+                f"{error}. What is done is kept: start again when that is mended"
+            ) from error
 
     def _counts(self, dataset: ray.data.Dataset, watch: Watch) -> Iterator[dict[str, Any]]:
         try:
@@ -224,6 +250,7 @@ def check_engine(engine: VllmConfig | HttpConfig, section: str) -> None:
 def _cause(error: BaseException) -> str:
     """The error that was raised, on one line; Ray puts traces before it and advice behind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(_ADVICE)]
     told = [at for at, line in enumerate(lines) if _ERROR_LINE.match(line)]
     if not told:
         return (lines or [type(error).__name__])[-1]

@@ -2,8 +2,12 @@
 
 An engine that dies takes its process with it, so nobody there can tell. But Ray starts the process
 again and hands it the same chunks, and who begins a chunk that was begun before tells enough.
+
+The actor may end itself, with a node's memory. It is started again and has forgotten: who is at
+work tells it anew, and the driver keeps the incidents that it has heard of.
 """
 
+import uuid
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,7 +45,7 @@ class Incident:
 
     Attributes:
         kind: `engine_died`, `engine_hung` or `engine_lost` (its process was gone without a word).
-        chunk: the file that was not written.
+        chunk: the file that was not written; none if the engine had not started.
         detail: what the engine said.
     """
 
@@ -62,6 +66,7 @@ class _Watch:
     """The state; see `Watch` for what it is asked."""
 
     def __init__(self) -> None:
+        self._life = uuid.uuid4().hex
         self._chunks: dict[str, _Chunk] = {}
         self._incidents: list[Incident] = []
         self._last_words: dict[str, tuple[str, str]] = {}
@@ -88,9 +93,10 @@ class _Watch:
         poison = {row for row, deaths in chunk.deaths.items() if deaths >= MAX_ROW_DEATHS}
         return Begun(chunk.begins >= CAREFUL_BEGIN, frozenset(poison))
 
-    def row(self, name: str, identity: str | None) -> None:
+    def row(self, name: str, worker: str, identity: str | None) -> None:
         """The row that a careful worker is at."""
-        self._chunks[name].row = identity
+        chunk = self._chunks.setdefault(name, _Chunk(begins=CAREFUL_BEGIN))
+        chunk.running, chunk.row = worker, identity
 
     def end(self, name: str) -> None:
         self._chunks.pop(name, None)
@@ -100,18 +106,26 @@ class _Watch:
         """A worker ends itself, and says why."""
         self._last_words[worker] = (kind, detail)
 
+    def start_failed(self, kind: str, detail: str) -> None:
+        """A worker ends itself before it has begun a chunk."""
+        self._incidents.append(Incident(kind, "", detail))
+
     def incidents(self) -> list[dict[str, Any]]:
         return [asdict(incident) for incident in self._incidents]
+
+    def told(self) -> tuple[str, list[dict[str, Any]]]:
+        """The incidents of this process, and which process it is."""
+        return self._life, self.incidents()
 
 
 class Watch:
     """A handle that can be sent to workers; the driver makes and closes it."""
 
     def __init__(self) -> None:
-        place = beside_driver()
-        self._actor: Any = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=place)(
-            _Watch
-        ).remote()
+        settings = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        actor = ray.remote(**settings, scheduling_strategy=beside_driver())(_Watch)
+        self._actor: Any = actor.remote()
+        self._heard: dict[str, list[dict[str, Any]]] = {}  # by the actor's process
 
     def start(self) -> int:
         """See `_Watch.start`; waits for the answer."""
@@ -122,9 +136,9 @@ class Watch:
         begun: Begun = await self._actor.begin.remote(name, worker)
         return begun
 
-    async def row(self, name: str, identity: str | None) -> None:
+    async def row(self, name: str, worker: str, identity: str | None) -> None:
         """A careful worker takes a row; waits until that is noted."""
-        await self._actor.row.remote(name, identity)
+        await self._actor.row.remote(name, worker, identity)
 
     async def end(self, name: str) -> None:
         """A chunk is published."""
@@ -134,9 +148,15 @@ class Watch:
         """Wait until it is noted, since the caller ends."""
         ray.get(self._actor.last_words.remote(worker, kind, detail), timeout=10)
 
+    def start_failed(self, kind: str, detail: str) -> None:
+        """Wait until it is noted, since the caller ends."""
+        ray.get(self._actor.start_failed.remote(kind, detail), timeout=10)
+
     def incidents(self) -> list[dict[str, Any]]:
-        """All that happened so far."""
-        return list(ray.get(self._actor.incidents.remote()))
+        """All that happened so far, as far as this process has heard."""
+        life, incidents = ray.get(self._actor.told.remote())
+        self._heard[life] = incidents
+        return [one for heard in self._heard.values() for one in heard]
 
     def close(self) -> None:
         """End the actor."""

@@ -41,6 +41,7 @@ class Work:
         task: what is done for each row.
         watch: is told what happens.
         hang_seconds: an engine that answers nothing for so long while it is asked is ended.
+        start_seconds: and one that takes longer than this to start.
         engines: workers at most.
     """
 
@@ -50,6 +51,7 @@ class Work:
     task: Task
     watch: Watch
     hang_seconds: float
+    start_seconds: float
     engines: int
 
     @property
@@ -138,8 +140,22 @@ class ChunkWorker:
             with self._pulse:
                 yield
         except EngineDiedError as error:
-            self.watch.last_words(self.identity, "engine_died", str(error))
-            end_process()
+            try:
+                self.watch.last_words(self.identity, "engine_died", str(error))
+            finally:
+                end_process()
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around an engine's start: ends the process if that takes too long."""
+        seconds = self.work.start_seconds
+        limit = threading.Timer(seconds, self._end_unstarted, [seconds])
+        limit.daemon = True
+        limit.start()
+        try:
+            yield
+        finally:
+            limit.cancel()
 
     async def _carefully(
         self, file: str, rows: Sequence[Row], together: Together, poison: frozenset[str]
@@ -153,9 +169,9 @@ class ChunkWorker:
                 done.append(self.work.task.give_up(row, ENGINE_FAILED))
                 continue
             async with self._one_at_a_time:
-                await self.watch.row(file, row["id"])
+                await self.watch.row(file, self.identity, row["id"])
                 done += await together([row])
-                await self.watch.row(file, None)
+                await self.watch.row(file, self.identity, None)
         return done
 
     def _alive(self, complete: Complete) -> Complete:
@@ -182,6 +198,12 @@ class ChunkWorker:
         detail = f"no answer in {seconds:.0f} s"
         try:
             self.watch.last_words(self.identity, "engine_hung", detail)
+        finally:
+            end_process()
+
+    def _end_unstarted(self, seconds: float) -> None:
+        try:
+            self.watch.start_failed("engine_hung", f"did not start in {seconds:.0f} s")
         finally:
             end_process()
 

@@ -224,11 +224,16 @@ def sample_generator(seed: int, epoch: int, identity: str) -> np.random.Generato
 def choose_text(
     pair: Mapping[str, Any], weights: Mapping[str, float], rng: np.random.Generator
 ) -> str:
-    """One of a pair's texts, by weight among those it has; its tags if it has none of them."""
+    """One of a pair's texts, by weight among those it has; its tags if it has none at all.
+
+    Empty where the only texts are such as shall not be trained on: the pair is left out.
+    """
     there = [(pair[name], weights.get(name, 0.0)) for name in TEXTS if pair.get(name)]
     total = sum(weight for _, weight in there)
-    if total <= 0:
+    if not there:
         return ", ".join(pair.get("tags") or ())
+    if total <= 0:
+        return ""
     mark = rng.random() * total
     chosen = str(there[-1][0])
     for text, weight in there:

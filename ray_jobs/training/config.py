@@ -74,7 +74,10 @@ class ModelConfig(BaseConfig):
 
 
 class TextWeights(BaseConfig):
-    """How often each of a pair's texts is chosen, among those that it has."""
+    """How often each of a pair's texts is chosen, among those that it has.
+
+    A pair that has only texts of weight 0 is left out; one without any text has its tags.
+    """
 
     web_text: NonNegativeFloat = Field(1.0, description="weight of what the web said")
     caption: NonNegativeFloat = Field(1.0, description="weight of the synthetic caption")

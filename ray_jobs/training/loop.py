@@ -144,7 +144,7 @@ class Worker:
                 self._stop_not_finite(step, batch)
                 return
             self.state.step = step + 1
-            meter.count(len(batch["id"]) * self.world_size, waited)
+            meter.count(self.config.batch, waited)
             ended = self.state.step == last
             if self.state.step % self.config.log_steps == 0 or ended:
                 self._record(metrics, meter)

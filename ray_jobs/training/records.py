@@ -4,16 +4,20 @@ The worker hands a record over and does not wait; the driver shows it, and logs 
 may be slow. What a run's metrics were is kept in its checkpoints, whoever listened.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from ray_jobs.cluster import beside_driver
 
 _POLL_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
 
 Record = Mapping[str, float]
 
@@ -41,8 +45,10 @@ class Listener:
     def __init__(self, on_record: Callable[[Record], None]) -> None:
         self._on_record = on_record
         self._stop = threading.Event()
-        place = beside_driver()
-        self._mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=place)(_Mailbox).remote()
+        # Started again if its process ends, without the records that nobody had fetched.
+        settings = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        mailbox = ray.remote(**settings, scheduling_strategy=beside_driver())(_Mailbox)
+        self._mailbox: Any = mailbox.remote()
         self._thread = threading.Thread(target=self._listen, name="records", daemon=True)
         self.send = Sender(self._mailbox)
 
@@ -66,7 +72,12 @@ class Listener:
             self._deliver()
 
     def _deliver(self) -> None:
-        for record in ray.get(self._mailbox.take.remote()):
+        try:
+            records = ray.get(self._mailbox.take.remote())
+        except RayError as error:  # a run does not fail for those who look at it
+            logger.warning("metrics of training did not arrive: %s", error)
+            return
+        for record in records:
             self._on_record(record)
 
 

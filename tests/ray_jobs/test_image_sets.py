@@ -184,6 +184,31 @@ def test_labels_without_names_are_told(tmp_path, class_names, told):
         class_names_of(opened, {"0", "1", "2"}, test)
 
 
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ({"1", "2", "3"}, {"1": "cat", "2": "dog", "3": "fox"}),
+        ({"001", "010", "002"}, {"001": "cat", "002": "dog", "010": "fox"}),
+        ({"00", "02"}, {"00": "cat", "1": "dog", "02": "fox"}),
+        ({"0", "1"}, {"0": "cat", "1": "dog", "2": "fox"}),
+    ],
+)
+def test_numbered_folders_have_the_names_in_order(tmp_path, found, named):
+    for label in found:
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "a.png").write_bytes(picture((1, 2, 3), 0))
+    settings = {"name": "squares", "test": {"path": str(tmp_path)}}
+    names = ["cat", "dog", "fox"]
+    for given, refused in ((names, False), (None, True)):
+        config = ClassificationConfig.model_validate({**settings, "class_names": given})
+        ((opened, test, _),) = open_sets([config])
+        if refused:
+            with pytest.raises(SourceError, match="the labels are numbers"):
+                class_names_of(opened, found, test)
+        else:
+            assert class_names_of(opened, found, test) == named
+
+
 def test_an_evaluation_without_names_ends_with_what_is_missing(storage, tmp_path):
     class_names, told = NAMELESS[1]
     with pytest.raises(SourceError, match=told):
