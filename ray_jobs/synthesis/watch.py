@@ -122,8 +122,12 @@ class Watch:
     """A handle that can be sent to workers; the driver makes and closes it."""
 
     def __init__(self) -> None:
-        settings = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-        actor = ray.remote(**settings, scheduling_strategy=beside_driver())(_Watch)
+        actor = ray.remote(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy=beside_driver(),
+        )(_Watch)
         self._actor: Any = actor.remote()
         self._heard: dict[str, list[dict[str, Any]]] = {}  # by the actor's process
 

@@ -46,8 +46,12 @@ class Listener:
         self._on_record = on_record
         self._stop = threading.Event()
         # Started again if its process ends, without the records that nobody had fetched.
-        settings = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-        mailbox = ray.remote(**settings, scheduling_strategy=beside_driver())(_Mailbox)
+        mailbox = ray.remote(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy=beside_driver(),
+        )(_Mailbox)
         self._mailbox: Any = mailbox.remote()
         self._thread = threading.Thread(target=self._listen, name="records", daemon=True)
         self.send = Sender(self._mailbox)
