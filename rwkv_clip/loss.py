@@ -142,9 +142,7 @@ class PairLoss(nn.Module, ABC):
                 "image_emb and text_emb must both be [batch, embedding], got "
                 f"{tuple(image_emb.shape)} and {tuple(text_emb.shape)}"
             )
-        dtype = torch.promote_types(
-            torch.float32, torch.promote_types(image_emb.dtype, text_emb.dtype)
-        )
+        dtype = _arithmetic(image_emb, text_emb)
         ranks = _Ranks.of(image_emb, self.group, self.equal_batches)
         if ranks.total == 0:
             raise ValueError("the global batch has no pairs")
@@ -171,22 +169,19 @@ class PairLoss(nn.Module, ABC):
 
         The second of GradCache's three steps (arXiv 2101.06983): encode every micro-batch without
         a graph, call this on all of them concatenated, then encode each again and hand its rows of
-        the gradient to `torch.autograd.backward`.
+        the gradient to `torch.autograd.backward`. Embeddings may be made, and this may be called,
+        under `torch.inference_mode`; what it returns is not.
         """
-        device = image_emb.device
-        image = image_emb.detach().requires_grad_()
-        text = text_emb.detach().requires_grad_()
-        scale = torch.as_tensor(logit_scale, device=device).detach().requires_grad_()
-        leaves = [image, text, scale]
-        if logit_bias is not None:
-            leaves.append(torch.as_tensor(logit_bias, device=device).detach().requires_grad_())
-        with torch.enable_grad():
+        given = [image_emb, text_emb, logit_scale, *([] if logit_bias is None else [logit_bias])]
+        dtype = _arithmetic(image_emb, text_emb)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [_leaf(value, image_emb.device, dtype) for value in given]
             loss = self(*leaves)
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        bias_gradient = gradients[3] if len(leaves) == 4 else None
-        return LossAndGradients(
-            loss.detach(), gradients[0], gradients[1], gradients[2], bias_gradient
-        )
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            bias_gradient = gradients[3] if len(leaves) == 4 else None
+            return LossAndGradients(
+                loss.detach(), gradients[0], gradients[1], gradients[2], bias_gradient
+            )
 
     @abstractmethod
     def _solve(
@@ -380,8 +375,19 @@ class _WithKnownGradients(torch.autograd.Function):
         return shared * image, shared * text, factor * scale, factor * bias, None, None
 
 
+def _arithmetic(image_emb: Tensor, text_emb: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.float32, torch.promote_types(image_emb.dtype, text_emb.dtype))
+
+
+def _leaf(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What a gradient is wanted by, as a tensor that takes one: in its own type, if it has one."""
+    own = isinstance(value, Tensor) and value.is_floating_point()
+    tensor = torch.as_tensor(value, dtype=None if own else dtype, device=device).detach()
+    return (tensor.clone() if tensor.is_inference() else tensor).requires_grad_()
+
+
 def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    tensor = torch.as_tensor(value, device=device).to(dtype)
+    tensor = torch.as_tensor(value, dtype=dtype, device=device)
     if tensor.numel() != 1:
         raise ValueError(f"{name} must be a single number, got shape {tuple(tensor.shape)}")
     return tensor.reshape(())

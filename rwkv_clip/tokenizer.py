@@ -20,6 +20,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import ftfy
 import numpy as np
@@ -113,11 +114,13 @@ def tokenize(
         int64 [B, T]: start (49406), the text's tokens, end (49407), zeros.
 
     Raises:
-        TypeError: an item is not a string; the message names its index.
+        TypeError: texts are bytes, or an item is not a string; the message names its index.
         ValueError: context_length is below 3, or a text is too long and truncate is False.
     """
     if context_length < 3:
         raise ValueError(f"context_length is {context_length}; it must be at least 3")
+    if isinstance(cast(object, texts), bytes | bytearray):  # a sequence, but of numbers
+        raise TypeError(f"texts is of type {type(texts).__name__}; takes strings")
     batch = [texts] if isinstance(texts, str) else list(texts)
     prepared = _prepare(batch, context_length)
     width = context_length if truncate else context_length + 1

@@ -129,13 +129,13 @@ class ImageTransform:
         exif_orientation: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; it must be at least 1")
+        if not isinstance(image_size, int | np.integer) or image_size < 1:
+            raise ValueError(f"image_size is {image_size!r}; it must be a whole number, at least 1")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean {mean} and std {std} must be three numbers each, std positive")
         if jitter is not None and not train:
             raise ValueError("jitter is for training, and this transform is for evaluation")
-        self.image_size = image_size
+        self.image_size = int(image_size)
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.train = train
@@ -195,9 +195,10 @@ class ImageTransform:
                 indices.append(index)
             except ImageDecodeError as error:
                 errors.append(error)
-        size = self.image_size
-        stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
-        return TransformedBatch(stacked, indices, errors)
+        if not pixels:
+            nothing = np.empty((0, 3, self.image_size, self.image_size), np.float32)
+            return TransformedBatch(torch.from_numpy(nothing), indices, errors)
+        return TransformedBatch(torch.stack(pixels), indices, errors)
 
     def uint8(
         self,
@@ -228,6 +229,8 @@ class ImageTransform:
         crop = self._choose(size, generator)._replace(turn=turn)
         try:
             pixels = self._resize(opened, image if isinstance(image, Encoded) else None, crop)
+        except MemoryError:  # which is not the file's fault
+            raise
         except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
             raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
         if crop.flip:  # copied, because PyTorch takes no array that runs backwards
@@ -405,6 +408,8 @@ def _turn(image: Image.Image, name: object) -> _Turn | None:
         return None
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's parsers raise whatever a broken header leads them to
         raise ImageDecodeError(f"cannot be decoded ({error})", name) from error
 

@@ -113,7 +113,7 @@ class ChannelMix(nn.Module, ABC):
     def forward(self, x: Tensor, shift: TokenShift) -> tuple[Tensor, Tensor]:
         """[B, T, C] -> r and v of [B, T, C]; gating waits until they meet the residual stream."""
         xk, xr = fused.token_shift_mix(x, self.neighbours_share(), shift=shift)
-        square = fused.relu_square_statement if _has_hooks(self.key) else fused.relu_square_
+        square = fused.relu_square_ if _gives_away(self.key) else fused.relu_square_statement
         return self.receptance(xr), self.value(square(self.key(xk)))
 
 
@@ -260,14 +260,18 @@ def run_blocks(
     return x
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether someone may hold what the module returns, so that its memory is not to be reused."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(
+def _gives_away(module: nn.Module) -> bool:
+    """Whether nobody else holds what the module returns, so that its memory may be reused.
+
+    Known of a plain linear layer without hooks; what replaces or wraps one may keep it.
+    """
+    if torch.compiler.is_compiling():  # which reuses memory by itself
+        return True
+    return type(module) is nn.Linear and not (
         module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__  # replaced on this layer alone
         or nn.modules.module._has_any_global_hook()
     )
 

@@ -6,6 +6,7 @@ written back as bfloat16. Loading is strict, and all that is wrong is told in on
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -15,14 +16,14 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
+from rwkv_clip.checkpoint_files import CONFIG_DIGEST, CONFIG_FILE, WEIGHTS_FILE
 from rwkv_clip.model.clip import RWKVCLIP, create_model
 from rwkv_clip.model.config import CONFIGS, CLIPConfig, ImageConfig, TextConfig, named_config
 from rwkv_clip.model.image import resize_positions
@@ -33,6 +34,7 @@ _BFLOAT16_PUBLISHED = re.compile(r"text_model\.blocks\.\d+\.att\.(time_decay|tim
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where training scripts keep weights
 _LISTED = 8  # of each kind of wrong key
+_MOST_WRAPPINGS = 8  # of a state dict in others; one may hold itself
 # What torch.load raises for files that are cut or garbled; it reads *.safetensors by their name.
 _DAMAGED = (
     *(RuntimeError, EOFError, ValueError, LookupError, OSError),
@@ -46,45 +48,54 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: what is wrong with which file."""
 
 
-def save_checkpoint(model: RWKVCLIP, folder: PathLike) -> None:
+def save_checkpoint(model: nn.Module, folder: PathLike) -> None:
     """Write a model's float32 weights and configuration to a folder, which may exist.
 
-    Each file appears whole or not at all.
+    Each file appears whole or not at all. They change places one after the other; the weights name
+    their configuration, so that what a crash in between leaves is refused and not mistaken.
+
+    Args:
+        model: an RWKVCLIP, which may be wrapped or compiled.
+        folder: where to.
 
     Raises:
+        TypeError: if the model is none; nothing is written then.
         OSError: if the folder cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    clip = _inside(model)
+    config = clip.config.to_dict()
+    metadata = {"format": "pt", CONFIG_DIGEST: _digest(config)}
     state = {
         key: value.detach().to("cpu", torch.float32).contiguous()
-        for key, value in _unwrap(model.state_dict(), folder).items()
+        for key, value in _unwrap(clip.state_dict(), folder).items()
     }
-    config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    with _replacing(folder / WEIGHTS_FILE) as file:
-        save_file(state, file, metadata={"format": "pt"})
-    with _replacing(folder / CONFIG_FILE) as file:
-        file.write_text(config, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Weights first: older ones, which name no configuration, then never lie beside a new one.
+    with _replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
+        save_file(_unshared(state), weights_file, metadata=metadata)
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def save_published_checkpoint(model: RWKVCLIP, path: PathLike, prefix: str = "module.") -> None:
+def save_published_checkpoint(model: nn.Module, path: PathLike, prefix: str = "module.") -> None:
     """Write the .pt file that the published code reads.
 
     Args:
-        model: whose weights.
+        model: an RWKVCLIP, which may be wrapped or compiled.
         path: the file; it appears whole or not at all.
         prefix: of every key; published training saves from within DistributedDataParallel.
 
     Raises:
+        TypeError: if the model is none; nothing is written then.
         OSError: if the file cannot be written.
     """
     path = Path(path)
     state = {}
-    for key, value in _unwrap(model.state_dict(), path).items():
+    for key, value in _unwrap(_inside(model).state_dict(), path).items():
         published = torch.bfloat16 if _BFLOAT16_PUBLISHED.fullmatch(key) else torch.float32
         state[prefix + key] = value.detach().to("cpu", published)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as file:
+    with _replacing(path) as (file,):
         torch.save(state, file)
 
 
@@ -109,7 +120,8 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: if there is no such file, if it is damaged or no checkpoint, if keys are
-            unknown, missing or misshapen, or if values are not finite.
+            unknown, missing or misshapen, if values are not finite, or if the weights were saved
+            with another configuration than the one beside them.
         ValueError: for an unknown name of a model, or an image size that is none.
     """
     path = Path(path)
@@ -186,9 +198,12 @@ def _read(path: Path, *, needs_config: bool) -> tuple[dict[str, Tensor], CLIPCon
         raise CheckpointError(f"{path} does not exist")
     kind = _kind(path)
     if kind == "safetensors":
+        state, metadata = _read_safetensors(path)
         beside = path.with_name(CONFIG_FILE)
-        own = _read_config(beside) if needs_config and beside.is_file() else None
-        return _unwrap(_read_safetensors(path), path), own
+        own = None
+        if needs_config and beside.is_file():
+            own = _read_config(beside, metadata.get(CONFIG_DIGEST))
+        return _unwrap(state, path), own
     return _unwrap(_read_pickle(path, zipped=kind == "zip"), path), None
 
 
@@ -209,9 +224,12 @@ def _kind(path: Path) -> str:
     )
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata."""
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return state, file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
@@ -233,18 +251,20 @@ def _read_pickle(path: Path, *, zipped: bool) -> dict[str, Any]:
         found = "nothing" if isinstance(data, Mapping) else f"a {type(data).__name__}"
         raise CheckpointError(f"{path} holds {found}; takes a state dict")
     odd = [
-        f"{key!r} ({type(value).__name__})"
+        f"{key!r} ({_nature(value)})"
         for key, value in data.items()
-        if not (isinstance(key, str) and isinstance(value, Tensor))
+        if not isinstance(key, str) or _nature(value) != "dense"
     ]
     if odd:
-        raise CheckpointError(f"{path} has what is no tensor: {_some(odd)}")
+        raise CheckpointError(f"{path} has what is not a dense tensor with a name: {_some(odd)}")
     return dict(data)
 
 
 def _innermost_state(data: Any) -> Any:
     """What training scripts wrap in a dictionary beside their own notes."""
-    while isinstance(data, Mapping):
+    for _ in range(_MOST_WRAPPINGS):
+        if not isinstance(data, Mapping):
+            break
         key = next((key for key in _STATE_KEYS if isinstance(data.get(key), Mapping)), None)
         if key is None:
             break
@@ -252,11 +272,62 @@ def _innermost_state(data: Any) -> Any:
     return data
 
 
-def _read_config(path: Path) -> CLIPConfig:
+def _read_config(path: Path, digest: str | None) -> CLIPConfig:
+    """The configuration in a file, which has to be that of the digest, if there is one."""
     try:
-        return CLIPConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        config = CLIPConfig.from_dict(data)
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is nested too deeply to be a configuration") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if digest is not None and digest != _digest(data):
+        raise CheckpointError(
+            f"{path} is not the configuration that the weights beside it were saved with: it was "
+            "edited, or saving was interrupted. Give config= the one that is right."
+        )
+    return config
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Of a configuration as JSON has it, but for its name, which changes nothing."""
+    told = {key: value for key, value in config.items() if key != "name"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _nature(value: object) -> str:
+    """What a value is: "dense" if it is a tensor whose numbers lie in memory one by one."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.is_meta:
+        return "without data"
+    if value.is_nested or value.is_quantized:
+        return "nested" if value.is_nested else "quantized"
+    return "dense" if value.layout == torch.strided else str(value.layout)
+
+
+def _inside(model: nn.Module) -> RWKVCLIP:
+    """The model within wrappers as DistributedDataParallel, which hide its attributes.
+
+    Those of torch.compile and FSDP pass them on, and have a state dict that is to be asked for.
+    """
+    inner: object = model
+    while not isinstance(getattr(inner, "config", None), CLIPConfig):
+        inner = getattr(inner, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise TypeError(f"takes an RWKVCLIP, wrapped or not; got a {type(model).__name__}")
+    return cast("RWKVCLIP", inner)
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own, as safetensors takes them: weights that are tied are copied."""
+    seen: set[int] = set()
+    own = {}
+    for key, value in state.items():
+        place = value.untyped_storage().data_ptr()
+        own[key] = value.clone() if place in seen else value
+        seen.add(place)
+    return own
 
 
 def _unwrap(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -322,19 +393,23 @@ def _shapes(config: CLIPConfig) -> dict[str, list[int]]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` when it is whole, and else leaves no trace."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+def _replacing(*paths: Path) -> Iterator[list[Path]]:
+    """Files to write that take the places of `paths` if all are whole, and else leave no trace."""
+    temporary = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in paths]
     try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode  # as the user's umask has it; safetensors narrows it
+        for file in temporary:
+            file.touch(exist_ok=False)
+        mode = temporary[0].stat().st_mode  # as the user's umask has it; safetensors narrows it
         yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for file in temporary:
+            file.chmod(mode)
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        for file, path in zip(temporary, paths, strict=True):
+            file.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for file in temporary:
+            file.unlink(missing_ok=True)
         raise
 
 

@@ -8,6 +8,7 @@ from rwkv_clip.model.config import CLIPConfig, named_config
 from rwkv_clip.model.image import ImageEncoder
 from rwkv_clip.model.init import initialise
 from rwkv_clip.model.text import TextEncoder
+from rwkv_clip.ops.operator import is_transformed
 
 
 class RWKVCLIP(nn.Module):
@@ -62,8 +63,8 @@ class RWKVCLIP(nn.Module):
             [B, D].
 
         Raises:
-            ValueError: for another shape, or (on a CPU, not compiled) a token outside of the
-                vocabulary.
+            ValueError: for another shape, or (on a CPU, neither compiled nor transformed by
+                torch.func) a token outside of the vocabulary.
             TypeError: for another type.
         """
         _check_tokens(tokens, self.config.vocab_size)
@@ -112,7 +113,7 @@ def create_model(
     """
     config = named_config(model) if isinstance(model, str) else model
     with torch.device("meta"):  # spares PyTorch's own initialisation
-        clip = RWKVCLIP(config)
+        clip = RWKVCLIP(config).float()  # whatever PyTorch's default type
     if device is None or torch.device(device).type != "meta":
         clip.to_empty(device="cpu")
         initialise(clip)
@@ -133,8 +134,9 @@ def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
         raise ValueError(f"texts have shape {list(tokens.shape)}; takes [B, T], T at least 1")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"texts are {tokens.dtype}; takes int64 tokens, as tokenize makes them")
-    # Elsewhere it would wait for the device, or break the graph.
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
+    # Elsewhere it would wait for the device, break the graph, or ask vmap for one of many values.
+    readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not is_transformed() and tokens.numel():
         least, most = (int(bound) for bound in torch.aminmax(tokens))
         if least < 0 or most >= vocab_size:
             raise ValueError(

@@ -89,7 +89,7 @@ def _time_mix(att: "TimeMix", i: int, L: int) -> float:
     for mix in (att.time_maa_r, att.time_maa_g):
         mix.copy_(1 - _ramp(mix) ** (0.5 * remaining))
 
-    n = torch.arange(att.time_decay.numel(), dtype=torch.float64)
+    n = _count(att.time_decay)
     ratio = n / (len(n) - 1)
     decay = -6 + 5 * ratio ** (0.7 + 1.3 * depth)
     att.time_decay.copy_(decay.view_as(att.time_decay))
@@ -101,8 +101,13 @@ def _time_mix(att: "TimeMix", i: int, L: int) -> float:
 
 def _ramp(like: Tensor) -> Tensor:
     """0 to almost 1 over the channels, in the parameter's shape."""
-    C = like.numel()
-    return (torch.arange(C, dtype=torch.float64) / C).view_as(like)
+    n = _count(like)
+    return (n / len(n)).view_as(like)
+
+
+def _count(like: Tensor) -> Tensor:
+    """0, 1, 2 and so on, one for each element; where that is, whatever PyTorch's default device."""
+    return torch.arange(like.numel(), dtype=torch.float64, device=like.device)
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:

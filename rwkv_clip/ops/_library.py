@@ -154,8 +154,8 @@ def _tell_once(device: str) -> None:
 def _wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     from rwkv_clip.ops.operator import check_arguments
 
-    _tell_once(r.device.type)
     check_arguments(r, k, v, w, u)
+    _tell_once(r.device.type)
     with torch.no_grad():
         return reference.wkv6(r, k, v, w, u)
 

@@ -36,19 +36,20 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         k: [B, T, C] key.
         v: [B, T, C] value.
         w: [B, T, C] raw decay; of r's type or float32.
-        u: [H, N] bonus of the own token; N a multiple of 8 up to 128. Any floating type.
+        u: [H, N] bonus of the own token; N a multiple of 8 up to 128. Of any of the four types.
 
     Returns:
         [B, T, C] in r's type.
 
     Raises:
         ValueError: a shape does not fit, with the shape and the limit.
-        TypeError: a type does not fit.
+        TypeError: a type does not fit, or a tensor is sparse.
 
     Source: RWKV-CLIP (arXiv 2406.06973), equations 5 to 7.
     """
     if r.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(r.device.type):
-        check_shapes(r, k, v, w, u)
+        check_shapes(r, k, v, w, u)  # r, k, v and w will be cast
+        check_bonus(u)
     else:
         check_arguments(r, k, v, w, u)
     if is_transformed():
@@ -70,7 +71,10 @@ torch.compiler.assume_constant_result(is_transformed)
 
 
 def check_shapes(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
-    """Raise ValueError unless r, k, v, w are [B, T, H * N] and u is [H, N]."""
+    """Raise ValueError unless r, k, v, w are [B, T, H * N] and u is [H, N], TypeError if sparse."""
+    if not r.layout == k.layout == v.layout == w.layout == u.layout == torch.strided:
+        layouts = {name: x.layout for name, x in zip("rkvwu", (r, k, v, w, u), strict=True)}
+        raise TypeError(f"wkv6: takes dense tensors, torch.strided; they are {layouts}")
     if r.ndim != 3 or u.ndim != 2:
         raise ValueError(
             f"wkv6: r must be [B, T, C] and u [H, N]; they are {list(r.shape)} and {list(u.shape)}"
@@ -93,6 +97,12 @@ def check_shapes(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
             )
 
 
+def check_bonus(u: Tensor) -> None:
+    """Raise TypeError unless u is of a type that the kernels read."""
+    if u.dtype not in TYPES:
+        raise TypeError(f"wkv6: u is {u.dtype}; it must be one of {', '.join(map(str, TYPES))}")
+
+
 def check_arguments(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
     """Check shapes, types and devices; raise ValueError or TypeError."""
     check_shapes(r, k, v, w, u)
@@ -103,8 +113,7 @@ def check_arguments(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> No
             raise TypeError(f"wkv6: {name} is {x.dtype}; it must have r's type, {r.dtype}")
     if w.dtype != r.dtype and (w.dtype != torch.float32 or r.dtype == torch.float64):
         raise TypeError(f"wkv6: w is {w.dtype}; it must have r's type, {r.dtype}, or be float32")
-    if not u.dtype.is_floating_point:
-        raise TypeError(f"wkv6: u is {u.dtype}; it must be a floating type")
+    check_bonus(u)
     for name, x in (("k", k), ("v", v), ("w", w), ("u", u)):
         if x.device != r.device:
             raise ValueError(f"wkv6: {name} is on {x.device}; it must be with r on {r.device}")

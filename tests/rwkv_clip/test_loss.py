@@ -244,6 +244,34 @@ def test_cached_features_give_the_gradients_of_one_large_batch(name: str) -> Non
         assert_close(parameter.grad, gradient, 1e-12)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("inside", [False, True])
+def test_embeddings_may_be_of_inference_mode(name: str, inside: bool) -> None:
+    image, text = features(6)
+    scale, bias = torch.tensor(5.0).double(), torch.tensor(-2.0).double()
+    loss = create_loss(name)
+    expected = loss.value_and_gradients(image, text, scale, bias)
+    with torch.inference_mode():
+        encoded = image.clone(), text.clone()
+        got = loss.value_and_gradients(*encoded, scale, bias) if inside else None
+    got = got or loss.value_and_gradients(*encoded, scale, bias)
+    for mine, other in zip(got, expected, strict=True):
+        assert torch.equal(mine, other)
+        assert not mine.is_inference()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_numbers_are_taken_for_what_they_are(name: str) -> None:
+    image, text = features(6)
+    loss = create_loss(name)
+    for scale, bias in ((100, -10), (14.3, -9.7)):
+        exact = torch.tensor([scale, bias], dtype=torch.float64).unbind()
+        expected = loss.value_and_gradients(image, text, *exact)
+        got = loss.value_and_gradients(image, text, scale, bias)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+        assert loss(image, text, scale, bias) == expected.loss
+
+
 def test_without_gradients_nothing_is_recorded() -> None:
     image, text = features(3)
     with torch.no_grad():

@@ -292,6 +292,12 @@ def test_an_item_that_is_no_string_is_named(item: object) -> None:
         tokenize(["a", item])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("text", [b"bytes", bytearray(b"bytes"), b""])
+def test_bytes_are_refused_as_such(text: bytes | bytearray) -> None:
+    with pytest.raises(TypeError, match=f"texts is of type {type(text).__name__}; takes strings"):
+        tokenize(text)  # type: ignore[arg-type]
+
+
 def test_a_context_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="context_length is 2"):
         tokenize("a", 2)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
-from rwkv_clip.images import ImageDecodeError
+from rwkv_clip.images import ImageDecodeError, small_picture
 from rwkv_clip.ops import _library, build_info
 from rwkv_clip.resize import resize_bicubic, resize_bicubic_statement
 from rwkv_clip.transforms import (
@@ -422,7 +422,34 @@ def test_a_batch_sets_broken_inputs_aside() -> None:
     assert [error.name for error in result.errors] == [1, 3]
     whole = TRAIN.batch([GOOD, GOOD, GOOD], 3)
     assert torch.equal(result.pixels[1], whole.pixels[2])
-    assert EVALUATE.batch([]).pixels.shape == (0, 3, 32, 32)
+
+
+def test_pixels_are_float32_on_the_cpu_whatever_pytorchs_defaults() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            batches = [EVALUATE.batch(images).pixels for images in ([], [GOOD])]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [tuple(pixels.shape) for pixels in batches] == [(0, 3, 32, 32), (1, 3, 32, 32)]
+    assert {(pixels.dtype, pixels.device.type) for pixels in batches} == {(torch.float32, "cpu")}
+
+
+@pytest.mark.parametrize(
+    ("runs_out", "use"),
+    [
+        ((Image, "open"), EVALUATE),
+        ((ImageFile.ImageFile, "load"), EVALUATE),
+        ((Image.Image, "getexif"), ImageTransform(32, exif_orientation=True)),
+        ((ImageFile.ImageFile, "load"), lambda data: small_picture(data, 16)),
+    ],
+)
+def test_memory_that_runs_out_is_no_broken_image(
+    runs_out: tuple[Any, str], use: Callable[[bytes], object]
+) -> None:
+    data = encoded(picture(60, 50))
+    with mock.patch.object(*runs_out, side_effect=MemoryError), pytest.raises(MemoryError):
+        use(data)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -443,7 +470,8 @@ def test_wrong_calls_are_refused() -> None:
         TRAIN(GOOD)
     with pytest.raises(TypeError, match="not str"):
         EVALUATE("photo.jpg")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="image_size is 0"):
-        ImageTransform(0)
+    for size in (0, 32.0, "32"):
+        with pytest.raises(ValueError, match=f"image_size is {size!r}; it must be a whole number"):
+            ImageTransform(size)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="three numbers"):
         ImageTransform(8, (0.5,), (0.5,))

@@ -1,13 +1,19 @@
 """Checkpoints come back as they were saved, and say what is wrong when they cannot."""
 
+import dataclasses
 import json
 import os
 import pickle
 import stat
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import rwkv_clip.model.checkpoint as checkpoint_module
 from rwkv_clip.model import (
@@ -95,6 +101,84 @@ def test_a_save_that_fails_keeps_the_checkpoint_before_it(tiny, tmp_path, monkey
 def test_a_compiled_model_is_saved_under_its_own_names(tiny, tmp_path):
     save_checkpoint(torch.compile(tiny), tmp_path)
     _assert_same_state(load_checkpoint(tmp_path), tiny.state_dict())
+
+
+@pytest.fixture
+def wrap(request):
+    """A wrapper of models, by its name."""
+    if request.param == "averaged":
+        yield AveragedModel
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield {
+        "replicated": DistributedDataParallel,
+        "replicated, then compiled": lambda model: torch.compile(DistributedDataParallel(model)),
+        "compiled, then replicated": lambda model: DistributedDataParallel(torch.compile(model)),
+    }[request.param]
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    ["averaged", "replicated", "replicated, then compiled", "compiled, then replicated"],
+    indirect=True,
+)
+def test_a_wrapped_model_is_saved_as_the_one_within(wrap, tiny, tmp_path):
+    wrapped = wrap(tiny)
+    save_checkpoint(wrapped, tmp_path / "folder")
+    save_published_checkpoint(wrapped, tmp_path / "model.pt")
+    _assert_same_state(load_checkpoint(tmp_path / "folder"), tiny.state_dict())
+    assert load_checkpoint(tmp_path / "folder").config == tiny.config
+    assert load_checkpoint(tmp_path / "model.pt").config.image == tiny.config.image
+
+
+def test_what_is_no_model_is_refused_before_anything_is_written(tmp_path):
+    for save in (save_checkpoint, save_published_checkpoint):
+        for other in (nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2))):
+            with pytest.raises(TypeError, match=f"got a {type(other).__name__}"):
+                save(other, tmp_path / "new" / "place")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tied_weights_are_saved_twice(tiny, tmp_path):
+    first, second = (block.att.key for block in tiny.text_model.blocks)
+    second.weight = first.weight
+    save_checkpoint(tiny, tmp_path)
+    _assert_same_state(load_checkpoint(tmp_path), tiny.state_dict())
+
+
+def test_weights_beside_the_configuration_of_others_are_refused(tiny, tmp_path, monkeypatch):
+    save_checkpoint(tiny, tmp_path)
+    replace = Path.replace
+
+    def crash(self, target):
+        if target.name == "config.json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    image = dataclasses.replace(tiny.config.image, mean=(0.5, 0.5, 0.5))
+    other = create_model(dataclasses.replace(tiny.config, image=image))
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(other, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        assert "not the configuration that the weights beside it were saved with" in _refusal(path)
+    _assert_same_state(load_checkpoint(tmp_path, config=other.config), other.state_dict())
+
+
+def test_a_configuration_may_be_renamed_and_laid_out_anew(tiny, tmp_path):
+    save_checkpoint(tiny, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    renamed = dict(reversed(written.items())) | {"name": "mine"}
+    (tmp_path / "config.json").write_text(json.dumps(renamed))
+    assert load_checkpoint(tmp_path).config.name == "mine"
+
+
+def test_weights_that_name_no_configuration_take_the_one_beside_them(tiny, tmp_path):
+    save_checkpoint(tiny, tmp_path)
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    assert load_checkpoint(tmp_path).config == tiny.config
 
 
 def test_the_published_file_has_the_published_keys_values_and_types(tiny_state, tiny, tmp_path):
@@ -186,6 +270,18 @@ def test_device_and_dtype_are_as_asked(tiny, tmp_path):
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_are_float32_and_exact_whatever_pytorchs_default_type(dtype, tiny, tmp_path):
+    save_checkpoint(tiny, tmp_path)
+    torch.set_default_dtype(dtype)
+    try:
+        loaded = load_checkpoint(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    _assert_same_state(loaded, tiny.state_dict())
+
+
 def test_a_missing_path_is_named(tmp_path):
     assert _refusal(tmp_path / "none") == f"{tmp_path / 'none'} does not exist"
 
@@ -212,6 +308,7 @@ def test_a_given_configuration_spares_the_file(tiny, tmp_path):
         ("{", "Expecting property name"),
         ("[]", "takes a mapping"),
         ('{"image": {"depths": 3}}', "missing text"),
+        ("[" * 200_000, "nested too deeply"),
     ],
 )
 def test_a_bad_configuration_is_named_with_its_file(text, says, tiny, tmp_path):
@@ -305,7 +402,7 @@ def test_a_cut_file_is_refused(kept, tiny, tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "weights.bin"])
 def test_safetensors_that_begin_as_a_pickle_does_are_read(name, tmp_path):
     # The first byte is of the header's length: of one configuration in 32 it is a pickle's.
-    config = CLIPConfig(ImageConfig(1, 2, 32, 64, 8, 32), TextConfig(1, 2, 32, 64, vocab_size=512))
+    config = CLIPConfig(ImageConfig(2, 2, 16, 64, 8, 32), TextConfig(2, 2, 16, 8, vocab_size=512))
     model = create_model(config)
     save_checkpoint(model, tmp_path)
     path = (tmp_path / "model.safetensors").rename(tmp_path / name)
@@ -334,6 +431,31 @@ def test_what_is_no_state_dict_is_refused(data, tmp_path):
 def test_what_is_no_tensor_is_named(tiny_state, tmp_path):
     torch.save(tiny_state | {"epoch": 3}, tmp_path / "model.pt")
     assert "'epoch' (int)" in _refusal(tmp_path / "model.pt")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch has its own view of such tensors
+@pytest.mark.parametrize("config", [None, "tiny"])
+@pytest.mark.parametrize("image_size", [None, 96])
+def test_what_is_no_dense_tensor_is_named(config, image_size, tiny, tiny_state, tmp_path):
+    odd = {
+        "without data": tiny_state["image_model.pos_embed"].to("meta"),
+        "torch.sparse_coo": tiny_state["image_model.pos_embed"].to_sparse(),
+        "quantized": torch.quantize_per_tensor(torch.zeros(1, 16, 64), 0.1, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    }
+    for kind, value in odd.items():
+        torch.save(tiny_state | {"image_model.pos_embed": value}, tmp_path / "model.pt")
+        given = tiny.config if config else None
+        message = _refusal(tmp_path / "model.pt", config=given, image_size=image_size)
+        assert "not a dense tensor" in message
+        assert f"'image_model.pos_embed' ({kind})" in message
+
+
+def test_a_dictionary_that_holds_itself_is_refused(tmp_path):
+    data = {}
+    data["model"] = data
+    torch.save(data, tmp_path / "model.pt")
+    assert "'model' (dict)" in _refusal(tmp_path / "model.pt")
 
 
 def test_safetensors_without_a_configuration_are_told_by_their_shapes(tiny, tiny_state, tmp_path):

@@ -90,6 +90,33 @@ def test_a_fresh_model_goes_where_and_as_asked():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_fresh_model_is_float32_and_the_same_whatever_pytorchs_default_type(dtype, tiny_config):
+    torch.manual_seed(7)
+    expected = create_model(tiny_config()).state_dict()
+    torch.manual_seed(7)
+    torch.set_default_dtype(dtype)
+    try:
+        got = create_model(tiny_config()).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key, value in expected.items():
+        assert got[key].dtype == torch.float32
+        assert torch.equal(got[key], value), key
+
+
+def test_a_fresh_model_is_on_the_cpu_whatever_pytorchs_default_device(tiny_config):
+    with torch.device("meta"):
+        within = create_model(tiny_config())
+    torch.set_default_device("meta")
+    try:
+        under = create_model(tiny_config())
+    finally:
+        torch.set_default_device(None)
+    for model in (within, under):
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
 def test_encoders_of_one_block_can_be_made(tiny_config):
     config = tiny_config(depth=1)
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, depth=1))
@@ -158,6 +185,50 @@ def test_an_encoder_takes_the_transforms_of_torch_func(trains, tiny):
     pixels.requires_grad_()
     (expected,) = torch.autograd.grad(model.encode_image(pixels)[:, 0].sum(), pixels)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_every_samples_gradients_come_of_one_vmap(tiny, tiny_io):
+    parameters = {key: value.detach() for key, value in tiny.named_parameters()}
+    image, text = tiny_io["image"][:2], tiny_io["text"][:2]
+
+    def loss(parameters, pixels, tokens):
+        batch = pixels[None], tokens[None]
+        image_embedding, text_embedding, scale = torch.func.functional_call(tiny, parameters, batch)
+        return scale * (image_embedding * text_embedding).sum()
+
+    got = torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, image, text)
+    for at in range(2):
+        value = loss(dict(tiny.named_parameters()), image[at], text[at])
+        expected = torch.autograd.grad(value, list(tiny.parameters()))
+        for key, gradient in zip(parameters, expected, strict=True):
+            error = (got[key][at] - gradient).abs().max()
+            assert error <= 1e-4 * gradient.abs().max() + 1e-5, key
+
+
+def test_what_stands_in_for_the_channel_mix_s_key_may_keep_its_output(tiny, tiny_io):
+    seen = []
+
+    def keep(out):
+        seen.append((out, out.clone()))
+        return out
+
+    expected = tiny.encode_image(tiny_io["image"])
+    wrapped, patched = (layer.ffn for layer in tiny.image_model.layers[:2])
+    wrapped.key.register_forward_hook(lambda module, args, out: keep(out))
+    wrapped.key = nn.Sequential(wrapped.key)
+    forward = patched.key.forward
+    patched.key.forward = lambda x: keep(forward(x))
+    with torch.no_grad():
+        assert torch.equal(tiny.encode_image(tiny_io["image"]), expected)
+    assert len(seen) == 2
+    assert all(torch.equal(out, copy) for out, copy in seen)
+
+
+def test_the_channel_mix_s_key_may_end_in_what_needs_its_output(tiny, tiny_io):
+    key = tiny.image_model.layers[0].ffn.key
+    tiny.image_model.layers[0].ffn.key = nn.Sequential(key, nn.Tanh())
+    tiny.encode_image(tiny_io["image"]).sum().backward()
+    assert key.weight.grad.abs().max() > 0
 
 
 def test_what_a_hook_sees_of_the_channel_mix_stays(tiny, tiny_io):

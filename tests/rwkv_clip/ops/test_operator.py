@@ -230,6 +230,7 @@ WRONG_TYPES = {
     "v is of another type": (cast(2, torch.bfloat16), "v "),
     "w is narrower": (cast(3, torch.float16), "w "),
     "u is integer": (cast(4, torch.int64), "u "),
+    "u is of eight bits": (cast(4, torch.float8_e4m3fn), "u "),
 }
 
 
@@ -250,6 +251,23 @@ def test_a_wrong_type_is_told(name):
         wkv6(*inputs)
     with pytest.raises((RuntimeError, TypeError), match=told):
         OPERATOR(*inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
+def test_autocast_leaves_the_bonus_as_it_is(dtype):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="u is"):
+        wkv6(*cast(4, dtype))
+
+
+@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_sparse_tensor_is_refused_with_its_layout(position, autocast, caplog):
+    inputs = arguments()
+    inputs[position] = inputs[position].to_sparse()
+    told = rf"'{'rkvwu'[position]}': torch.sparse_coo"
+    with torch.autocast("cpu", torch.bfloat16, autocast), pytest.raises(TypeError, match=told):
+        wkv6(*inputs)
+    assert not caplog.records
 
 
 def test_devices_must_agree():
