@@ -19,7 +19,9 @@ from serve.messages import TOWERS
 from serve.registry import find_model
 from serve.succession import Director
 
-_MORE = 64  # requests that an ingress takes in to tell them that there are too many
+# Requests that an ingress takes in to tell them that there are too many, without reading them; as
+# many wait in a proxy. Above, Serve's own 429 is a plain text that none of our numbers counts.
+_BURST = 1024
 _LONGER = 5.0  # seconds that Serve waits after an answer should have been there
 
 
@@ -62,9 +64,8 @@ def _ingress(config: ServeConfig) -> serve.Deployment:
     settings = config.ingress
     return serve.deployment(
         name="ingress",
-        # Serve's own limits are wider, so that it is we who tell that there are too many.
-        max_ongoing_requests=settings.max_ongoing + _MORE,
-        max_queued_requests=settings.max_ongoing,
+        max_ongoing_requests=settings.max_ongoing + _BURST,
+        max_queued_requests=_BURST,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
         ray_actor_options={"num_cpus": settings.cpus},
         graceful_shutdown_timeout_s=config.request_seconds + _LONGER,

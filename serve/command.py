@@ -73,26 +73,23 @@ def run(args: argparse.Namespace) -> int:
         return 2
     stop = threading.Event()
     address = os.environ.get("RAY_ADDRESS")
-
-    def interrupted(*_: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    signal.signal(signal.SIGINT, interrupted)
-    # Programs that stop others may send this one to the process and to its group.
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    _heed_signals(stop)
     # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
     fewer_hops()
     _quieten()
     if not address:
         os.environ.update({**_QUIET, **os.environ})
-    ray.init(
-        address=address or "local",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        include_dashboard=None if address else False,
-    )
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=None if address else False,
+        )
+    except SystemExit:  # what SIGTERM does until Ray has started
+        ray.shutdown()
+        return 0
+    _heed_signals(stop)  # again: Ray has put handlers of its own in their place, which abort
     shared = bool(serve.status().proxies)  # with what others serve
     deployed = False
     try:
@@ -135,6 +132,19 @@ def run(args: argparse.Namespace) -> int:
         finally:
             ray.shutdown()
     return 0
+
+
+def _heed_signals(stop: threading.Event) -> None:
+    """Let SIGINT and SIGTERM set an event, and a second SIGINT raise KeyboardInterrupt."""
+
+    def interrupted(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    signal.signal(signal.SIGINT, interrupted)
+    # Programs that stop others may send this one to the process and to its group.
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
 
 def _quieten() -> None:

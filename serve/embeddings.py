@@ -27,7 +27,7 @@ async def embeddings(asked: EmbeddingsRequest, served: Served, reader: Reader) -
         raise ApiError(
             400,
             "too_many_dimensions",
-            f"dimensions: is {asked.dimensions}, and the model has {card.dimensions}",
+            f"dimensions: is more than the model has, which are {card.dimensions}",
             "dimensions",
         )
     data: list[dict[str, Any] | None] = [None] * len(items)
@@ -82,7 +82,7 @@ def _about(at: int, error: ApiError, asked: EmbeddingsRequest) -> ApiError:
 
 def _stop_at(failures: Mapping[int, ApiError], asked: EmbeddingsRequest) -> None:
     """Raise the first bad item's error, unless each is to be told by itself."""
-    if failures and asked.on_error == "request":
+    if failures and asked.on_error != "item":
         first = min(failures)
         raise _about(first, failures[first], asked)
 

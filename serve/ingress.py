@@ -6,7 +6,7 @@ It holds no model, and so it loads neither PyTorch nor MLflow: it starts soon, a
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.staticfiles import StaticFiles
 from ray import serve
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from rwkv_clip._version import __version__
 from rwkv_clip.memory import give_back_freed_memory
@@ -25,11 +26,13 @@ from serve.embeddings import embeddings
 from serve.errors import ApiError
 from serve.inputs import EmbeddingsRequest, Reader, Shape, parse_request
 from serve.keys import VARIABLE, Keys
-from serve.metrics import RequestMetrics, gathered
+from serve.messages import ModelCard
+from serve.metrics import LEFT, OTHER_ROUTE, RequestMetrics, gathered
+from serve.openapi import document
 from serve.readiness import Readiness
 from serve.remote import Fetcher
 from serve.searching import Searcher, SearchRequest
-from serve.towers import Handle, Served, Towers
+from serve.towers import Handle, Served, Towers, check_model
 
 logger = logging.getLogger(__name__)
 
@@ -94,47 +97,47 @@ class Ingress:
             redoc_url=None,
             openapi_url="/openapi.json" if open_docs else None,
         )
-        app.add_exception_handler(HTTPException, _http_error)
-        app.post("/v1/embeddings", **_told(EmbeddingsRequest, "Vectors of texts and images"))(
-            self._v1("/v1/embeddings", EmbeddingsRequest, embeddings)
+        app.openapi_schema = document(
+            __version__, self.keys.needed, () if self.config.metrics else ("/metrics",)
         )
-        app.post("/v1/classify", **_told(ClassifyRequest, "How well each label fits an image"))(
-            self._v1("/v1/classify", ClassifyRequest, classify)
-        )
-        app.post("/v1/search", **_told(SearchRequest, "The pairs with the nearest images"))(
-            self._v1("/v1/search", SearchRequest, self.searcher.search)
-        )
-        app.get("/v1/models", summary="The served model")(
-            self._answering("/v1/models", self.models)
-        )
-        app.get("/healthz", summary="Whether this process answers")(
-            self._answering("/healthz", self.healthz)
-        )
-        app.get("/readyz", summary="Whether both towers give embeddings")(
-            self._answering("/readyz", self.readyz)
-        )
+        app.add_exception_handler(HTTPException, self._http_error)
+        for route, shape, work in (
+            ("/v1/embeddings", EmbeddingsRequest, embeddings),
+            ("/v1/classify", ClassifyRequest, classify),
+            ("/v1/search", SearchRequest, self.searcher.search),
+        ):
+            app.add_route(route, self._v1(route, shape, work), ["POST"])
+        asked_for: dict[str, Answer] = {
+            "/v1/models": self.models,
+            "/v1/models/{model:path}": self.model,
+            "/healthz": self.healthz,
+            "/readyz": self.readyz,
+        }
         if self.config.metrics:
-            app.get("/metrics", summary="Numbers for Prometheus")(
-                self._answering("/metrics", self.tell_metrics)
-            )
-        app.get("/", include_in_schema=False)(_page)
+            asked_for["/metrics"] = self.tell_metrics
+        for route, answer in asked_for.items():
+            app.add_route(route, self._answering(route, answer), ["GET"])  # and HEAD with it
+        app.add_route("/", _page, ["GET"])
         app.mount("/page", StaticFiles(directory=PAGE))
         return app
 
     async def models(self, _: Request) -> Response:
-        """The served model."""
+        """The served model, as the only one of a list."""
 
         async def tell(served: Served) -> Response:
-            card = served.card
-            told = {
-                "id": card.name,
-                "object": "model",
-                "created": 0,
-                "owned_by": "rwkv-clip",
-                "version": card.version,
-                "dimensions": card.dimensions,
-            }
-            return JSONResponse({"object": "list", "data": [told]})
+            return JSONResponse({"object": "list", "data": [_told(served.card)]})
+
+        return await self.towers.through_one_model(tell)
+
+    async def model(self, request: Request) -> Response:
+        """The served model by its name; raises ApiError for another's."""
+        asked = request.path_params["model"]
+        if not asked:  # the list's address with a slash at its end
+            return await self.models(request)
+
+        async def tell(served: Served) -> Response:
+            check_model(asked, served.card)
+            return JSONResponse(_told(served.card))
 
         return await self.towers.through_one_model(tell)
 
@@ -144,7 +147,9 @@ class Ingress:
 
     async def readyz(self, request: Request) -> Response:
         """Whether both towers give embeddings, or did and are busy, and how the model stands."""
+        self._check_ending()
         card = await self.readiness.card()
+        self._check_ending()  # which may have come meanwhile
         if card is None:
             return JSONResponse({"status": "busy"})
         standing = await self.towers.standing()
@@ -174,6 +179,7 @@ class Ingress:
         """A route that takes a JSON object, and answers by one model."""
 
         async def answer(request: Request) -> Response:
+            _check_encoding(request)
             async with self.bodies.read(request) as body:
                 asked = parse_request(shape, body.content)
                 reader = Reader(self.config.limits, self.fetcher, body.count)
@@ -193,6 +199,12 @@ class Ingress:
                 response = await self._admitted(request, route, answer)
             except ApiError as error:
                 response = error_response(error)
+            except asyncio.CancelledError:  # as Serve tells that the client has left
+                self.metrics.count(route, LEFT)
+                raise
+            except ClientDisconnect:  # as Starlette does, where the body was still coming
+                self.metrics.count(route, LEFT)
+                return Response()  # nobody gets it
             except Exception:
                 number = request.headers.get("x-request-id", "without an id")
                 # The trace names the place; inputs are in no message of ours.
@@ -213,8 +225,7 @@ class Ingress:
         # The route, not the address: that begins with whatever the application is served under.
         if route.startswith("/v1/"):
             self.keys.check(request.headers.get("authorization"))
-            if self.towers.ending:
-                raise ApiError(503, "ending", "this server is being ended; ask another one")
+            self._check_ending()
             if self.ongoing > self.config.ingress.max_ongoing:
                 raise ApiError(
                     429, "overloaded", "too many requests are under way; send this one again later"
@@ -230,29 +241,57 @@ class Ingress:
                 "items, or send it again later",
             ) from None
 
+    def _check_ending(self) -> None:
+        """Raise ApiError where no more requests are taken."""
+        if self.towers.ending:
+            raise ApiError(503, "ending", "this server is being ended; ask another one")
 
-def _told(shape: type[Shape], summary: str) -> dict[str, Any]:
-    """What /docs says of a route that reads its body by itself."""
-    content = {"application/json": {"schema": shape.model_json_schema()}}
+    async def _http_error(self, request: Request, error: Exception) -> Response:  # noqa: ARG002
+        """Unknown paths and methods in OpenAI's shape too."""
+        status = getattr(error, "status_code", 500)
+        # Files of the page are the only ones that do not say what may be done with them.
+        headers = {"Allow": "GET, HEAD"} if status == 405 else {}
+        headers |= getattr(error, "headers", None) or {}
+        told = getattr(error, "detail", "error")
+        if self.config.docs:
+            told += "; /docs lists what there is"
+        self.metrics.count(OTHER_ROUTE, status)
+        code = "not_found" if status == 404 else "bad_method"
+        return error_response(ApiError(status, code, told), headers)
+
+
+def _told(card: ModelCard) -> dict[str, Any]:
+    """A model as OpenAI's clients read it."""
     return {
-        "summary": summary,
-        "openapi_extra": {"requestBody": {"content": content, "required": True}},
+        "id": card.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "rwkv-clip",
+        "version": card.version,
+        "dimensions": card.dimensions,
     }
 
 
-async def _page() -> Response:
+def _check_encoding(request: Request) -> None:
+    """Raise ApiError for a body that would have to be unpacked, to nobody knows what size."""
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise ApiError(
+            415,
+            "encoded_body",
+            "Content-Encoding: bodies are taken as they are alone; send it without compression",
+        )
+
+
+async def _page(_: Request) -> Response:
     """The search page; what it loads comes from here alone."""
     return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": _CONTENT_POLICY})
 
 
-def error_response(error: ApiError) -> Response:
+def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
     """An error as an answer."""
-    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else None
-    return JSONResponse(error.body(), error.status, headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:  # noqa: ARG001 (FastAPI's)
-    """Unknown paths and methods in OpenAI's shape too."""
-    status = getattr(error, "status_code", 500)
-    told = f"{getattr(error, 'detail', 'error')}; /docs lists what there is"
-    return error_response(ApiError(status, "not_found" if status == 404 else "bad_method", told))
+    told = {**(headers or {})}
+    if error.status in (429, 503):
+        told["Retry-After"] = str(RETRY_SECONDS)
+    elif error.status == 401:
+        told["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, told)

@@ -24,6 +24,8 @@ _ITEMS = [1.0, 2, 4, 8, 16, 32, 64, 128, 256]
 # Ray's annotations want one name, and its code takes any number.
 _REQUEST_TAGS: Any = ("route", "status", "model_version")
 _TOWER_TAGS: Any = ("tower", "model_version")
+OTHER_ROUTE = "other"  # all paths and methods that are not there, or clients would make labels
+LEFT = 499  # the status of requests whose client left before the answer, as nginx has it
 _OURS = ("ray_rwkv_clip_", "ray_serve_")
 _SECONDS = 5.0  # for a node to tell
 
@@ -34,7 +36,7 @@ class RequestMetrics:
     def __init__(self) -> None:
         self._requests = Counter(
             "rwkv_clip_requests",
-            description="Answered requests.",
+            description="Answered requests; with status 499 those whose client left before.",
             tag_keys=_REQUEST_TAGS,
         )
         self._time = Histogram(
@@ -45,9 +47,13 @@ class RequestMetrics:
         )
 
     def answered(self, route: str, status: int, version: str, seconds: float) -> None:
-        """Count a request."""
-        self._requests.inc(tags={"route": route, "status": str(status), "model_version": version})
+        """Count a request, and its time."""
+        self.count(route, status, version)
         self._time.observe(1000 * seconds, tags={"route": route})
+
+    def count(self, route: str, status: int, version: str = "") -> None:
+        """Count a request alone: one whose time says nothing of this server."""
+        self._requests.inc(tags={"route": route, "status": str(status), "model_version": version})
 
 
 class TowerMetrics:

@@ -46,9 +46,9 @@ def find_model(config: ServeFile) -> ModelPlace:
             why = str(error).partition("\n")[0]
             raise ModelError(f"the registry {uri} does not tell what {asked} is: {why}") from error
         raise ModelError(
-            f"{asked} is not in the registry {uri} ({error.error_code}); train one "
-            "with test_data, by which it becomes the champion, or set serve.model to "
-            "models:/NAME/VERSION"
+            f"{asked} is not in the registry {uri} ({error.error_code}); rwkv-clip "
+            "pipeline registers one, and makes it the champion by its test_data; or set "
+            "serve.model to models:/NAME/VERSION or to a checkpoint's folder"
         ) from error
     return ModelPlace(name, str(version), f"models:/{name}/{version}", uri)
 

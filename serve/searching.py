@@ -1,5 +1,6 @@
 """`/v1/search`: the pairs whose images are nearest to a text or an image."""
 
+import time
 from typing import Annotated, Any
 
 from fastapi.responses import JSONResponse, Response
@@ -24,7 +25,7 @@ class SearchRequest(Shape):
     limit: PositiveInt | None = Field(
         None, description=f"results that are wanted; {_RESULTS} if absent, where so many are given"
     )
-    with_images: bool = Field(False, description="whether results have a small picture")
+    with_images: bool | None = Field(False, description="whether results have a small picture")
     model: str | None = Field(None, description="the served model's name, or nothing")
 
 
@@ -48,7 +49,7 @@ class Searcher:
         most = self.settings.results
         limit = min(_RESULTS, most) if asked.limit is None else asked.limit
         if limit > most:
-            raise ApiError(400, "too_many_results", f"limit: is {limit}, more than {most}", "limit")
+            raise ApiError(400, "too_many_results", f"limit: is more than {most}", "limit")
         try:
             item = await reader.item(asked.input)
         except ApiError as error:
@@ -60,16 +61,19 @@ class Searcher:
         query = await served.encode(tower, [payload])
         if query.failures:
             raise ApiError(400, "broken_image", f"input: {query.failures[0]}", "input")
+        began = time.monotonic()
         hits: list[Hit] | Lacking = await call(
             self.index, "index", "search",
-            query.vectors[0], limit, card.digest, asked.with_images,
+            query.vectors[0], limit, card.digest, bool(asked.with_images),
         )  # fmt: skip
+        seconds = time.monotonic() - began
         if isinstance(hits, Lacking):
             raise _lacking(hits)
         data: list[dict[str, Any]] = [told(hit, at) for at, hit in enumerate(hits)]
+        headers = answer_headers(card, [query])
+        headers["Server-Timing"] += f", search;dur={1000 * seconds:.1f}"
         return JSONResponse(
-            {"object": "list", "data": data, **answered_by(card, query.tokens)},
-            headers=answer_headers(card, [query]),
+            {"object": "list", "data": data, **answered_by(card, query.tokens)}, headers=headers
         )
 
 

@@ -30,6 +30,7 @@ from serve import app
 from serve.command import FEWER_HOPS
 from serve.config import ServeFile
 from tests.machine import free_port
+from tests.ray_jobs.killing import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,8 +70,12 @@ def _answer(response: http.client.HTTPResponse) -> tuple[int, str]:
     return response.status, json.loads(response.read()).get("error", {}).get("code", "")
 
 
-@pytest.mark.parametrize("environment", [{}, FEWER_HOPS], ids=["plain", "as in a pod"])
-def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment):
+@pytest.mark.parametrize(
+    ("environment", "ending"),
+    [({}, signal.SIGINT), (FEWER_HOPS, signal.SIGTERM)],
+    ids=["plain", "as in a pod"],
+)
+def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment, ending):
     port = free_port()
     tower = {"cpus": 0.1}
     file = config_file(
@@ -125,14 +130,25 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment):
         assert {one.laddr.ip for one in listening} == {"127.0.0.1"}
         # When it is interrupted, what came is answered, and what comes later is told.
         many = json.dumps({"input": [f"text {at}" for at in range(100)]})
-        asked = [http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(12)]
-        for one in asked:
+        asked = [http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(13)]
+        slow, *others = asked
+        slow.putrequest("POST", "/v1/embeddings")
+        for name, value in {**headers, "Content-Length": str(len(many))}.items():
+            slow.putheader(name, value)
+        slow.endheaders(many[:100].encode())
+        for one in others:
             one.request("POST", "/v1/embeddings", many, headers)
-        select.select([one.sock for one in asked], [], [], 60)
-        process.send_signal(signal.SIGINT)
-        answers = Counter(_answer(one.getresponse()) for one in asked)
+        select.select([one.sock for one in others], [], [], 60)
+        process.send_signal(ending)
+        answers = Counter(_answer(one.getresponse()) for one in others)
         assert {*answers} <= {(200, ""), (503, "ending")}
         assert answers[200, ""] >= 1
+        # Whoever sends requests here is told to stop, and one that is still being read is answered.
+        probe = f"{address}/readyz"
+        wait_until(lambda: httpx.get(probe, timeout=60).status_code == 503, "the probe's refusal")
+        assert httpx.get(probe, timeout=60).json()["error"]["code"] == "ending"
+        slow.send(many[100:].encode())
+        assert _answer(slow.getresponse()) == (200, "")
         told = process.stderr.read()
         assert process.wait() == 0, told
         assert process.stdout.read() == "", "Ray's words belong into its files"
@@ -140,6 +156,23 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment):
     assert "RuntimeError" not in told
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive
+
+
+def test_sigterm_while_ray_starts_ends_it(checkpoint, tmp_path, monkeypatch):
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+
+    def init(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    file = config_file(tmp_path, model=str(checkpoint), port=free_port())
+    try:
+        assert main(["serve", "--config", str(file)]) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # `rwkv-clip serve` where no request under way is ever answered.

@@ -56,6 +56,39 @@ def test_keys_that_are_none_are_told_before_anything_is_served(told):
         Keys(told)
 
 
+@pytest.mark.parametrize("told", ["s3cr3t,#s3cr3t", "s3cr3t, @s3cr3t", "#s3cr3t", "s3\ncr3t"])
+def test_keys_that_nobody_could_show_are_told_and_not_written(told):
+    with pytest.raises(ValueError, match=r"RWKV_CLIP_API_KEYS: key \d") as refused:
+        Keys(told)
+    assert "cr3t" not in str(refused.value)
+
+
+def test_a_file_that_begins_with_a_mark_of_its_encoding_loses_no_key(tmp_path):
+    file = tmp_path / "keys"
+    file.write_bytes("\ufefffirst\n@second\n".encode())
+    keys = Keys(f"@{file}")
+    assert is_good(keys, "Bearer first")
+    assert is_good(keys, "Bearer @second")
+
+
+def test_a_file_that_gets_a_key_that_nobody_could_show_changes_nothing(tmp_path, caplog):
+    file = tmp_path / "keys"
+    file.write_text("old\n")
+    keys = Keys(f"@{file}")
+    file.write_text("a remark\nno\tkey\n")
+    os.utime(file, ns=(1, 1))
+    assert is_good(keys, "Bearer old")
+    assert not is_good(keys, "Bearer a remark")
+    assert "key 2 holds a control character" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "à", "钥匙"])
+def test_a_key_of_other_letters_is_shown_by_its_bytes(key):
+    shown = b"Bearer " + key.encode()
+    assert is_good(Keys(key), shown.decode("latin-1"))  # as Starlette gives it
+    assert not is_good(Keys(key), "Bearer schl")
+
+
 @pytest.fixture
 def ingress():
     """Its class without Serve's wrapping."""
@@ -71,8 +104,10 @@ def test_a_key_is_needed_under_any_prefix(ray_cluster, ingress, monkeypatch):
     client = TestClient(Starlette(routes=[Mount("/clip", made.__serve_build_asgi_app__())]))
     assert client.get("/clip/healthz").status_code == 200
     for route in ("embeddings", "classify", "search"):
-        assert client.post(f"/clip/v1/{route}", json={}).status_code == 401
-    assert client.get("/clip/v1/models").status_code == 401
+        refused = client.post(f"/clip/v1/{route}", json={})
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+    for route in ("models", "models/small"):
+        assert client.get(f"/clip/v1/{route}").status_code == 401
 
 
 def test_a_node_without_the_keys_serves_nobody(ray_cluster, ingress, monkeypatch):

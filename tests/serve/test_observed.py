@@ -1,5 +1,8 @@
 """What the endpoint tells of itself: numbers, traces, and what may be closed."""
 
+import socket
+from urllib.parse import urlsplit
+
 import pytest
 from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -7,8 +10,8 @@ from ray import serve
 
 from serve import ingress, traces
 from serve.config import ServeFile
+from serve.keys import VARIABLE
 from serve.metrics import merged
-from serve.searching import Searcher
 from tests.ray_jobs.killing import wait_until
 from tests.serve.small import data_uri, picture
 
@@ -41,16 +44,50 @@ def test_expositions_of_several_nodes_are_one():
     assert merged([one, "", two]) == both
 
 
+def test_a_client_that_left_and_a_path_that_is_not_there_are_counted(client, endpoint):
+    place = urlsplit(endpoint)
+    head = (
+        f"POST /v1/embeddings HTTP/1.1\r\nHost: {place.netloc}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    )
+
+    def told() -> bool:
+        with socket.create_connection((place.hostname, place.port)) as connection:
+            connection.sendall(head.encode())
+            # By then the ingress has the one before it too.
+            assert client.get("/never/a/path").status_code == 404
+            assert client.get("/v1/classify").status_code == 405
+        text = client.get("/metrics").text
+        counted = [
+            line for line in text.splitlines() if line.startswith("ray_rwkv_clip_requests_total")
+        ]
+        assert not any("never" in line for line in counted)
+        wanted = [("/v1/embeddings", 499), ("other", 404), ("other", 405)]
+        return all(
+            any(f'route="{route}"' in line and f'status="{status}"' in line for line in counted)
+            for route, status in wanted
+        )
+
+    wait_until(told, "all that was asked for")
+
+
 @pytest.mark.parametrize("closed", ["docs", "metrics"])
-def test_what_is_closed_is_not_there(closed, checkpoint):
-    config = ServeFile.model_validate({"serve": {"model": str(checkpoint), closed: False}})
+def test_what_is_closed_is_not_there(ray_cluster, closed, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    config = ServeFile.model_validate({"serve": {"model": "somewhere", closed: False}})
     plain = ingress.Ingress.__bases__[0]  # the class without Serve around it
-    made = plain.__new__(plain)
-    made.config = config.serve
-    made.searcher = Searcher(None, None)
+    made = plain(config, None, None, None, None, keyed=False)
     with TestClient(made.__serve_build_asgi_app__()) as client:
         paths = {"docs": ["/docs", "/openapi.json"], "metrics": ["/metrics"]}[closed]
-        assert [client.get(path).status_code for path in paths] == [404] * len(paths)
+        answers = [client.get(path) for path in paths]
+        assert [answer.status_code for answer in answers] == [404] * len(paths)
+        # Nobody is sent to what is closed.
+        open_docs = closed != "docs"
+        assert all(
+            ("/docs" in answer.json()["error"]["message"]) == open_docs for answer in answers
+        )
+        if open_docs:
+            assert "/metrics" not in client.get("/openapi.json").json()["paths"]
 
 
 def test_traces_go_where_opentelemetrys_variables_say(monkeypatch):
