@@ -38,7 +38,8 @@ INTRODUCTION = """\
 <!-- Written by `make docs` from the models; what a key is said to be is changed there. -->
 
 All commands take the same file: `rwkv-clip COMMAND --config FILE`. The jobs read every section but
-`serve`, which is the endpoint's. That one reads `storage` and `tracking` too, and needs neither
+`serve`, which is the endpoint's; of that they read `serve.model` alone, whose vectors `embed` makes
+where `embed.model` is absent. The endpoint reads `storage` and `tracking` too, and needs neither
 where `serve.model` is a folder or a URI. [configs/](../configs) holds whole files.
 
 **On the command line** any key is set by `--set KEY=VALUE`, as often as wanted:
@@ -103,7 +104,7 @@ class Reference:
         self.sections: list[Table] = []
         self._shown: list[tuple[Model, BaseModel | None, str]] = []
         for name, about in PipelineConfig.model_fields.items():
-            # The jobs leave this section unread.
+            # The jobs check nothing of this section.
             model = ServeConfig if name == "serve" else _section(about.annotation)
             default = ServeConfig() if name == "serve" else _default(about)
             row = _row(name, about, default)

@@ -17,6 +17,7 @@ CLUSTER_OF = {  # where each of KubeRay's kinds has its cluster
     "RayJob": ("spec", "rayClusterSpec"),
     "RayService": ("spec", "rayClusterConfig"),
 }
+QUEUE = "kueue.x-k8s.io/queue-name"  # the label that gives an object to Kueue
 
 Document = dict[str, Any]
 
@@ -73,19 +74,18 @@ def overlay(name: str) -> list[Document]:
     found = {}
     for folder in kustomizations(K8S / "overlays" / name):
         for one in render(folder):
-            found.setdefault(identity(one) + _variant(folder, one), one)
+            found.setdefault(identity(one), one)
     return list(found.values())
 
 
-def _variant(folder: Path, document: Document) -> str:
-    """A job with and without a queue are two ways to run one thing; both are looked at."""
-    queued = folder.name.endswith("-queued") and document["kind"] in CLUSTER_OF
-    return " (queued)" if queued else ""
-
-
 def identity(document: Document) -> str:
-    """An object's kind and name."""
-    return f"{document['kind']}/{document['metadata']['name']}"
+    """An object's kind and name, and whether it waits in a queue.
+
+    A job with and without one are two ways to run one thing; both are looked at.
+    """
+    queued = QUEUE in document["metadata"].get("labels", {})
+    name = f"{document['kind']}/{document['metadata']['name']}"
+    return f"{name} (queued)" if queued else name
 
 
 def of_kind(documents: Sequence[Document], *kinds: str) -> Iterator[Document]:

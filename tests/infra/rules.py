@@ -3,15 +3,19 @@
 Each rule is a function of an overlay's objects that gives what is wrong in it.
 """
 
+import ipaddress
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
+from ray._private import ray_constants
 
 import rwkv_clip
 from tests.infra.manifests import (
     CLUSTER_OF,
+    QUEUE,
     ROOT,
     Document,
     Pod,
@@ -25,14 +29,14 @@ from tests.infra.manifests import (
 
 Rule = Callable[[Sequence[Document]], Iterator[str]]
 GUIDE = ROOT / "docs" / "operators-guide.md"
-NAMESPACE = "rwkv-clip"
 _DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 _LONGEST_NAME = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
 _SECRET_WORD = re.compile(r"PASSWORD|SECRET|TOKEN|(API|ACCESS)_KEY", re.IGNORECASE)
 _CLUSTER_WIDE = ("Namespace", "ResourceFlavor", "ClusterQueue")
-_QUEUE = "kueue.x-k8s.io/queue-name"
 _ALPHA = ("networkPolicy", "tlsOptions", "historyServerOptions")
 _FOREIGN_LABEL = "gateway.networking.k8s.io/gateway-name"  # of pods that a gateway brings
+_DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+_LAST_SECONDS = 20  # for Ray's processes to end, once its node is drained
 
 
 def check_rules(documents: Sequence[Document]) -> list[str]:
@@ -238,7 +242,7 @@ def _ray_pods(documents: Sequence[Document]) -> Iterator[Pod]:
 def queues(documents: Sequence[Document]) -> Iterator[str]:
     """What Kueue admits: jobs of a fixed size that give everything back."""
     for where, one, cluster in _clusters(documents):
-        queue = one["metadata"].get("labels", {}).get(_QUEUE)
+        queue = one["metadata"].get("labels", {}).get(QUEUE)
         if queue is None:
             continue
         if named(documents, "LocalQueue", queue) is None:
@@ -252,8 +256,10 @@ def queues(documents: Sequence[Document]) -> Iterator[str]:
             yield f"{where}: a queued job has at most seven groups, none named head"
         quota, wanted = _quota(documents), _wanted(one)
         for name in sorted(wanted):
-            if wanted[name] > quota.get(name, 0):
-                yield f"{where}: asks for more {name} than the quota"
+            there = quota.get(name, 0)
+            if wanted[name] > there:
+                told = f"{wanted[name]:g} of {there:g}"
+                yield f"{where}: asks for more {name} than the quota of its queue: {told}"
     for queue in of_kind(documents, "LocalQueue"):
         name = queue["spec"]["clusterQueue"]
         found = named(documents, "ClusterQueue", name)
@@ -293,25 +299,38 @@ def _wanted(document: Document) -> dict[str, float]:
 
 
 def images(documents: Sequence[Document]) -> Iterator[str]:
-    """Every image has an exact version, ours and MLflow's those of this tree."""
+    """Every image has an exact version or a digest; ours and MLflow's fit this tree."""
     for pod in pods(documents):
         for container in [*pod.spec.get("initContainers", []), *pod.spec["containers"]]:
-            image = container["image"]
-            name, _, tag = image.rpartition("/")[2].partition(":")
-            if not re.search(r"\d+\.\d+", tag):
-                yield f"{pod.where}: {image} has no exact version"
-            wanted = _wanted_tags(name)
-            if wanted and tag not in wanted:
-                yield f"{pod.where}: {image} is not {' or '.join(wanted)}"
+            yield from (f"{pod.where}: {text}" for text in _image_problems(container["image"]))
     for one in of_kind(documents, *CLUSTER_OF):
         if len({pod.main["image"] for pod in pods([one])}) > 1:
             yield f"{identity(one)}: head, workers and submitter have different images"
 
 
-def _wanted_tags(name: str) -> list[str]:
-    if name == "rwkv-clip":
-        return [f"{rwkv_clip.__version__}-{target}" for target in ("cpu", "cuda")]
-    return [f"v{locked('mlflow')}-full"] if name == "mlflow" else []
+def _image_problems(image: str) -> Iterator[str]:
+    place, _, digest = image.partition("@")
+    name, _, tag = place.rpartition("/")[2].partition(":")
+    if digest and not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+        yield f"{image} has no digest: sha256: and 64 hexadecimal digits"
+    if digest and not tag:
+        return  # exact, and tells no version
+    if not re.search(r"\d+\.\d+", tag):
+        yield f"{image} has no exact version"
+    version = rwkv_clip.__version__
+    # Whatever tells builds apart may follow.
+    if name == "rwkv-clip" and not re.fullmatch(rf"{re.escape(version)}-(cpu|cuda)([-._].+)?", tag):
+        yield (
+            f"{image} is not of this checkout, whose tags begin with {version}-cpu or "
+            f"{version}-cuda; it is checked by the checkout that it was built from"
+        )
+    # A server knows what older clients say.
+    if name == "mlflow" and (not tag.endswith("-full") or _numbers(tag) < _numbers(locked(name))):
+        yield f"{image} is not v{locked(name)}-full, which is our clients' version, or a newer one"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 # Secrets
@@ -426,6 +445,27 @@ def readiness(documents: Sequence[Document]) -> Iterator[str]:
                 yield f"{pod.where}: does not spread over nodes and zones"
 
 
+def draining(documents: Sequence[Document]) -> Iterator[str]:
+    """What the endpoint's pods and clusters have to answer they answer before they end."""
+    for one in of_kind(documents, "RayService"):
+        http = yaml.safe_load(one["spec"]["serveConfigV2"]).get("http_options", {})
+        longest = http.get("request_timeout_s") or 0
+        may = f"requests may take {longest:g} seconds"
+        kept = one["spec"].get("rayClusterDeletionDelaySeconds", 60)
+        if kept <= longest:
+            yield f"{identity(one)}: rayClusterDeletionDelaySeconds is {kept}; {may}"
+        for pod in (pod for pod in pods([one]) if pod.role == "worker"):
+            values = {env["name"]: env.get("value", "") for env in pod.main.get("env", [])}
+            drain = float(values.get(_DRAIN, ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S))
+            if drain <= longest:
+                yield f"{pod.where}: {_DRAIN} is {drain:g}; {may}"
+            hook = pod.main.get("lifecycle", {}).get("preStop", {}).get("exec", {})
+            taken = float(hook.get("command", ["sleep", "0"])[1]) + drain + _LAST_SECONDS
+            grace = pod.spec.get("terminationGracePeriodSeconds", 30)
+            if taken > grace:
+                yield f"{pod.where}: takes {taken:g} seconds to end, and is given {grace}"
+
+
 def disruption(documents: Sequence[Document]) -> Iterator[str]:
     """Kubernetes takes a number of pods that no Deployment owns; fewer than there are at least."""
     for one in of_kind(documents, "PodDisruptionBudget"):
@@ -517,15 +557,31 @@ def references(documents: Sequence[Document]) -> Iterator[str]:
 
 def namespaces(documents: Sequence[Document]) -> Iterator[str]:
     """Everything is in one namespace, which refuses what is not `restricted`."""
-    found = named(documents, "Namespace", NAMESPACE)
+    found = next(of_kind(documents, "Namespace"), None)
+    if found is None:
+        yield "there is no Namespace"
+        return
+    name = found["metadata"]["name"]
     enforce = "pod-security.kubernetes.io/enforce"
-    if found is None or found["metadata"].get("labels", {}).get(enforce) != "restricted":
-        yield f"Namespace {NAMESPACE} does not enforce restricted"
+    if found["metadata"].get("labels", {}).get(enforce) != "restricted":
+        yield f"{identity(found)} does not enforce restricted"
     for one in documents:
         namespace = one["metadata"].get("namespace")
-        wanted = None if one["kind"] in _CLUSTER_WIDE else NAMESPACE
+        wanted = None if one["kind"] in _CLUSTER_WIDE else name
         if namespace != wanted:
             yield f"{identity(one)}: its namespace is {namespace}, not {wanted}"
+        for other in sorted(_named_namespaces(one) - {name}):
+            yield f"{identity(one)}: asks for the namespace {other}, not {name}"
+
+
+def _named_namespaces(document: Document) -> set[str]:
+    """Those that alerts and queues look into."""
+    if document["kind"] == "PrometheusRule":
+        return set(re.findall(r'\bnamespace="([^"]*)"', str(document["spec"])))
+    if document["kind"] == "ClusterQueue":
+        labels = document["spec"].get("namespaceSelector", {}).get("matchLabels", {})
+        return {value for key, value in labels.items() if key == "kubernetes.io/metadata.name"}
+    return set()
 
 
 def network(documents: Sequence[Document]) -> Iterator[str]:
@@ -551,6 +607,56 @@ def network(documents: Sequence[Document]) -> Iterator[str]:
             yield f"{where}: no NetworkPolicy lets its autoscaler reach the API server"
 
 
+def way_to_redis(documents: Sequence[Document]) -> Iterator[str]:
+    """A head may reach the Redis that it is told of, here or elsewhere."""
+    policies = list(of_kind(documents, "NetworkPolicy"))
+    for where, one, cluster in _clusters(documents):
+        address = cluster.get("gcsFaultToleranceOptions", {}).get("redisAddress")
+        if address is None:
+            continue
+        head = next(pod for pod in pods([one]) if pod.role == "head")
+        ways = [
+            way
+            for policy in policies
+            if matches(policy["spec"]["podSelector"], head.labels)
+            for way in policy["spec"].get("egress", [])
+        ]
+        if not any(_leads_to(address, way, documents) for way in ways):
+            yield f"{where}: no NetworkPolicy lets its head reach redisAddress {address}"
+
+
+def _leads_to(address: str, way: Document, documents: Sequence[Document]) -> bool:
+    """Whether an egress rule opens HOST:PORT; of a name that is not ours any range may be it."""
+    url = urlsplit(address if "://" in address else f"redis://{address}")
+    host, port = url.hostname or "", url.port or 6379
+    if not any(
+        one["port"] <= port <= one.get("endPort", one["port"]) for one in way.get("ports", [])
+    ):
+        return False
+    peers = way.get("to", [])
+    service = named(documents, "Service", host.partition(".")[0])
+    if service is None:
+        ranges = [peer["ipBlock"]["cidr"] for peer in peers if "ipBlock" in peer]
+        return any(_may_be_in(host, cidr) for cidr in ranges) or any(
+            "namespaceSelector" in peer for peer in peers
+        )
+    selector = {"matchLabels": service["spec"]["selector"]}
+    behind = [pod for pod in pods(documents) if matches(selector, pod.labels)]
+    return any(
+        matches(peer["podSelector"], pod.labels)
+        for peer in peers
+        if "podSelector" in peer and "namespaceSelector" not in peer
+        for pod in behind
+    )
+
+
+def _may_be_in(host: str, cidr: str) -> bool:
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(cidr)
+    except ValueError:  # a name
+        return True
+
+
 def _egress_ports(policy: Document) -> set[int]:
     return {
         port["port"] for rule in policy["spec"].get("egress", []) for port in rule.get("ports", [])
@@ -574,9 +680,11 @@ RULES: tuple[Rule, ...] = (
     security,
     resources,
     readiness,
+    draining,
     disruption,
     selectors,
     references,
     namespaces,
     network,
+    way_to_redis,
 )

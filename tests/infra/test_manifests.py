@@ -14,7 +14,16 @@ import serve.metrics
 from serve.command import FEWER_HOPS
 from serve.keys import VARIABLE
 from serve.metrics import RequestMetrics, TowerMetrics
-from tests.infra.manifests import K8S, ROOT, kustomizations, of_kind, pods, render
+from tests.infra.manifests import (
+    K8S,
+    ROOT,
+    cluster_of,
+    identity,
+    kustomizations,
+    of_kind,
+    pods,
+    render,
+)
 from tests.infra.programs import check_programs
 from tests.infra.rules import GUIDE, check_rules, matches, quantity
 from tests.infra.schemas import check_schema
@@ -63,6 +72,47 @@ def test_the_rule_for_lists_of_urls_is_right_without_its_comment(documents):
     selector = rule["spec"]["podSelector"]
     taken = {pod.where.split()[0] for pod in pods(documents) if matches(selector, pod.labels)}
     assert taken == {"RayJob/pipeline", "RayCluster/workbench"}
+
+
+def test_pods_of_a_namespace_with_the_guides_label_may_ask_the_endpoint(documents):
+    told = re.search(r"kubectl label namespace NAME (\S+)=(\S+)", GUIDE.read_text())
+    client = {told[1]: told[2]}
+    workers = [
+        pod for pod in pods(documents)
+        if pod.where.startswith("RayService/") and pod.role == "worker"
+    ]  # fmt: skip
+    assert workers
+    for worker in workers:
+        peers = [
+            peer
+            for policy in of_kind(documents, "NetworkPolicy")
+            if matches(policy["spec"]["podSelector"], worker.labels)
+            for way in policy["spec"].get("ingress", [])
+            if 8000 in [port["port"] for port in way.get("ports", [])]
+            for peer in way["from"]
+        ]
+        selectors = [one["namespaceSelector"] for one in peers if "namespaceSelector" in one]
+        assert any(matches(one, client) for one in selectors)
+        assert not any(matches(one, {}) for one in selectors)
+
+
+def test_no_autoscaler_of_nodes_moves_a_driver_for_the_sake_of_order(documents):
+    for one in of_kind(documents, "RayJob"):
+        told = cluster_of(one)["headGroupSpec"]["template"]["metadata"]["annotations"]
+        assert told["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false", identity(one)
+        assert told["karpenter.sh/do-not-disrupt"] == "true", identity(one)
+
+
+def test_somebody_is_woken_where_the_endpoint_has_no_pods_at_all(gpu):
+    (rules,) = (one["spec"]["groups"][0]["rules"] for one in of_kind(gpu, "PrometheusRule"))
+    (asked,) = (one["expr"] for one in rules if one["alert"] == "EndpointDown")
+    pods_ready = re.search(r"sum\((kube_pod_status_ready\{[^}]*\})\) == 0", asked)[1]
+    assert f"or absent({pods_ready})" in asked
+    # Not before there is an endpoint: what is applied with it tells that.
+    (applied,) = re.findall(r'poddisruptionbudget="([^"]+)"', asked)
+    folder = K8S / "overlays/gpu/endpoint"
+    budgets = [one["metadata"]["name"] for one in of_kind(render(folder), "PodDisruptionBudget")]
+    assert budgets == [applied]
 
 
 def test_the_endpoints_nodes_talk_as_the_command_has_it(documents):

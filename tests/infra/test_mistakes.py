@@ -1,5 +1,6 @@
 """Mistakes made on purpose: each is found, and told by its place."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -206,6 +207,16 @@ RULES: dict[str, tuple[Change, str]] = {
         ),
         "redisPassword takes valueFrom.secretKeyRef",
     ),
+    "a Redis that nobody may reach": (
+        lambda d: cluster(d, "RayService")["gcsFaultToleranceOptions"].update(
+            redisAddress="rediss://redis.example.com:6380"
+        ),
+        "lets its head reach redisAddress rediss://redis.example.com:6380",
+    ),
+    "the way to Redis left out with it": (
+        lambda d: drop(d, "NetworkPolicy", "endpoint-redis"),
+        "lets its head reach redisAddress redis:6379",
+    ),
     "a long name": (
         lambda d: one(d, "RayService")["metadata"].update(name="endpoint" * 6),
         "at most 47",
@@ -225,6 +236,10 @@ RULES: dict[str, tuple[Change, str]] = {
     "the image drifts": (
         lambda d: worker(d)["containers"][0].update(image="rwkv-clip:0.0.9-cuda"),
         "rwkv-clip:0.0.9-cuda is not",
+    ),
+    "a digest that is none": (
+        lambda d: worker(d)["containers"][0].update(image="rwkv-clip@sha256:..."),
+        "rwkv-clip@sha256:... has no digest",
     ),
     "the newest image": (
         lambda d: worker(d)["containers"][0].update(image="rwkv-clip:latest"),
@@ -289,6 +304,18 @@ RULES: dict[str, tuple[Change, str]] = {
         ),
         "not GET /readyz",
     ),
+    "drained in less time than a request may take": (
+        lambda d: worker(d, "RayService")["containers"][0]["env"].pop(),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S is 30; requests may take 65 seconds",
+    ),
+    "killed while it is drained": (
+        lambda d: worker(d, "RayService").update(terminationGracePeriodSeconds=60),
+        "takes 110 seconds to end, and is given 60",
+    ),
+    "a cluster that ends before its requests": (
+        lambda d: endpoint(d).update(rayClusterDeletionDelaySeconds=60),
+        "rayClusterDeletionDelaySeconds is 60; requests may take 65 seconds",
+    ),
     "not spread": (
         lambda d: worker(d, "RayService")["topologySpreadConstraints"].pop(),
         "does not spread",
@@ -323,6 +350,18 @@ RULES: dict[str, tuple[Change, str]] = {
     "a namespace for what has none": (
         lambda d: one(d, "ClusterQueue")["metadata"].update(namespace="rwkv-clip"),
         "not None",
+    ),
+    "an alert that looks elsewhere": (
+        lambda d: one(d, "PrometheusRule")["spec"]["groups"][0]["rules"][0].update(
+            expr='sum(kube_pod_status_ready{namespace="default"}) == 0'
+        ),
+        "asks for the namespace default, not rwkv-clip",
+    ),
+    "a queue for others": (
+        lambda d: one(d, "ClusterQueue")["spec"]["namespaceSelector"]["matchLabels"].update(
+            {"kubernetes.io/metadata.name": "default"}
+        ),
+        "asks for the namespace default, not rwkv-clip",
     ),
     "an open network": (lambda d: drop(d, "NetworkPolicy", "deny-all"), "denies everything"),
     "no DNS": (lambda d: drop(d, "NetworkPolicy", "dns"), "allows DNS"),
@@ -366,9 +405,88 @@ def test_what_kueue_does_not_admit_is_told(gpu):
     documents = queued(gpu)
     assert check_rules(documents) == []
     group(documents).update(maxReplicas=40)
-    assert "asks for more cpu than the quota" in "\n".join(rules.queues(documents))
+    told = "\n".join(rules.queues(documents))
+    assert "RayJob/pipeline (queued): asks for more cpu than the quota" in told
     cluster(documents).update(enableInTreeAutoscaling=True, autoscalerOptions={"version": "v2"})
     assert "a queued job has no autoscaler" in "\n".join(rules.queues(documents))
+
+
+DIGEST = f"sha256:{'5e' * 32}"
+ADAPTED_IMAGES = {
+    "a digest": f"registry.example.com/rwkv-clip@{DIGEST}",
+    "a version and its digest": f"registry.example.com:5000/rwkv-clip:0.1.0-cuda@{DIGEST}",
+    "another build": "registry.example.com/rwkv-clip:0.1.0-cuda-2",
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED_IMAGES)
+def test_an_image_is_pinned_or_built_anew_as_the_guide_says(name, gpu):
+    for pod in manifests.pods(gpu):
+        if pod.role != "other":
+            pod.main["image"] = ADAPTED_IMAGES[name]
+    assert check_rules(gpu) == []
+
+
+@pytest.mark.parametrize("tag", [":v99.0.0-full", f"@{DIGEST}"])
+def test_mlflow_may_be_newer_than_its_clients(tag, gpu):
+    for kind in ("Deployment", "CronJob"):
+        (pod,) = manifests.pods([one(gpu, kind)])
+        pod.main["image"] = f"ghcr.io/mlflow/mlflow{tag}"
+    assert check_rules(gpu) == []
+
+
+def test_a_managed_redis_is_reached_by_what_its_component_says_to_change(gpu):
+    for kind in ("StatefulSet", "Service", "NetworkPolicy"):  # of redis.yaml
+        drop(gpu, kind, "redis")
+    options = cluster(gpu, "RayService")["gcsFaultToleranceOptions"]
+    (way,) = one(gpu, "NetworkPolicy", "endpoint-redis")["spec"]["egress"]
+    way["ports"][0]["port"] = 6380
+    way["to"] = [{"ipBlock": {"cidr": "10.20.0.0/16"}}]
+    for host in ("redis.example.com", "10.20.3.4"):
+        options["redisAddress"] = f"rediss://{host}:6380"
+        assert check_rules(gpu) == []
+    options["redisAddress"] = "rediss://10.30.3.4:6380"
+    assert "lets its head reach redisAddress" in "\n".join(check_rules(gpu))
+
+
+def test_the_namespace_may_have_another_name(gpu):
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: renamed(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [renamed(inner) for inner in value]
+        if isinstance(value, str):
+            return value.replace('namespace="rwkv-clip"', 'namespace="search"')
+        return value
+
+    found = [renamed(each) for each in gpu]
+    one(found, "Namespace")["metadata"]["name"] = "search"
+    selector = one(found, "ClusterQueue")["spec"]["namespaceSelector"]["matchLabels"]
+    selector["kubernetes.io/metadata.name"] = "search"
+    for each in found:
+        if "namespace" in each["metadata"]:
+            each["metadata"]["namespace"] = "search"
+    assert check_rules(found) == []
+
+
+def test_the_second_column_fits_when_all_is_changed_that_the_guide_names(gpu):
+    plain, waiting = (cluster_of(each) for each in of_kind(gpu, "RayJob"))
+    run_file(gpu, "engines: 8", "engines: 32")
+    run_file(gpu, "  workers: 8", "  workers: 32")
+    for each in plain["workerGroupSpecs"]:
+        each["maxReplicas"] *= 4
+    for told in (check_rules(gpu), check_programs(gpu)):
+        assert [text for text in told if not text.startswith("RayJob/pipeline (queued)")] == []
+    assert "RayJob/pipeline (queued): train takes 32 x 2 CPUs" in "\n".join(check_programs(gpu))
+    for each in waiting["workerGroupSpecs"]:
+        each.update({key: 4 * each[key] for key in ("replicas", "minReplicas", "maxReplicas")})
+    assert check_programs(gpu) == []
+    assert "than the quota of its queue" in "\n".join(check_rules(gpu))
+    (resources,) = one(gpu, "ClusterQueue")["spec"]["resourceGroups"]
+    for quota in resources["flavors"][0]["resources"]:
+        number, unit = re.fullmatch(r"(\d+)(\w*)", str(quota["nominalQuota"])).groups()
+        quota["nominalQuota"] = f"{4 * int(number)}{unit}"
+    assert check_rules(gpu) == []
 
 
 PROGRAMS: dict[str, tuple[Change, str]] = {
