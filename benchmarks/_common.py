@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import rwkv_clip
-from rwkv_clip.model import RWKVCLIP
-from rwkv_clip.ops import build_info, fused
+from rwkv_clip.model import RWKVCLIP, blocks
+from rwkv_clip.ops import build_info, fused, reference
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 MATMUL_SIDE = 3072
@@ -70,10 +70,24 @@ def verdict(met: bool) -> str:
     return "met" if met else "MISSED"
 
 
+def header(*names: str) -> None:
+    """The first two lines of a table, as benchmarks/README.md has it."""
+    row(*names)
+    print("|" + "---|" * len(names))
+
+
+def row(*cells: str) -> None:
+    """One more line of the table, at once, because the next one may take minutes."""
+    print("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|", flush=True)
+
+
 @contextmanager
 def statements() -> Iterator[None]:
-    """The element-wise steps as their definitions in PyTorch, without kernels."""
-    with mock.patch.object(fused, "_has_kernel", return_value=False):
+    """The operator and the element-wise steps as their definitions in PyTorch, without kernels."""
+    with (
+        mock.patch.object(fused, "_has_kernel", return_value=False),
+        mock.patch.object(blocks, "wkv6", reference.wkv6),
+    ):
         yield
 
 

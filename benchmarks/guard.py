@@ -2,22 +2,23 @@
 
     python benchmarks/guard.py [outputs/emoji]
 
-Reads what `make demo` wrote. The rule shares no code and no word list with the guard, and errs on
-the strict side: a word of four letters or more is supported if it and a word of the web text, the
-caption or the tags begin with the same four letters, or one holds the other; a number if it is in a
-source. What English needs to make a sentence of them comes from scikit-learn's list of stop words,
-and a dozen words by which a text says that it is a description. Everything else counts as
-unsupported, true synonyms too; the words are printed, so that a reader can judge the rule.
+Reads what `make demo` wrote, and is skipped where that has not been run. The rule shares no code
+and no word list with the guard, and errs on the strict side: a word of four letters or more is
+supported if it and a word of the web text, the caption or the tags begin with the same four
+letters, or one holds the other; a number if it is in a source. What English needs to make a
+sentence of them comes from scikit-learn's list of stop words, and a dozen words by which a text
+says that it is a description. Everything else counts as unsupported, true synonyms too; the words
+are printed, so that a reader can judge the rule.
 """
 
 import argparse
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from _common import verdict
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from ray_jobs.beside import DESCRIPTIONS, Beside
@@ -66,8 +67,7 @@ def _supported(word: str, sources: set[str]) -> bool:
     )
 
 
-def main() -> int:
-    """Print the figures; 1 if too much gets through."""
+def main() -> None:
     parser = argparse.ArgumentParser(description="Judge kept descriptions by a second rule.")
     parser.add_argument("storage", nargs="?", default="outputs/emoji", help="of a run that is done")
     parser.add_argument("--name", default="train", help="the data set's name")
@@ -75,8 +75,8 @@ def main() -> int:
     storage = Storage.at(arguments.storage)
     beside = Beside(DESCRIPTIONS, arguments.name)
     if not storage.exists(beside.manifest_file):
-        print(f"{storage.uri} holds no finished synthesis; run `make demo` first")
-        return 0
+        print(f"SKIPPED: {storage.uri} holds no finished synthesis; run `make demo` first")
+        return
     manifest = Manifest.from_storage(storage, arguments.name)
     kept, found = 0, Counter[str]()
     samples: list[str] = []
@@ -97,10 +97,10 @@ def main() -> int:
     for sample in samples[:10]:
         print("  ", sample)
     if kept < FEWEST:
-        print(f"fewer than {FEWEST} descriptions: no measurement")
-        return 1
-    return int(share >= LIMIT)
+        print(f"SKIPPED: fewer than {FEWEST} descriptions are no measurement")
+        return
+    print(f"unsupported: {100 * share:.2f} %, under {100 * LIMIT:.0f} %: {verdict(share < LIMIT)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import machine, verdict
+from _common import header, machine, row, verdict
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -47,6 +47,9 @@ from rwkv_clip.model.config import named_config
 from rwkv_clip.transforms import CLIP_MEAN, CLIP_STD, image_transform
 
 GOAL = 1.5
+# The last of them is a row that sizing.py looks for.
+PLAIN, TRANSFORM = "DataLoader, plain Pillow", "DataLoader, our transform"
+OURS = "Ray Data, our transform"
 BATCH, SIZE, CONTEXT = 128, 224, 77
 WARM_BATCHES = 4
 Files = list[tuple[str, bytes, str]]
@@ -54,6 +57,11 @@ Files = list[tuple[str, bytes, str]]
 
 _MEAN = torch.tensor(CLIP_MEAN).view(3, 1, 1)
 _STD = torch.tensor(CLIP_STD).view(3, 1, 1)
+
+
+def text_of(at: int) -> str:
+    """The text of a photograph, for all who read it."""
+    return f"photograph number {at} of a temple or a flower, as the web describes it"
 
 
 def write_photographs(folder: Path, count: int) -> None:
@@ -69,7 +77,7 @@ def write_photographs(folder: Path, count: int) -> None:
         top = int(rng.integers(0, photograph.height - height + 1))
         cut = photograph.crop((left, top, left + width, top + height)).resize((640, 480))
         cut.save(folder / f"{at:05d}.jpg", quality=90)
-        text = f"photograph number {at} of a temple or a flower, as the web describes it"
+        text = text_of(at)
         lines.append(f'{{"file_name": "{at:05d}.jpg", "id": "{at}", "text": "{text}"}}')
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
@@ -172,7 +180,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     workers, batches = arguments.workers, arguments.batches
-    rates: dict[str, list[float]] = {"DataLoader": [], "DataLoader, our transform": [], "ours": []}
+    rates: dict[str, list[float]] = {name: [] for name in (PLAIN, TRANSFORM, OURS)}
     print(machine())
     keep_freed_memory()  # as a training worker does; DataLoader's workers inherit it
     with tempfile.TemporaryDirectory() as root:
@@ -180,11 +188,7 @@ def main() -> int:
         folder.mkdir()
         write_photographs(folder, arguments.images)
         files = [
-            (
-                path.stem,
-                path.read_bytes(),
-                f"photograph number {path.stem}, as the web describes it",
-            )
+            (path.stem, path.read_bytes(), text_of(int(path.stem)))
             for path in sorted(folder.glob("*.jpg"))
         ]
         storage = Storage.at(Path(root, "storage"))
@@ -192,16 +196,20 @@ def main() -> int:
             source = {"kind": "folder", "path": str(folder)}
             ingest(IngestConfig.model_validate({"source": source}), storage, "train")
             for _ in range(arguments.repeats):
-                rates["ours"].append(ray_rate(storage, workers, batches))
-                for name, ours in (("DataLoader", False), ("DataLoader, our transform", True)):
+                rates[OURS].append(ray_rate(storage, workers, batches))
+                for name, ours in ((PLAIN, False), (TRANSFORM, True)):
                     rates[name].append(loader_rate(files, workers, batches, ours))
     cores = min(workers, os.cpu_count() or 1)
     medians = {name: float(np.median(values)) for name, values in rates.items()}
+    for name, values in rates.items():
+        print(f"{name}: in all {', '.join(f'{value:.0f}' for value in values)} images/s")
+    print()
+    header("", "images/s a core", "of the DataLoader", "target", "")
     for name, median in medians.items():
-        spread = ", ".join(f"{value:.0f}" for value in rates[name])
-        print(f"{name:<26} {median / cores:7.1f} images/s a core   (in all {spread})")
-    share = medians["ours"] / medians["DataLoader"]
-    print(f"ours / DataLoader: {share:.2f}, at least {GOAL}: {verdict(share >= GOAL)}")
+        share = median / medians[PLAIN]
+        told = f"{share:.2f}" if name != PLAIN else ""
+        target = (f"{GOAL}", verdict(share >= GOAL)) if name == OURS else ("", "")
+        row(name, f"{median / cores:.1f}", told, *target)
     return 0
 
 

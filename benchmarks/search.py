@@ -15,7 +15,7 @@ import statistics
 import time
 
 import numpy as np
-from _common import machine
+from _common import header, machine, row
 
 from serve.config import FaissConfig, SearchConfig
 from serve.index import Cells, Exact, Matrix, method_of
@@ -56,8 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     print(machine())
     print(f"\nvectors of {options.width} numbers; the first {RESULTS} of one query at a time\n")
-    print("| rows | spread | codes | made in | probes | found | ms | exact ms |")
-    print("|---|---|---|---|---|---|---|---|")
+    header("rows", "spread", "codes", "made in", "probes", "found", "ms", "exact ms")
     for rows in options.rows:
         for spread in options.spread:
             vectors, queries = drawn(rows, options.width, spread, options.queries)
@@ -88,11 +87,10 @@ def compare(vectors: Matrix, queries: Matrix, spread: float, codes: str, probes:
             found += len({*expected.tolist()} & {*got.tolist()})
         share = found / (RESULTS * len(queries))
         told = [1000 * statistics.median(times[name]) for name in ("cells", "exact")]
-        print(
-            f"| {len(vectors):,} | {spread} | {codes} | {made:.0f} s | {probe} | "
-            f"{100 * share:.1f} % | {told[0]:.1f} | {told[1]:.1f} |",
-            flush=True,
-        )
+        row(
+            f"{len(vectors):,}", f"{spread}", codes, f"{made:.0f} s", f"{probe}",
+            f"{100 * share:.1f} %", *(f"{one:.1f}" for one in told),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -132,12 +132,12 @@ def main() -> int:
     gflop = step_gflop()
     pairs_a_gpu, *_ = recorded("pairs a second on the GPU")
     assumed = {key: value for key, value in vars(given).items() if value is not None}
-    measured = round(pairs_a_gpu * gflop / 1e3 / MEASURED_TFLOPS, 3)
+    measured = pairs_a_gpu * gflop / 1e3 / MEASURED_TFLOPS
     if given.train_share is None:
         given.train_share = measured
     print(
         f"measured: {images_a_core:g} images a second and core, {share:g} of bare vLLM, "
-        f"{pairs_a_gpu:g} pairs a second on a GPU ({measured:g} of its peak)"
+        f"{pairs_a_gpu:g} pairs a second on a GPU ({measured:.3f} of its peak)"
     )
     print(f"counted:  {gflop:.1f} GFLOP a pair, forward and backward")
     print("assumed: ", ", ".join(f"{key} {value:g}" for key, value in assumed.items()))

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _common import machine, verdict
+from _common import header, machine, row, verdict
 
 from ray_jobs.cluster import RayConfig, connected
 from ray_jobs.ingest import IngestConfig, ingest
@@ -110,12 +110,20 @@ def main() -> int:
             taken["Ray Train"].append(step_seconds(result.history))
             waits += [record["data_wait_share"] for record in result.history[WARM_RECORDS:]]
     medians = {name: median(values) for name, values in taken.items()}
-    for name, value in medians.items():
-        spread = ", ".join(f"{1000 * one:.0f}" for one in taken[name])
-        print(f"{name:<10} {1000 * value:7.1f} ms a step   (runs {spread})")
+    for name, values in taken.items():
+        print(f"{name}: runs {', '.join(f'{1000 * one:.0f}' for one in values)} ms a step")
     print(f"of its time Ray Train's worker waits {100 * median(waits):.1f} % for data")
     ratio = medians["Ray Train"] / medians["bare loop"]
-    print(f"Ray Train / bare loop: {ratio:.3f}, at most {GOAL}: {verdict(ratio <= GOAL)}")
+    print()
+    header("", "ms a step", "ratio", "target", "")
+    row("bare loop, its own batches", f"{1000 * medians['bare loop']:.0f}", "", "", "")
+    row(
+        "Ray Train, batches from Ray Data",
+        f"{1000 * medians['Ray Train']:.0f}",
+        f"{ratio:.2f}",
+        f"{GOAL}",
+        verdict(ratio <= GOAL),
+    )
     return 0
 
 

@@ -4,17 +4,18 @@
     python benchmarks/wkv6.py --device cuda # CUDA alone
     python benchmarks/wkv6.py --all-isas    # the CPU's slower instruction sets as well
 
-Every form is compared with the reference in float64 first, outputs and all gradients; a wrong one
-is an error and gets no time.
+Every form is compared with the reference in float64 first, outputs and all gradients (of sequences
+above 512 tokens the outputs alone); a wrong one is an error, and nothing gets a time.
 """
 
 import argparse
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from _common import interleaved, machine, refuse_unless, relative_error, verdict
+from _common import header, interleaved, machine, refuse_unless, relative_error, row, verdict
 from torch import Tensor
 
 from rwkv_clip.ops import build_info, reference, wkv6
@@ -22,15 +23,16 @@ from rwkv_clip.ops import build_info, reference, wkv6
 Operator = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 SHAPES = ((64, 49, 8, 80), (64, 77, 10, 64))
-CUDA_SHAPES = {  # B, T, H, N: bytes forward and backward, and an excellent kernel's microseconds
-    (512, 49, 8, 80): (161e6, 289e6, 45, 82),
-    (512, 77, 10, 64): (252e6, 454e6, 70, 128),
-    (128, 196, 8, 80): (161e6, 289e6, 48, 90),
-    (32, 1024, 8, 80): (210e6, 378e6, 110, 220),
+CUDA_SHAPES = {  # B, T, H, N: an excellent kernel's microseconds forward and backward, on an H200
+    (512, 49, 8, 80): (45, 82),
+    (512, 77, 10, 64): (70, 128),
+    (128, 196, 8, 80): (48, 90),
+    (32, 1024, 8, 80): (110, 220),
 }
 LENGTHS = (256, 512, 1024, 2048, 4096)
 TOKENS = 4096  # in a batch of the lengths above
-SCAN_TARGET, DENSE_TARGET, GROWTH_TARGET = 20.0, 2.0, 0.10
+GRADIENT_TOKENS = 512  # the scan's graph, which has the gradients, takes 12 GB a head at 4096
+SCAN_TARGET, DENSE_TARGET, CUDA_TARGET = 20.0, 2.0, 1.5
 
 
 def split(u: Tensor, *sequences: Tensor) -> list[Tensor]:
@@ -150,6 +152,15 @@ def verify(name: str, operator: Operator, shape: tuple[int, int, int, int], limi
     refuse_unless(f"{name} at T = {shape[1]}, N = {shape[3]}", error, limit)
 
 
+def verify_forward(operator: Operator, T: int, N: int, limit: float) -> None:
+    """On one head of one sequence, whose gradients nobody can afford to compare."""
+    inputs = inputs_of((1, T, 1, N))[:5]
+    with torch.no_grad():
+        expected = reference.wkv6(*(x.double() for x in inputs))
+        error = relative_error(operator(*inputs), expected)
+    refuse_unless(f"operator, forward alone, at T = {T}, N = {N}", error, limit)
+
+
 def against_pytorch(all_isas: bool) -> None:
     dense: dict[str, Operator] = {
         "dense, exact": dense_exact,
@@ -159,56 +170,86 @@ def against_pytorch(all_isas: bool) -> None:
     isas = ("avx2", "portable") if all_isas else ()
     for shape in SHAPES:
         verify("operator", wkv6, shape, 2e-6)
+        for isa in isas:
+            with with_isa(isa):
+                verify(f"operator, {isa}", wkv6, shape, 2e-6)
         for name, form in dense.items():
             verify(name, form, shape, 1e-4)
+    tables = []
+    for shape in SHAPES:
         inputs = inputs_of(shape)
         works: dict[str, Callable[[], object]] = {"operator": lambda x=inputs: both_ways(wkv6, x)}
         for isa in isas:
-            works[f"operator, {isa}"] = lambda x=inputs, isa=isa: with_isa(isa, x)
+            works[f"operator, {isa}"] = lambda x=inputs, isa=isa: one_isa(isa, x)
+        works["scan (the reference)"] = lambda x=inputs: both_ways(reference.wkv6, x)
         for name, form in dense.items():
             works[name] = lambda form=form, x=inputs: both_ways(form, x)
-        works["scan"] = lambda x=inputs: both_ways(reference.wkv6, x)
-        times = interleaved(works, repeats=5)
-        table(shape, times)
+        tables.append(interleaved(works, repeats=5))
+    table(tables)
 
 
-def with_isa(isa: str, inputs: list[Tensor]) -> list[Tensor]:
+@contextmanager
+def with_isa(isa: str) -> Iterator[None]:
     os.environ["RWKV_CLIP_ISA"] = isa
     try:
-        return both_ways(wkv6, inputs)
+        yield
     finally:
         del os.environ["RWKV_CLIP_ISA"]
 
 
-def table(shape: tuple[int, int, int, int], times: dict[str, float]) -> None:
-    ours = times["operator"]
-    print(f"\nB, T, H, N = {shape}, float32, forward and backward")
-    for name, time in times.items():
-        print(f"  {name:<20} {time * 1e3:9.1f} ms   {time / ours:6.1f} x the operator")
-    scan = times["scan"] / ours
-    best = min(time for name, time in times.items() if name.startswith("dense")) / ours
-    print(f"  {scan:.1f} times the scan (target {SCAN_TARGET:.0f}): {verdict(scan >= SCAN_TARGET)}")
-    print(
-        f"  {best:.1f} times the best dense form (target {DENSE_TARGET:.0f}): "
-        f"{verdict(best >= DENSE_TARGET)}\n"
-    )
+def one_isa(isa: str, inputs: list[Tensor]) -> list[Tensor]:
+    with with_isa(isa):
+        return both_ways(wkv6, inputs)
+
+
+def table(measured: list[dict[str, float]]) -> None:
+    """Both shapes, and the operator's targets: the least of the two counts."""
+    print("\nfloat32, forward and backward\n")
+    header("B, T, H, N", *measured[0])
+    scans, dense = [], []
+    for shape, times in zip(SHAPES, measured, strict=True):
+        ratios = {name: time / times["operator"] for name, time in times.items()}
+        cells = [
+            f"{1e3 * time:.{1 if name.startswith('operator') else 0}f} ms"
+            + ("" if name == "operator" else f" ({_ratio(ratios[name])} x)")
+            for name, time in times.items()
+        ]
+        row(", ".join(map(str, shape)), *cells)
+        scans.append(ratios["scan (the reference)"])
+        dense.append(min(ratio for name, ratio in ratios.items() if name.startswith("dense")))
+    print()
+    header("times as fast as", "at least", "target", "")
+    for name, least, target in (
+        ("the scan", min(scans), SCAN_TARGET),
+        ("the best dense form", min(dense), DENSE_TARGET),
+    ):
+        row(name, f"{_ratio(least)} x", f"{target:.0f} x", verdict(least >= target))
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.{1 if value < 20 else 0}f}"
 
 
 def by_length() -> None:
-    """Time a token, which a scan or an attention over all pairs would let grow."""
+    """Time a token, which an attention over all pairs would let grow.
+
+    Without a target: that is of the encoder, and encoders.py measures it there.
+    """
     H, N = 8, 80
     works: dict[str, Callable[[], object]] = {}
     for T in LENGTHS:
-        verify("operator", wkv6, (1, min(T, 512), H, N), 5e-6)
+        if T <= GRADIENT_TOKENS:
+            verify("operator", wkv6, (1, T, H, N), 5e-6)
+        else:
+            verify_forward(wkv6, T, N, 5e-6)
         inputs = inputs_of((TOKENS // T, T, H, N))
         works[f"forward {T}"] = lambda x=inputs: wkv6(*x[:5])
         works[f"both {T}"] = lambda x=inputs: both_ways(wkv6, x)
     times = interleaved(works, repeats=9)
-    print(f"\n{TOKENS} tokens of {H} heads of {N}, float32, microseconds a token")
-    print("       T   forward   forward and backward")
+    print(f"\n{TOKENS} tokens of {H} heads of {N}, float32\n")
+    header("tokens a sequence", "forward, microseconds a token", "forward and backward")
     for T in LENGTHS:
-        one, both = (times[f"{way} {T}"] / TOKENS * 1e6 for way in ("forward", "both"))
-        print(f"  {T:6d}  {one:8.2f}  {both:8.2f}")
+        row(f"{T}", *(f"{times[f'{way} {T}'] / TOKENS * 1e6:.2f}" for way in ("forward", "both")))
 
 
 def microseconds(work: Callable[[], object], repeats: int = 30) -> float:
@@ -230,20 +271,26 @@ def microseconds(work: Callable[[], object], repeats: int = 30) -> float:
 
 def on_cuda() -> None:
     backward = torch.ops.rwkv_clip.wkv6_backward
-    print(f"\n{torch.cuda.get_device_name()}, bfloat16, microseconds forward / backward")
-    for shape, (read, read_back, good, good_back) in CUDA_SHAPES.items():
+    for shape in CUDA_SHAPES:
         inputs = inputs_of(shape, device="cuda", dtype=torch.bfloat16)
         sample = [x[:1].float().cpu() if i != 4 else x.cpu() for i, x in enumerate(inputs)]
         expected = both_ways(reference.wkv6, [x.double() for x in sample])
         results = both_ways(wkv6, [x if i == 4 else x[:1] for i, x in enumerate(inputs)])
         error = max(relative_error(x.cpu(), y) for x, y in zip(results, expected, strict=True))
         refuse_unless(f"bfloat16 at {shape}", error, 1e-2)
+    print(f"\n{torch.cuda.get_device_name()}, bfloat16, microseconds forward / backward\n")
+    header("B, T, H, N", "operator", '"excellent"', "times that", "target", "")
+    for shape, (good, good_back) in CUDA_SHAPES.items():
+        inputs = inputs_of(shape, device="cuda", dtype=torch.bfloat16)
         one = microseconds(lambda x=inputs: wkv6(*x[:5]))
         two = microseconds(lambda x=inputs: backward(x[5], *x[:5]))
-        print(
-            f"  {shape!s:<20} {one:7.0f} / {two:7.0f}   {read / one / 1e6:.2f} / "
-            f"{read_back / two / 1e6:.2f} TB/s   {one / good:.1f} / {two / good_back:.1f} x an "
-            f"excellent kernel: {verdict(one <= 1.5 * good and two <= 1.5 * good_back)}"
+        row(
+            ", ".join(map(str, shape)),
+            f"{one:.0f} / {two:.0f}",
+            f"{good} / {good_back}",
+            f"{one / good:.2g} / {two / good_back:.2g}",
+            f"{CUDA_TARGET}",
+            verdict(max(one / good, two / good_back) <= CUDA_TARGET),
         )
 
 
