@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ _RESIZABLE = frozenset({"RGB", "L", "LA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"
 
 _MOST_READS = 20_000  # of a header; whole files of cameras and editors take some hundreds
 _MOST_EXIF = 16
+_TOO_MANY_PARTS = "has a header of too many parts"
 _EXIF = b"Exif\0\0"
 # Bytes of a PNG's parts that may be inflated. DEFLATE makes at most some 1,032 bytes of one, and
 # Pillow stops at a megabyte of a part: so of a part the first kilobyte counts.
@@ -22,9 +24,20 @@ _MOST_INFLATED = 16 * 1024
 _MOST_OF_PART = 1024
 _INFLATED = frozenset({b"iCCP", b"zTXt", b"iTXt"})
 
+# A scan of a JPEG may take no bytes and goes over all pixels. libjpeg makes ten of an image in
+# colour and mozjpeg under twenty, however large it is; others may do as they like with a small one.
+_MOST_SCANS, _MOST_SCANS_OF_LARGE = 100, 25
+_MOST_SCANNED = 1_000_000_000  # scans times pixels, where they are more than those of a large one
+_SCAN = 0xDAFF  # FF DA as a number, the first byte the lowest
+# What follows FF otherwise is a part of the pixels to libjpeg, or has no content to pass over.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+
+_RUN_LENGTHS = (1, 2)  # how BMPs tell that they are compressed
+
 
 class HeaderError(OSError):
-    """A header has more parts than any honest file."""
+    """A header tells of more work than any honest file's; says what the image is or has."""
 
 
 class _Header(io.BytesIO):
@@ -47,12 +60,12 @@ class _Header(io.BytesIO):
             if got[4:] in _INFLATED:
                 self._inflated += min(int.from_bytes(got[:4]), _MOST_OF_PART)
             if self._inflated > _MOST_INFLATED:
-                raise HeaderError("its header has too many parts")
+                raise HeaderError(_TOO_MANY_PARTS)
         if self.bounded:
             self._reads += 1
             self._exif += got.startswith(_EXIF)
             if self._reads > _MOST_READS or self._exif > _MOST_EXIF:
-                raise HeaderError("its header has too many parts")
+                raise HeaderError(_TOO_MANY_PARTS)
         return got
 
 
@@ -65,12 +78,51 @@ def open_image(data: Encoded, formats: Sequence[str] | None = None) -> Image.Ima
 
     Raises:
         UnidentifiedImageError: it is of none of the formats.
+        HeaderError: to decode it would take out of all proportion to its size.
         Exception: whatever a broken header leads Pillow to.
     """
     file = _Header(data)
     image = Image.open(file, formats=list(formats) if formats is not None else None)
     file.bounded = False
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(file.getvalue(), image.width * image.height)
+    if image.format in ("BMP", "DIB") and image.info.get("compression") in _RUN_LENGTHS:
+        # Pillow decodes these in Python, a pixel at a time.
+        raise HeaderError("is a compressed BMP; save it as a PNG")
     return image
+
+
+def _check_scans(jpeg: bytes, pixels: int) -> None:
+    """Raise HeaderError for a JPEG that goes over its pixels too often."""
+    most = min(_MOST_SCANS, max(_MOST_SCANS_OF_LARGE, _MOST_SCANNED // max(pixels, 1)))
+    # Previews and whatever lies behind the image have such bytes too, so these are the most.
+    if sum(_count_of_scan(jpeg, start) for start in (0, 1)) <= most:
+        return
+    scans = _scans(jpeg)
+    if scans > most:
+        raise HeaderError(f"has {scans} scans, more than the {most} that are read of its size")
+
+
+def _count_of_scan(jpeg: bytes, start: int) -> int:
+    """How often the two bytes that begin a scan are there, at every second byte from `start` on.
+
+    A tenth of the time of bytes.count.
+    """
+    pairs = np.frombuffer(jpeg, "<u2", (len(jpeg) - start) // 2, start)
+    return int(np.count_nonzero(pairs == _SCAN))
+
+
+def _scans(jpeg: bytes) -> int:
+    """Scans, as libjpeg finds them: it goes on from a part's end to any marker."""
+    scans, at = 0, len(b"\xff\xd8")
+    for _ in range(_MOST_READS):
+        found = _MARKER.search(jpeg, at)
+        if found is None or found[0][1] == _END_OF_IMAGE:
+            return scans
+        scans += found[0][1] == _START_OF_SCAN
+        at = found.end()
+        at += max(2, int.from_bytes(jpeg[at : at + 2]))  # the length counts its own two bytes
+    raise HeaderError(_TOO_MANY_PARTS)
 
 
 class ImageDecodeError(ValueError):
@@ -103,6 +155,10 @@ def open_named(data: Encoded, name: object = None) -> Image.Image:
     except UnidentifiedImageError:
         start = bytes(data[:12])
         raise ImageDecodeError(f"is not a known image format (starts {start!r})", name) from None
+    except HeaderError as error:
+        raise ImageDecodeError(str(error), name) from error
+    except MemoryError:  # which is not the file's fault
+        raise
     except Exception as error:  # Pillow's parsers raise whatever a broken header leads them to
         raise ImageDecodeError(f"cannot be opened ({error})", name) from error
 
@@ -137,5 +193,7 @@ def small_picture(image: bytes, side: int, name: object = None) -> Image.Image:
             white = Image.new("RGBA", opened.size, "white")
             opened = Image.alpha_composite(white, opened)
         return opened.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
         raise ImageDecodeError(f"cannot be decoded ({error})", name) from error

@@ -25,6 +25,11 @@ class LimitsConfig(BaseConfig):
     items: PositiveInt = Field(256, description="texts and images in a request")
     image_bytes: PositiveInt = Field(16 << 20, description="of an encoded image")
     image_pixels: PositiveInt = Field(40_000_000, description="width times height")
+    request_pixels: PositiveInt = Field(
+        640_000_000,
+        description="of all images in a request; a JPEG's, which is decoded at a smaller scale, "
+        "count a fourth",
+    )
     prompts: PositiveInt = Field(4096, description="labels times templates to classify by")
     text_characters: PositiveInt = Field(100_000, description="of a text")
     formats: tuple[Format, ...] = Field(FORMATS, description="of images")

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 4  # that may be decoded and wait for the model
 _SHORT = 2000  # characters that are tokenized sooner than a thread is woken
+_PIECE = 10_000  # characters that are tokenized in one go, which nothing ends before it is done
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +120,11 @@ class Encoder:
         if held is None:
             return Elsewhere(self.serving)
         starts = range(0, len(items), self.batch)
-        parts = await asyncio.gather(
-            *(self._part(held, items[at : at + self.batch]) for at in starts)
-        )
+        # By then whoever asked has given up, which Serve tells only of a client that has left.
+        async with asyncio.timeout(self.config.serve.request_seconds):
+            parts = await asyncio.gather(
+                *(self._part(held, items[at : at + self.batch]) for at in starts)
+            )
         vectors = [part.vectors for part in parts]
         seconds = {
             "preprocess": sum(part.seconds["preprocess"] for part in parts),
@@ -175,7 +178,7 @@ class Encoder:
     async def _read(
         self, held: Held, items: Sequence[bytes | str]
     ) -> list[torch.Tensor | ImageDecodeError]:
-        """Pixels of images, side by side, or tokens of texts, all at once."""
+        """Pixels of images, side by side, or tokens of texts, some at a time."""
         run = asyncio.get_running_loop().run_in_executor
         images = [item for item in items if isinstance(item, bytes)]
         if images:
@@ -186,7 +189,10 @@ class Encoder:
         length = held.model.config.context_length
         if sum(map(len, texts)) <= _SHORT:
             return list(tokenize(texts, length))
-        return list(await run(self.workers, tokenize, texts, length))
+        rows: list[torch.Tensor | ImageDecodeError] = []
+        for piece in _pieces(texts):
+            rows += await run(self.workers, tokenize, piece, length)
+        return rows
 
     def _units(self, held: Held, inputs: Sequence[torch.Tensor]) -> int:
         """Tokens of texts with their two marks, or patches of images."""
@@ -297,6 +303,19 @@ def _work_alone() -> None:
     """
     torch.get_num_threads()  # PyTorch sets a thread's number when it is asked first, and not again
     threadpool_limits(1, user_api="openmp")
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts in order, as many together as have `_PIECE` characters, and a longer one alone."""
+    piece: list[str] = []
+    characters = 0
+    for text in texts:
+        if piece and characters + len(text) > _PIECE:
+            yield piece
+            piece, characters = [], 0
+        piece.append(text)
+        characters += len(text)
+    yield piece
 
 
 def _pixels(held: Held, image: bytes) -> torch.Tensor | ImageDecodeError:

@@ -33,6 +33,8 @@ _SPACE = re.compile(r"\s+")
 _AS_TEXT = 'a text that begins so is sent as {"type": "text", "text": …}'
 
 _MOST_PIECES = 100_000  # of a request; a few bytes of JSON become hundreds of memory
+_LONGEST_SIDE = 65_535  # which is JPEG's and GIF's; of a pixel a row, others take seconds
+_SCALED_DOWN = 4  # times a JPEG's pixels cost less, which the towers decode at a smaller scale
 
 
 class Shape(BaseModel):
@@ -102,11 +104,11 @@ class EmbeddingsRequest(Shape):
         description="a text, an image as data:image/…, a content part, or a list of these"
     )
     model: str | None = Field(None, description="the served model's name, or nothing")
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: PositiveInt | None = Field(
         None, description="the first so many of a vector, made length one again"
     )
-    on_error: Literal["request", "item"] = Field(
+    on_error: Literal["request", "item"] | None = Field(
         "request", description="whether a bad item fails the request, or itself alone"
     )
     user: str | None = None
@@ -124,6 +126,33 @@ class Picture:
     """An item that the image tower embeds: an encoded file whose header has been read."""
 
     data: bytes
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An item that is yet to be read, and its place in the request."""
+
+    at: int
+    item: object
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an encoded image says of itself."""
+
+    format: str | None
+    width: int
+    height: int
+
+    @property
+    def pixels(self) -> int:
+        """Width times height."""
+        return self.width * self.height
+
+    @property
+    def cost(self) -> int:
+        """Of decoding it, in pixels."""
+        return self.pixels // _SCALED_DOWN if self.format == "JPEG" else self.pixels
 
 
 def parse_request(shape: type[Request], body: bytes) -> Request:
@@ -166,7 +195,7 @@ def invalid(error: ValidationError) -> ApiError:
     return ApiError(400, "invalid_request", f"{param or 'the body'}: {first['msg']}", param)
 
 
-def request_items(request: EmbeddingsRequest, limits: LimitsConfig) -> list[object]:
+def request_items(request: EmbeddingsRequest, limits: LimitsConfig) -> list[Placed]:
     """The items of a request, in order; raises ApiError if there are none or too many."""
     items: list[object] = [*request.input] if isinstance(request.input, list) else [request.input]
     if not items:
@@ -178,7 +207,7 @@ def request_items(request: EmbeddingsRequest, limits: LimitsConfig) -> list[obje
             f"input: has {len(items)} items, more than {limits.items}; send several requests",
             "input",
         )
-    return items
+    return [Placed(at, item) for at, item in enumerate(items)]
 
 
 class _Fetch:
@@ -212,7 +241,8 @@ class _Fetch:
 class Reader:
     """Reads the texts and images of a request, which may be done again.
 
-    No image that came is fetched twice, and items at one address wait for one fetch.
+    No image that came is fetched twice, and items at one address wait for one fetch. Images are
+    counted by their places, so that what is read again is not counted again.
 
     Args:
         limits: of what is read.
@@ -225,12 +255,15 @@ class Reader:
     ) -> None:
         self.limits, self.fetcher, self._count = limits, fetcher, count
         self._fetches: dict[str, _Fetch] = {}
+        self._in_turn = asyncio.Lock()  # so that it is the last images that are too many
+        self._costs: dict[int, int] = {}
 
     async def item(self, item: object) -> Text | Picture:
         """The text or image of an item; raises ApiError if it cannot be embedded."""
+        at, item = (item.at, item.item) if isinstance(item, Placed) else (0, item)
         if isinstance(item, str):
             like_uri = _LIKE_DATA_URI.match(item[:256])
-            return await self.picture(item) if like_uri else self.text(item)
+            return await self.picture(item, at) if like_uri else self.text(item)
         if isinstance(item, list | int):
             raise ApiError(
                 400,
@@ -244,7 +277,7 @@ class Reader:
             raise ApiError(400, "invalid_item", f"is no content part: {told.message}") from None
         if isinstance(part, TextPart):
             return self.text(part.text)
-        return await self.picture(part.image_url.url)
+        return await self.picture(part.image_url.url, at)
 
     def text(self, text: str) -> Text:
         """A text; raises ApiError if it is empty or too long."""
@@ -261,14 +294,30 @@ class Reader:
                 413, "text_too_long", f"has {characters:,} characters, more than {most:,}"
             )
 
-    async def picture(self, url: str) -> Picture:
-        """An image from base64, a data URI or an address; raises ApiError if there is none."""
-        if _ADDRESS.match(url[:32]):
-            data = await self._at(url)
-            await asyncio.to_thread(check_picture, data, self.limits)
-        else:
-            data = await asyncio.to_thread(self._within, url)
+    async def picture(self, url: str, at: int = 0) -> Picture:
+        """An image from base64, a data URI or an address; raises ApiError if there is none.
+
+        Args:
+            url: the image.
+            at: its place in the request.
+        """
+        image = await self._at(url) if _ADDRESS.match(url[:32]) else url
+        async with self._in_turn:
+            data, header = await asyncio.to_thread(self._checked, image)
+            self._count_cost(at, header.cost)
         return Picture(data)
+
+    def _count_cost(self, at: int, cost: int) -> None:
+        """Raise ApiError where an image makes the request's too many to be decoded."""
+        most = self.limits.request_pixels
+        if cost + sum(other for place, other in self._costs.items() if place != at) > most:
+            raise ApiError(
+                413,
+                "too_many_pixels",
+                f"is an image with which the request has more than {most:,} pixels; send several "
+                "requests, or smaller images",
+            )
+        self._costs[at] = cost
 
     async def _at(self, address: str) -> bytes:
         """What is at an address."""
@@ -289,11 +338,12 @@ class Reader:
         self._count(len(data))
         return data
 
-    def _within(self, url: str) -> bytes:
-        """The checked image that base64 or a data URI holds; megabytes take a while."""
-        data = self._bytes(url)
-        check_picture(data, self.limits)
-        return data
+    def _checked(self, image: str | bytes) -> tuple[bytes, Header]:
+        """An image that is in base64, in a data URI or as it was fetched; takes a while."""
+        data = self._bytes(image) if isinstance(image, str) else image
+        header = read_header(data, self.limits)
+        check_picture(header, self.limits)
+        return data, header
 
     def _bytes(self, url: str) -> bytes:
         """What base64 or a data URI holds."""
@@ -322,14 +372,14 @@ class Reader:
             raise ApiError(400, "invalid_base64", "is an image whose base64 is broken") from None
 
 
-def check_picture(data: bytes, limits: LimitsConfig) -> None:
-    """Raise ApiError for a file whose header tells that it must not be decoded."""
+def read_header(data: bytes, limits: LimitsConfig) -> Header:
+    """The header of an encoded image; raises ApiError if it is none that may be decoded."""
     if not data:
         raise ApiError(400, "empty_image", "is an image of no bytes")
     try:
         # Only the header is read; a bomb's pixels never come to be.
         with open_image(data, limits.formats) as image:
-            width, height = image.size
+            return Header(image.format, *image.size)
     except UnidentifiedImageError:
         raise ApiError(
             415,
@@ -338,12 +388,20 @@ def check_picture(data: bytes, limits: LimitsConfig) -> None:
         ) from None
     except Image.DecompressionBombError:
         raise _too_many_pixels(limits) from None
-    except HeaderError:
-        raise ApiError(400, "broken_image", "is an image whose header has too many parts") from None
+    except HeaderError as error:
+        raise ApiError(400, "broken_image", f"is an image that {error}") from None
     except Exception:  # Pillow raises whatever a broken header leads it to
         raise ApiError(400, "broken_image", "is an image whose header is broken") from None
-    if width * height > limits.image_pixels:
+
+
+def check_picture(header: Header, limits: LimitsConfig) -> None:
+    """Raise ApiError for an image that is too large to be decoded."""
+    if header.pixels > limits.image_pixels:
         raise _too_many_pixels(limits)
+    if max(header.width, header.height) > _LONGEST_SIDE:
+        raise ApiError(
+            413, "image_too_large", f"is an image of more than {_LONGEST_SIDE:,} pixels on a side"
+        )
 
 
 def _too_many_pixels(limits: LimitsConfig) -> ApiError:
@@ -352,7 +410,7 @@ def _too_many_pixels(limits: LimitsConfig) -> ApiError:
     )
 
 
-def encoded_vector(vector: Any, encoding_format: str) -> list[float] | str:
+def encoded_vector(vector: Any, encoding_format: str | None) -> list[float] | str:
     """A float32 vector as OpenAI's clients take it."""
     if encoding_format == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")

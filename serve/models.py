@@ -40,10 +40,10 @@ def load_model(place: ModelPlace, s3: S3Section) -> tuple[RWKVCLIP, str]:
 
 
 def check_model(model: RWKVCLIP) -> None:
-    """Embed an image and a text.
+    """Embed an image and a text, and look at the scale that classifying takes.
 
     Raises:
-        ModelError: what comes out is no embedding.
+        ModelError: what comes out is no embedding, or the scale is no number.
     """
     config = model.config
     pixels = torch.linspace(-1, 1, 3 * config.image_size**2)
@@ -55,6 +55,8 @@ def check_model(model: RWKVCLIP) -> None:
             pixels.view(1, 3, config.image_size, config.image_size).to(device)
         )
         text = model.encode_text(tokens.to(device))
+    if not model.logit_scale.exp().isfinite():
+        raise ModelError("the model's scale (logit_scale) is not finite; train it anew")
     for told, vectors in (("image", image), ("text", text)):
         check_vectors(vectors.float().cpu().numpy(), config.embed_dim, told)
 

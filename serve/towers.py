@@ -122,8 +122,12 @@ async def call(handle: Handle, told: str, method: str, *arguments: Any) -> Any:
     What is called may be called twice: a replica that dies with a request is not the last one.
     """
     for _ in range(_REPLICAS):
+        response = getattr(handle, method).remote(*arguments)
         try:
-            return await getattr(handle, method).remote(*arguments)
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()  # Serve does so where a client has left, not where time is up
+            raise
         except BackPressureError:
             raise ApiError(
                 429, "overloaded", "too many requests wait; send this one again later"

@@ -1,4 +1,4 @@
-"""Headers that would keep a process for minutes, and those of honest files."""
+"""Files that would keep a process for minutes, and honest ones."""
 
 import zlib
 from io import BytesIO
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rwkv_clip.images import HeaderError, open_image
+from rwkv_clip.images import HeaderError, ImageDecodeError, open_image, open_named
 
 NOISE = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
 
@@ -98,3 +98,98 @@ def test_pixels_may_come_in_any_number_of_parts():
 def test_formats_may_be_named():
     with pytest.raises(Image.UnidentifiedImageError):
         open_image(encoded("BMP"), ["JPEG", "PNG"])
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + pack(">H", 2 + len(content)) + content
+
+
+SCAN = segment(0xDA, b"\1\1\0\1\x3f\0") + bytes(8)
+END = b"\xff\xd9"
+
+
+def of_scans(
+    scans: int, between: bytes = b"", side: int = 64, frame: int = 0xC2, channels: int = 1
+) -> bytes:
+    """A black JPEG that goes over its pixels so often."""
+    channel = b"".join(bytes([one, 0x11, 0]) for one in range(1, channels + 1))
+    first = bytes([channels]) + b"".join(bytes([one, 0]) for one in range(1, channels + 1))
+    return (
+        b"\xff\xd8"
+        + segment(0xDB, b"\0" + b"\1" * 64)
+        + segment(frame, b"\x08" + pack(">HHB", side, side, channels) + channel)
+        + segment(0xC4, b"\0\1" + bytes(16))  # a bit that tells of no difference
+        + segment(0xC4, b"\x10\1" + bytes(16))  # and one that tells of an empty block
+        + segment(0xDA, first + b"\0\0\0")
+        + bytes(8 * channels)
+        + (between + SCAN) * (scans - 1)
+        + END
+    )
+
+
+def of_two(jpeg: bytes) -> bytes:
+    """A JPEG with an index of images in its header, of which another lies behind it."""
+    entries = pack("<IIIHH", 0x030000, len(jpeg), 0, 0, 0) + pack("<IIIHH", 0, 9, 9, 0, 0)
+    tags = pack("<HHI4s", 0xB000, 7, 4, b"0100") + pack("<HHII", 0xB001, 4, 1, 2)
+    tags += pack("<HHII", 0xB002, 7, len(entries), 50)
+    index = b"MPF\0II*\0" + pack("<IH", 8, 3) + tags + pack("<I", 0) + entries
+    return jpeg[:2] + segment(0xE2, index) + jpeg[2:] + encoded("JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (of_scans(101), "has 101 scans, more than the 100 that are read of its size"),
+        (of_scans(28, side=6000), "has 28 scans, more than the 27"),
+        (of_scans(26, side=40_000), "has 26 scans, more than the 25"),
+        (of_scans(101, frame=0xCA), "has 101 scans"),
+        (of_scans(101, channels=3), "has 101 scans"),
+        (of_scans(101, channels=4), "has 101 scans"),
+        (of_two(of_scans(101)), "has 101 scans"),
+        (of_scans(101, segment(0xE1, SCAN)), "has 101 scans"),
+        (of_scans(101, b"\xff\xd0\xff\x02\xff\x01\xff\0\xff"), "has 101 scans"),
+        (of_scans(101, segment(0xFE, b"") * 1000), "a header of too many parts"),
+    ],
+    ids=[
+        "small", "large", "larger", "arithmetic", "colour", "CMYK", "two images", "previews",
+        "markers without content", "parts between",
+    ],
+)  # fmt: skip
+def test_a_jpeg_of_scans_without_end_is_refused(data, reason, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(HeaderError, match=reason):
+        open_image(data)
+    with pytest.raises(ImageDecodeError, match=f"^image 'a': .*{reason}"):
+        open_named(data, "a")
+
+
+def test_what_looks_like_scans_of_a_jpeg_is_none():
+    progressive = encoded("JPEG", progressive=True)
+    preview = segment(0xE1, SCAN * 300)
+    files = [
+        of_scans(100),
+        of_two(of_scans(100)),
+        encoded("JPEG") + b"\xff\xda" * 300,
+        progressive[:2] + preview * 20 + progressive[2:],
+        of_scans(50, preview),
+    ]
+    for file in files:
+        with open_image(file) as image:
+            image.load()
+    assert open_image(files[1]).format == "MPO"
+
+
+def bmp(compression: int) -> bytes:
+    header = pack("<IiiHHIIiiII", 40, 8, 1, 1, 8, compression, 8, 0, 0, 256, 0)
+    palette = b"".join(bytes([grey, grey, grey, 0]) for grey in range(256))
+    pixels = b"\x08\x07\0\1" if compression else b"\x07" * 8
+    at = 14 + len(header) + len(palette)
+    return b"BM" + pack("<IHHI", at + len(pixels), 0, 0, at) + header + palette + pixels
+
+
+def test_a_bmp_that_python_would_decode_is_refused():
+    with open_image(bmp(0)) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.full((1, 8), 7))
+    for compression in (1, 2):
+        with pytest.raises(HeaderError, match="is a compressed BMP; save it as a PNG"):
+            open_image(bmp(compression))

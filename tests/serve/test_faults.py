@@ -75,6 +75,19 @@ def test_a_bomb_is_never_decoded(client, side):
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "image_too_large")
 
 
+def test_bombs_that_are_too_many_together_are_told_so(client):
+    """Each is of less than may be sent, and a whole one of a few kB takes a second."""
+    items = [data_uri(bomb(6_300))] * 18
+    answer = client.post("/v1/embeddings", json={"input": items})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (413, "too_many_pixels")
+    assert (error["param"], error["index"]) == ("input.16", 16)
+    answer = client.post("/v1/embeddings", json={"input": items, "on_error": "item"})
+    assert answer.status_code == 200, answer.text
+    codes = [one["error"]["code"] for one in answer.json()["data"]]
+    assert codes == ["broken_image"] * 16 + ["too_many_pixels"] * 2
+
+
 def test_unusual_images_are_embedded(client):
     sideways, upright = turned()
     files = [picture(0, (1, 1)), animated(), picture(1, (300, 2)), sideways, upright]

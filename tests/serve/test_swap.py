@@ -18,7 +18,7 @@ from rwkv_clip.model import RWKVCLIP, create_model, save_checkpoint
 from serve.config import ServeFile
 from serve.encoders import Encoder
 from serve.messages import Orders
-from serve.models import load_model
+from serve.models import check_model, load_model
 from serve.registry import ModelError, find_model
 from serve.succession import Director
 from tests.serve.small import Registry, data_uri, picture, small_config
@@ -107,6 +107,12 @@ def not_finite(folder: Path) -> None:
     save_file(weights, file)
 
 
+def no_scale(folder: Path) -> None:
+    new_model(folder)
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), "logit_scale": torch.tensor(float("nan"))}, file)
+
+
 def another_width(folder: Path) -> None:
     torch.manual_seed(0)
     config = small_config()
@@ -124,7 +130,12 @@ def no_weights(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
-    [(not_finite, "not finite"), (another_width, "numbers"), (no_weights, "cannot be loaded")],
+    [
+        (not_finite, "not finite"),
+        (no_scale, "logit_scale"),
+        (another_width, "numbers"),
+        (no_weights, "cannot be loaded"),
+    ],
 )
 def test_a_model_that_is_no_good_is_refused(
     client, registry, ready, model, first_again, tmp_path, spoil, reason
@@ -138,6 +149,16 @@ def test_a_model_that_is_no_good_is_refused(
     answer = client.post("/v1/embeddings", json={"input": TEXT}).json()
     assert answer["model_version"] == "1"
     np.testing.assert_allclose(answer["data"][0]["embedding"], vectors(model)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 100.0])
+def test_a_scale_that_classifies_nothing_is_no_models(scale):
+    model = create_model(small_config()).eval()
+    check_model(model)
+    with torch.no_grad():
+        model.logit_scale.fill_(scale)
+    with pytest.raises(ModelError, match=r"scale \(logit_scale\) is not finite"):
+        check_model(model)
 
 
 def test_a_folder_that_changed_is_not_served_as_what_it_was(tmp_path):
