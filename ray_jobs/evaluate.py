@@ -7,9 +7,10 @@ the embeddings. What is written, below `evaluation/NAME/`:
     clip_benchmark/*.json       the metrics in LAION's CLIP_benchmark's form, a file a task
 """
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +42,7 @@ from ray_jobs.pairs import TextColumn
 from ray_jobs.retrieval import RetrievalConfig, RetrievalScore, open_captioned, search_set
 from ray_jobs.storage import Storage, digest_of_json
 from ray_jobs.training.batches import PairFiles
-from rwkv_clip.evaluation import benchmark_result, retrieval, top_k
+from rwkv_clip.evaluation import benchmark_result, retrieval, retrieval_ranks, top_k
 
 Array = npt.NDArray[Any]
 
@@ -92,13 +93,16 @@ class EvaluationResult:
     Attributes:
         metrics: by name, fractions from 0 to 1 and counts.
         chance: what recall_at_10 would be by chance; 0 where no pairs were searched.
-        examples: queries, each with its text, its id, and the ids of the five nearest images.
+        examples: queries, each with its text, its id, the ids of the five nearest images, and the
+            rank of its own among all.
         checkpoint: what was evaluated.
         data_digest: of all that it was evaluated on.
         clip_benchmark: the results as LAION's CLIP_benchmark writes them, by file name.
         classification: `ClassificationScore`'s fields, for each set and task.
         retrieval: `RetrievalScore`'s fields, for each set.
         tested: by metric, what `scored_on` gives for the data that it was found on.
+        seconds: that embedding and scoring took; 0 in results of older releases.
+        images: of all that it was evaluated on.
     """
 
     metrics: dict[str, float]
@@ -110,6 +114,8 @@ class EvaluationResult:
     classification: list[dict[str, Any]] = field(default_factory=list)
     retrieval: list[dict[str, Any]] = field(default_factory=list)
     tested: dict[str, dict[str, str]] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
+    images: int = 0
 
     @property
     def searched(self) -> bool:
@@ -133,6 +139,12 @@ class OpenedSets:
     def of(cls, config: EvaluationConfig) -> "OpenedSets":
         """Look for the files; raises SourceError where a set cannot be read."""
         return cls(open_sets(config.classification), open_captioned(config.retrieval))
+
+    @property
+    def images(self) -> int:
+        """How many there are, those that linear probes learn from included."""
+        labelled = sum(test.rows + (train.rows if train else 0) for _, test, train in self.labelled)
+        return labelled + sum(images.rows for _, images in self.captioned)
 
     @property
     def digests(self) -> list[str]:
@@ -227,6 +239,7 @@ class Evaluation:
         """
         if self.held is not None:
             return self.held
+        started = time.perf_counter()
         config, storage, checkpoint = self.config, self.storage, self.checkpoint
         result = EvaluationResult({}, 0.0, [], checkpoint, self.digest, {})
         if self.manifest is not None:
@@ -244,6 +257,10 @@ class Evaluation:
             _add_search(result, score, captioned_digest(captioned, images))
         for file, value in result.clip_benchmark.items():
             storage.write_json(f"{self._place}/clip_benchmark/{file}", value)
+        pairs = self.manifest.rows if self.manifest else 0
+        result = replace(
+            result, seconds=time.perf_counter() - started, images=pairs + self._sets.images
+        )
         storage.write_json(self._record, {"run": self.identity, "result": asdict(result)})
         return result
 
@@ -334,15 +351,21 @@ def _examples(
     ids: Sequence[str] = table["id"].to_pylist()
     queries = asked[np.linspace(0, len(asked) - 1, min(count, len(asked))).round().astype(int)]
     nearest = top_k(texts[queries], images, min(5, len(ids)))
+    ranks = retrieval_ranks(images, texts[queries], queries).text_to_image
     return [
         {
             "id": ids[query],
             "text": table["text"][int(query)].as_py(),
             "nearest": [ids[at] for at in row.tolist()],
             "similarity": [round(float(value), 4) for value in values],
+            "rank": rank,
         }
-        for query, row, values in zip(
-            queries, nearest.indices, nearest.similarities.tolist(), strict=True
+        for query, row, values, rank in zip(
+            queries,
+            nearest.indices,
+            nearest.similarities.tolist(),
+            ranks.tolist(),
+            strict=True,
         )
     ]
 

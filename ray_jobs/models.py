@@ -9,10 +9,15 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from ray_jobs.progress import tell
 
 _PACKAGE = "package:"
 _FORMAT = 1  # of the converted folder; raise it when the conversion changes
@@ -83,11 +88,27 @@ def _converted(source: str) -> Path:
         if not (folder / "config.json").is_file():
             temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             try:
-                _convert(file, temporary)
+                tell(f"converting {source} for vLLM, once on this machine, into {folder}")
+                with _without_bars():
+                    _convert(file, temporary)
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep tqdm from drawing: some of transformers' bars do not heed transformers' own switch."""
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+    bar: Any = tqdm
+    draws = bar.__init__
+    bar.__init__ = partialmethod(draws, disable=True)
+    try:
+        yield
+    finally:
+        bar.__init__ = draws
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -7,6 +7,8 @@ Choices:
 - A row that cannot be used is no error: it becomes a row of the rejected table, with its reason.
 """
 
+import hashlib
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +43,10 @@ REJECTED_SCHEMA = pa.schema(
 # MPO is what Pillow calls the JPEG files of phones that hold a second picture.
 IMAGE_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF"})
 _MAX_ID = 512
+_ID_DIGITS = 32  # of the digest that ends a longer one
 _MAX_DETAIL = 200
+# What steers a terminal, or turns a line around. Joiners, which emoji are made of, do neither.
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def make_pair(raw: Mapping[str, Any], limits: RowLimits) -> dict[str, Any]:
     Raises:
         RejectedRowError: it cannot be used.
     """
-    identity = clean_text(raw.get("id"), _MAX_ID)
+    identity = clean_id(raw.get("id"))
     if not identity:
         raise RejectedRowError("no_id", f"got {raw.get('id')!r}")
     check_image(raw.get("image"), limits)
@@ -110,6 +115,25 @@ def make_pair(raw: Mapping[str, Any], limits: RowLimits) -> dict[str, Any]:
         "description": texts["description"] or None,
         "description_source": (source if texts["description"] else None) or None,
     }
+
+
+def clean_id(identity: object) -> str:
+    """An id as one printable line of at most 512 characters.
+
+    The end of a longer one becomes a digest of all of it: what tells ids apart is often there.
+    """
+    if not isinstance(identity, str | bytes | bytearray | memoryview):
+        return ""
+    whole = printable(clean_text(identity, len(identity)))
+    if len(whole) <= _MAX_ID:
+        return whole
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:_ID_DIGITS]
+    return f"{whole[: _MAX_ID - _ID_DIGITS - 1]}:{digest}"
+
+
+def printable(text: str) -> str:
+    """The text with escapes, as Python writes them, for what a terminal would obey."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def clean_text(text: object, limit: int) -> str:

@@ -32,7 +32,17 @@ from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult, Op
 from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
 from ray_jobs.memory import PeakMemory
 from ray_jobs.progress import Progress, duration
-from ray_jobs.report import Report, StageTime, collect, examples, loss_figure, render
+from ray_jobs.report import (
+    Report,
+    StageTime,
+    StageTimes,
+    collect,
+    examples,
+    loss_figure,
+    rate_figure,
+    render,
+    validation_figure,
+)
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import on_server
 from ray_jobs.storage import Storage, StorageConfig
@@ -62,7 +72,6 @@ logger = logging.getLogger(__name__)
 
 SUMMARY = "run every stage: ingest, caption, describe, train, evaluate, register, report"
 REPORT = "report.html"
-_TIMES = "times.json"
 _MEMORY = "memory.json"
 _BASELINE = "baseline"
 _FAILURES = (
@@ -231,6 +240,8 @@ class _Pipeline:
     def __init__(self, config: PipelineConfig, storage: Storage, tracker: Tracker | None) -> None:
         self.config, self.storage, self.tracker = config, storage, tracker
         self.stages: list[Stage] = []
+        self.times = StageTimes(storage)
+        self.took: list[StageTime] = []
 
     def run(self, memory: PeakMemory) -> PipelineResult:
         config = self.config
@@ -262,7 +273,7 @@ class _Pipeline:
             versions=_versions(),
             data=[data, test] if test else [data],
             train=main,
-            stages=self._times(data, test, captioned, described, main),
+            stages=self.took,
             captioning=captioned,
             synthesis=described,
             evaluation=evaluated,
@@ -329,18 +340,31 @@ class _Pipeline:
 
     def _ingest(self) -> tuple[Manifest, Manifest | None]:
         config = self.config
+        took: list[tuple[float, int]] = []
         with self._stage("ingest") as told:
-            data = ingest(config.train_data, self.storage, "train")
-            test = ingest(config.test_data, self.storage, "test") if config.test_data else None
+            data = self._ingest_one(config.train_data, "train", took)
+            test = self._ingest_one(config.test_data, "test", took) if config.test_data else None
             if config.validation_data is not None:
-                ingest(config.validation_data, self.storage, VALIDATION)
+                self._ingest_one(config.validation_data, VALIDATION, took)
             self._check_texts(test)
             counts = [f"{data.rows:,} pairs to train"]
             if test is not None:
                 counts.append(f"{test.rows:,} to test")
             rejected = sum(sum(one.rejected.values()) for one in (data, test) if one)
             told.append(", ".join([*counts, f"{rejected:,} rejected"]))
+        self._took("ingest", sum(one for one, _ in took), sum(rows for _, rows in took), "pairs")
         return data, test
+
+    def _ingest_one(
+        self, config: IngestConfig, name: str, took: list[tuple[float, int]]
+    ) -> Manifest:
+        """A data set; appends its seconds and rows, where somebody knows what it took."""
+        with self.times.measured(f"ingest {name}", config.digest()) as work:
+            work.resumed = self.storage.exists(f"pairs/{name}/manifest.json")
+            manifest = ingest(config, self.storage, name)
+        if work.seconds:
+            took.append((work.seconds, manifest.rows))
+        return manifest
 
     def _check_texts(self, test: Manifest | None) -> None:
         """Raise TextsError before hours of work that nothing could be scored by."""
@@ -373,6 +397,7 @@ class _Pipeline:
             without = sum(n for key, n in result.sources.items() if key.startswith("none"))
             outcome = f"{result.rows:,} by {result.model}, {without:,} without a caption"
             told.append(outcome + _already(result.resumed))
+        self._took("caption", result.seconds, result.rows, "pairs")
         return result
 
     def _describe(self, data: Manifest) -> SynthesisResult | None:
@@ -401,6 +426,7 @@ class _Pipeline:
             if result.incidents:
                 outcome += f", {len(result.incidents)} chunks redone"
             told.append(outcome + _already(result.resumed))
+        self._took("describe", result.seconds, result.rows, "pairs")
         return result
 
     def _train(self, folder: str, config: TrainConfig, data: Manifest) -> TrainResult:
@@ -435,8 +461,9 @@ class _Pipeline:
             run.validations(result.validations)
             run.metrics({"left_out": result.left_out, "training_seconds": result.seconds})
             if run.run_id is not None:
-                run.figure("loss.png", loss_figure(result.history))
+                _draw(run, result)
             told.append(f"{result.steps:,} steps of {batch:,}" + _already(result.resumed))
+        self._took(folder, result.seconds, result.steps * batch, "pairs")
         return result
 
     def _evaluate_alone(self, test: Manifest | None) -> EvaluationResult | None:
@@ -484,6 +511,7 @@ class _Pipeline:
                 for one in result.retrieval
             ]
             told.append(", ".join(outcomes) + _already(done))
+        self._took(folder, result.seconds, result.images, "images")
         return result
 
     def _embed_after(self, config: EmbedConfig, registered: Registered | None) -> None:
@@ -507,11 +535,15 @@ class _Pipeline:
             self._stage("embed") as told,
             self._embedding_model(self._asked_for(config), registered) as source,
         ):
-            result = embed(config, self.storage, source)
+            # Each model's vectors take their own time.
+            with self.times.measured(f"embed {config.data}", [source.digest, config.text]) as work:
+                result = embed(config, self.storage, source)
+                work.resumed = result.resumed
             told.append(
                 f"{result.rows:,} of {config.data} in {result.dimensions} dimensions by "
                 f"{source.name}" + _already(result.resumed)
             )
+        self._took("embed", work.seconds, result.rows, "pairs")
 
     def _asked_for(self, config: EmbedConfig) -> str | None:
         """The model that the file says vectors are of, or is served; None for the champion."""
@@ -548,13 +580,17 @@ class _Pipeline:
             metrics = evaluated.metrics if evaluated else None
             tested = evaluated.tested if evaluated else None
             try:
-                result = register(self.tracker, self.storage, trained.best, metrics, tested)
+                with self.times.measured("register", trained.best) as work:
+                    there = _versions_of(self.tracker)
+                    result = register(self.tracker, self.storage, trained.best, metrics, tested)
+                    work.resumed = result.version in there
             except STORE_ERRORS as error:
                 logger.warning("the model was not registered: %s; start again", error)
                 told.append("MLflow did not answer; start again to register")
                 return None
             told.append(f"{result.uri}, {result.told}")
             self.tracker.parent.metrics(metrics or {})
+        self._took("register", work.seconds)
         return result
 
     def _crown(self, registered: Registered | None) -> Registered | None:
@@ -614,29 +650,24 @@ class _Pipeline:
             self.tracker.parent.metrics({"peak_memory_gb": peak / 1e9})
         return peak
 
-    def _times(
-        self,
-        data: Manifest,
-        test: Manifest | None,
-        captioned: CaptionResult | None,
-        described: SynthesisResult | None,
-        trained: TrainResult,
-    ) -> list[StageTime]:
-        """What the stages took when they did their work, in this run or an earlier one."""
-        held = self.storage.read_json(_TIMES) if self.storage.exists(_TIMES) else {}
-        times = {stage.name: max(stage.seconds, held.get(stage.name, 0.0)) for stage in self.stages}
-        self.storage.write_json(_TIMES, times)
-        rows = data.rows + (test.rows if test else 0)
-        found = [StageTime("ingest", times["ingest"], rows, "pairs")]
-        if captioned is not None:
-            found.append(StageTime("caption", captioned.seconds, captioned.rows, "pairs"))
-        if described is not None:
-            found.append(StageTime("describe", described.seconds, described.rows, "pairs"))
-        pairs = trained.steps * self.config.train.batch
-        found.append(StageTime("train", trained.seconds, pairs, "pairs"))
-        if test is not None:
-            found.append(StageTime("evaluate", times["evaluation"], test.rows, "pairs"))
-        return found
+    def _took(self, name: str, seconds: float, count: int = 0, unit: str = "") -> None:
+        """A row of the report's table, where somebody knows what the stage took."""
+        if seconds:
+            self.took.append(StageTime(name, seconds, count, unit))
+
+
+def _draw(run: StageRun, result: TrainResult) -> None:
+    """Leave the report's curves with the training's run."""
+    run.figure("loss.png", loss_figure(result.history))
+    run.figure("rate.png", rate_figure(result.history))
+    if result.validations:
+        run.figure("validation.png", validation_figure(result.validations))
+
+
+def _versions_of(tracker: Tracker) -> set[str]:
+    """The versions that the registry has of the model."""
+    found = tracker.client.search_model_versions(f"name='{tracker.config.model_name}'")
+    return {str(one.version) for one in found}
 
 
 def _champion(tracker: Tracker) -> str | None:
@@ -673,13 +704,8 @@ def _versions() -> dict[str, str]:
 
 def _table(storage: Storage, result: PipelineResult) -> str:
     lines = [_stages(result.stages)]
-    if result.evaluation is not None and result.evaluation.searched:
-        lines.append("")
-        lines += _recalls("", result.evaluation)
-        if result.baseline is not None:
-            lines += _recalls(" (baseline)", result.baseline)
-        lines.append(f"{'by chance':<27} R@10 {100 * result.evaluation.chance:5.1f} %")
-        lines.append("")
+    if result.evaluation is not None:
+        lines += ["", *_scores(result.evaluation, result.baseline), ""]
     if result.peak_memory:
         lines.append(f"memory: {result.peak_memory / 1e9:.1f} GB at its peak, of all processes")
     lines.append(f"model:  {storage.child_uri(result.train.best)}")
@@ -698,15 +724,42 @@ def _stages(stages: Sequence[Stage]) -> str:
     )
 
 
-def _recalls(suffix: str, evaluation: EvaluationResult) -> list[str]:
+def _scores(evaluation: EvaluationResult, baseline: EvaluationResult | None) -> list[str]:
+    """Lines of what was scored; below each the baseline's, and how far it is surpassed."""
+    others = _measures(baseline) if baseline is not None else {}
+    rows: list[tuple[str, str, Mapping[str, float]]] = []
+    for label, measured in _measures(evaluation).items():
+        rows.append((label, "{:5.1f} %", measured))
+        if (other := others.get(label)) is None:
+            continue
+        margins = {name: value - other[name] for name, value in measured.items()}
+        rows.append((f"{label} (baseline)", "{:5.1f} %", other))
+        rows.append((f"{label} (margin)", "{:+5.1f}  ", margins))
+    if evaluation.searched:
+        rows.append(("by chance", "{:5.1f} %", {"R@10": evaluation.chance}))
+    width = max(27, *(len(label) for label, _, _ in rows))
     lines = []
-    for direction in ("text_to_image", "image_to_text"):
-        scores = "  ".join(
-            f"R@{k} {100 * evaluation.metrics[f'{direction}_recall_at_{k}']:5.1f} %"
-            for k in (1, 5, 10)
-        )
-        lines.append(f"{direction.replace('_', ' ') + suffix:<27} {scores}")
+    for label, form, values in rows:
+        scores = "  ".join(f"{name} {form.format(100 * value)}" for name, value in values.items())
+        lines.append(f"{label:<{width}} {scores}".rstrip())
     return lines
+
+
+def _measures(evaluation: EvaluationResult) -> dict[str, dict[str, float]]:
+    """What the table shows of an evaluation, by what was searched or classified."""
+    searched = [("", evaluation.metrics)] if evaluation.searched else []
+    searched += [(f"{one['name']} ", one["found"]) for one in evaluation.retrieval]
+    found = {
+        f"{name}{direction.replace('_', ' ')}": {
+            f"R@{k}": metrics[f"{direction}_recall_at_{k}"] for k in (1, 5, 10)
+        }
+        for name, metrics in searched
+        for direction in ("text_to_image", "image_to_text")
+    }
+    for one in evaluation.classification:
+        told = {"top-1": one["top1"], "top-5": one["top5"], "per class": one["mean_per_class"]}
+        found[f"{one['name']} {one['task'].replace('_', ' ')}"] = told
+    return found
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ On a terminal the line is rewritten; elsewhere a new one appears now and then, s
 day's run stays readable.
 """
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import TextIO
 _TERMINAL_SECONDS = 0.2
 _LOG_SECONDS = 10.0
 _SMOOTHING_SECONDS = 20.0
+_CLEAR = "\x1b[K"  # what the line before has left to the right
 
 
 class Progress:
@@ -41,7 +43,6 @@ class Progress:
         self._started = self._told = time.monotonic()
         self._rate = 0.0
         self._last = (self._started, done)
-        self._width = 0
 
     def __enter__(self) -> "Progress":
         return self
@@ -83,13 +84,13 @@ class Progress:
         """Tell how the stage ended."""
         count = f"{self.count - self.skipped:,} {self.unit}"
         kept = f" ({self.skipped:,} were there already)" if self.skipped else ""
-        self._write(
+        line = (
             f"{self.stage}: {outcome}, {count}{kept} in {duration(self.seconds)}, "
             f"{self.rate:,.1f} {self.unit}/s"
         )
-        if self._terminal:
-            self._stream.write("\n")
-            self._stream.flush()
+        # It stays, so it may wrap.
+        self._stream.write(f"\r{line}{_CLEAR}\n" if self._terminal else line + "\n")
+        self._stream.flush()
 
     def _smooth(self, now: float) -> None:
         """Follow the rate of the last seconds, so that a slow start does not spoil the forecast."""
@@ -100,22 +101,31 @@ class Progress:
         self._last = (now, self.count)
 
     def _line(self, note: str) -> str:
-        share = left = ""
+        of = share = left = ""
         if self.total:
-            share = f" of {self.total:,} ({100 * self.count / self.total:.0f} %)"
+            of = f" of {self.total:,}"
+            share = f" ({100 * self.count / self.total:.0f} %)"
             if self._rate > 0:
                 left = f", {duration(max(self.total - self.count, 0) / self._rate)} left"
         end = f", {note}" if note else ""
-        rate = f"{self._rate:,.1f} {self.unit}/s"
-        return f"{self.stage}: {self.count:,}{share} {self.unit}, {rate}{left}{end}"
+        # Short, for what is noted at the end is to be seen in 80 columns too.
+        rate = f"{self._rate:,.1f}/s"
+        return f"{self.stage}: {self.count:,}{of} {self.unit}{share}, {rate}{left}{end}"
 
     def _write(self, line: str) -> None:
         if self._terminal:
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
+            # A line that wraps could not be rewritten: each time it would take rows of its own.
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r{line[:width]}{_CLEAR}")
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
+
+
+def tell(line: str) -> None:
+    """A line of its own, among those of the stages."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:

@@ -39,7 +39,7 @@ class StageTime:
 
     Attributes:
         name: the stage's.
-        seconds: of work, without what earlier runs had done.
+        seconds: of work, in all runs together.
         count: of what it did.
         unit: what was counted.
     """
@@ -67,11 +67,13 @@ class Example:
         text: what was asked.
         wanted: the query's own picture, as a data URI.
         found: the nearest pictures with their similarity, and whether it is the wanted one.
+        rank: of the wanted one among all; None where an older release did not note it.
     """
 
     text: str
     wanted: str
     found: Sequence[tuple[str, float, bool]]
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def examples(storage: Storage, test: Manifest, evaluation: EvaluationResult) -> 
                 (pictures[one], similarity, one == example["id"])
                 for one, similarity in zip(example["nearest"], example["similarity"], strict=True)
             ],
+            rank=example.get("rank"),
         )
         for example in evaluation.examples
     ]

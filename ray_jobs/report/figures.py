@@ -4,48 +4,46 @@ import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _LINE, _SECOND = "#2f6f9f", "#b5651d"
+_SIZE = (4.5, 3.0)  # inches: one can be read at a phone's width, and two stand side by side
+_FEW = 20  # points that are marked each; of a single one no line can be seen
+
+Records = Sequence[Mapping[str, float]]
 
 
-def loss_figure(
-    history: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]] = ()
-) -> Figure:
-    """Loss by step; beside it the rate of pairs and the share of time spent waiting for data."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    loss, rate = figure.subplots(1, 2)
-    _plot(loss, history, "loss", _LINE, "this run" if baseline else "loss")
+def loss_figure(history: Records, baseline: Records = ()) -> Figure:
+    """Loss by step."""
+    figure, axes = _figure("contrastive loss")
+    _plot(axes, history, "loss", _LINE, "this run" if baseline else "loss")
     if baseline:
-        _plot(loss, baseline, "loss", _SECOND, "baseline")
-        loss.legend(frameon=False)
-    loss.set_ylabel("contrastive loss")
-    loss.set_ylim(bottom=0)
-    _plot(rate, history, "pairs_per_second", _LINE, "pairs")
-    rate.set_ylabel("pairs per second")
-    rate.set_ylim(bottom=0)
-    for axes in (loss, rate):
-        axes.set_xlabel("step")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25)
+        _plot(axes, baseline, "loss", _SECOND, "baseline")
+        axes.legend(frameon=False)
+    axes.set_ylim(bottom=0)
     return figure
 
 
-def validation_figure(validations: Sequence[Mapping[str, float]]) -> Figure:
+def rate_figure(history: Records) -> Figure:
+    """Pairs per second by step."""
+    figure, axes = _figure("pairs per second")
+    _plot(axes, history, "pairs_per_second", _LINE, "pairs")
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def validation_figure(validations: Records) -> Figure:
     """Recalls of the validations beside training, by step, in percent."""
-    figure = Figure(figsize=(4.5, 3), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure("validation R@10, %")
     directions = (("text_to_image", _LINE), ("image_to_text", _SECOND))
     for direction, colour in directions:
         name = f"validation_{direction}_recall_at_10"
         percent = [{**record, name: 100 * record[name]} for record in validations]
         _plot(axes, percent, name, colour, direction.replace("_", " "))
     axes.legend(frameon=False)
-    axes.set_ylabel("validation R@10, %")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("step")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
     return figure
 
 
@@ -56,13 +54,37 @@ def svg(figure: Figure) -> str:
     element = out.getvalue()
     element = element[element.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    # Black means the page's text colour, so that the curves can be read on a dark page too.
-    return re.sub(r"#000000|\bblack\b", "currentColor", element)
+    # Black means the page's text colour, so that the curves can be read on a dark page too. That of
+    # texts is not written but SVG's default, which is therefore set for the whole.
+    element = re.sub(r"#000000|\bblack\b", "currentColor", element)
+    return element.replace("<svg", '<svg fill="currentColor"', 1)
 
 
-def _plot(
-    axes: object, history: Sequence[Mapping[str, float]], name: str, colour: str, label: str
-) -> None:
+def _figure(label: str) -> tuple[Figure, Axes]:
+    """A figure of something by step."""
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    return figure, axes
+
+
+def _plot(axes: Axes, history: Records, name: str, colour: str, label: str) -> None:
     steps = [record["step"] for record in history]
     values = [record[name] for record in history]
-    axes.plot(steps, values, color=colour, label=label, linewidth=1.6)  # type: ignore[attr-defined]
+    marker = "o" if len(steps) <= _FEW else ""
+    axes.plot(
+        steps,
+        values,
+        color=colour,
+        label=label,
+        linewidth=1.6,
+        marker=marker,
+        markersize=4,
+        clip_on=False,  # half a mark would be at the edge
+    )
+    if len(steps) == 1:
+        axes.set_xticks(steps)  # nothing was recorded on either side

@@ -1,6 +1,6 @@
 """The page from what was collected."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ray_jobs.progress import duration
 from ray_jobs.report.collect import Report
-from ray_jobs.report.figures import loss_figure, svg, validation_figure
+from ray_jobs.report.figures import loss_figure, rate_figure, svg, validation_figure
 
 _DIRECTIONS = {"text_to_image": "Text to image", "image_to_text": "Image to text"}
 _CUTOFFS = (1, 5, 10)
@@ -32,7 +32,9 @@ def render(report: Report) -> str:
     return environment.get_template("page.html.j2").render(
         report=report,
         scores=_scores(report),
-        curves=svg(loss_figure(history, baseline)) if history else "",
+        retrieval_sets=_retrieval_sets(report),
+        classification_sets=_classification_sets(report),
+        curves=[svg(loss_figure(history, baseline)), svg(rate_figure(history))] if history else [],
         validations=svg(validation_figure(report.train.validations))
         if report.train.validations
         else "",
@@ -43,7 +45,7 @@ def render(report: Report) -> str:
 
 
 def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _count(value: float) -> str:
@@ -75,6 +77,42 @@ def _scores(report: Report) -> list[dict[str, Any]]:
             row["baseline"] = _recalls(report.baseline.metrics, key)
         rows.append(row)
     return rows
+
+
+def _retrieval_sets(report: Report) -> list[dict[str, Any]]:
+    """Rows of the table of captioned images, with the baseline's of the same set."""
+    rows = []
+    for one, other in _beside(report, "retrieval", ("name",)):
+        for key in _DIRECTIONS:
+            row = {"of": one, "direction": key, "recall": _recalls(one["found"], key)}
+            row["rank"] = one["found"][f"{key}_median_rank"]
+            if other is not None:
+                row["baseline"] = _recalls(other["found"], key)
+            rows.append(row)
+    return rows
+
+
+def _classification_sets(report: Report) -> list[dict[str, Any]]:
+    """Rows of the table of labelled images, with the baseline's of the same set and task."""
+    rows = []
+    for one, other in _beside(report, "classification", ("name", "task")):
+        row: dict[str, Any] = {"of": one}
+        if other is not None:
+            row["baseline"] = {key: other[key] for key in ("top1", "top5", "mean_per_class")}
+        rows.append(row)
+    return rows
+
+
+def _beside(
+    report: Report, kind: str, keys: Sequence[str]
+) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """The evaluation's scores of a kind, and what the baseline has on the same."""
+    if report.evaluation is None:
+        return []
+    others = getattr(report.baseline, kind) if report.baseline is not None else []
+    held = {tuple(one[key] for key in keys): one for one in others}
+    scores = getattr(report.evaluation, kind)
+    return [(one, held.get(tuple(one[key] for key in keys))) for one in scores]
 
 
 def _recalls(metrics: Mapping[str, float], direction: str) -> list[float]:

@@ -12,11 +12,12 @@ import difflib
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 from pydantic import Field, PositiveInt
 
+from ray_jobs.pairs import printable
 from ray_jobs.storage import S3Config
 from rwkv_clip.config import BaseConfig
 
@@ -194,12 +195,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that could not even be read; the columns of REJECTED_SCHEMA."""
+    """A row that could not even be read; the columns of REJECTED_SCHEMA, printable all."""
 
     id: str
     origin: str
     reason: str
     detail: str
+
+    def __post_init__(self) -> None:
+        # Errors quote them on people's terminals, and they are whoever's wrote the data.
+        for field in fields(self):
+            object.__setattr__(self, field.name, printable(getattr(self, field.name)))
 
 
 # A raw row has the columns of a pair by name, as far as the source knows them, and `origin`: where

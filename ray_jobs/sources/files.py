@@ -16,6 +16,7 @@ from ray_jobs.sources.base import FilesConfig, SourceError
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 
 _MAGIC = re.compile(r"[*?\[]")
+HIDDEN = (".", "_")  # what is left behind or begun by others, such as _temporary and .cache
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,28 @@ class File:
     size: int
 
 
-def find_files(config: FilesConfig, suffixes: Sequence[str]) -> list[File]:
+def find_files(
+    config: FilesConfig,
+    suffixes: Sequence[str],
+    *,
+    usual: Sequence[str] = (),
+    hidden: tuple[str, ...] = HIDDEN[:1],
+) -> list[File]:
     """The files that `path` means, those of each entry sorted, none twice; raises SourceError.
 
     Args:
         config: the source's configuration.
         suffixes: the endings that files of a folder must have, such as `.parquet`.
+        usual: names of files which, where a folder has any, are all that is read of it; then it
+            is not listed.
+        hidden: what folders' names begin with that are not looked into, unless a pattern names
+            some such.
     """
     found: dict[str, File] = {}
     if not config.paths:
         raise SourceError("source.path: is an empty list; name a file, a folder or a pattern")
     for path in config.paths:
-        for file in _find(path, config.s3, suffixes):
+        for file in _find(path, config.s3, suffixes, usual, hidden):
             found.setdefault(file.uri, file)
     files = list(found.values())
     folders = {(posixpath.dirname(file.label), posixpath.dirname(file.uri)) for file in files}
@@ -61,10 +72,24 @@ def find_files(config: FilesConfig, suffixes: Sequence[str]) -> list[File]:
     ]
 
 
-def open_file(uri: str, s3: S3Config) -> pa.NativeFile:
-    """Open a file for random access."""
+def open_file(uri: str, s3: S3Config, size: int | None = None) -> pa.NativeFile:
+    """Open a file for random access.
+
+    Args:
+        uri: of the file.
+        s3: where it is on S3.
+        size: in bytes, when it was listed.
+
+    Raises:
+        OSError: it cannot be reached, or was changed since.
+    """
     filesystem, path = locate(uri, s3)
-    return filesystem.open_input_file(path)
+    file = filesystem.open_input_file(path)
+    found = file.size()
+    if size is not None and found != size:
+        file.close()
+        raise OSError(f"it had {size:,} bytes when it was listed, and has {found:,}")
+    return file
 
 
 class WatchedFile:
@@ -78,10 +103,10 @@ class WatchedFile:
         outage: why they did not come; None if they did, whatever was made of them.
     """
 
-    def __init__(self, uri: str, s3: S3Config) -> None:
-        """Open it; raises OSError."""
+    def __init__(self, uri: str, s3: S3Config, size: int | None = None) -> None:
+        """Open it as `open_file` does; raises OSError."""
         self.outage: OSError | None = None
-        self._file = open_file(uri, s3)
+        self._file = open_file(uri, s3, size)
         self.size = int(self._file.size())
 
     def __enter__(self) -> Self:
@@ -136,7 +161,13 @@ def _s3_filesystem(s3: S3Config) -> pafs.FileSystem:
     return Storage(StorageConfig(uri="s3://bucket", s3=s3)).filesystem
 
 
-def _find(path: str, s3: S3Config, suffixes: Sequence[str]) -> list[File]:
+def _find(
+    path: str,
+    s3: S3Config,
+    suffixes: Sequence[str],
+    usual: Sequence[str],
+    hidden: tuple[str, ...],
+) -> list[File]:
     base = _static(path)
     filesystem, root = locate(base, s3)
     try:
@@ -145,20 +176,25 @@ def _find(path: str, s3: S3Config, suffixes: Sequence[str]) -> list[File]:
             return [File(base if "://" in base else root, posixpath.basename(root), info.size)]
         if info.type == pafs.FileType.NotFound:
             raise SourceError(f"source.path: {base} does not exist{_here(base)}")
-        below = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        prefix = root.rstrip("/") + "/"
+        below = _there(filesystem, [prefix + name for name in usual if path == base])
+        below = below or filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     except OSError as error:
         raise SourceError(f"source.path: {base} cannot be listed: {error}") from error
-    pattern = _pattern(path.removeprefix(base).lstrip("/"))
+    wanted = path.removeprefix(base).lstrip("/")
+    pattern = _pattern(wanted)
+    if any(part.startswith(hidden) for part in wanted.split("/")):
+        hidden = ()
     # What the file system calls the folder may lack a part of its URI, such as the host.
     start = base.rstrip("/") if "://" in base else root.rstrip("/")
-    prefix = root.rstrip("/") + "/"
     named = ((info, _label(info, prefix, suffixes)) for info in below)
     files = [
         File(f"{start}/{label}", label, info.size)
         for info, label in named
         if info.type == pafs.FileType.File
         and label.endswith(tuple(suffixes))
-        and not posixpath.basename(label).startswith((".", "_"))
+        and not posixpath.basename(label).startswith(HIDDEN)
+        and not any(part.startswith(hidden) for part in label.split("/")[:-1])
         and pattern.fullmatch(label)
     ]
     if not files:
@@ -167,6 +203,15 @@ def _find(path: str, s3: S3Config, suffixes: Sequence[str]) -> list[File]:
             f"({len(below):,} other files and folders)"
         )
     return sorted(files, key=lambda file: file.uri)
+
+
+def _there(filesystem: pafs.FileSystem, paths: Sequence[str]) -> list[pafs.FileInfo]:
+    """The files among some paths; none where one may not be asked for."""
+    try:
+        found = filesystem.get_file_info(list(paths))
+    except OSError:
+        return []
+    return [info for info in found if info.type == pafs.FileType.File]
 
 
 def _static(path: str) -> str:
@@ -183,13 +228,24 @@ def _pattern(text: str) -> re.Pattern[str]:
     """A pattern as a regular expression: * stays within a folder, ** does not."""
     if not text:
         return re.compile(".*")
-    parts = re.split(r"(\*\*/?|\*|\?|\[[^\]]+\])", text)
+    parts = re.split(r"(\*\*/?|\*|\?|\[[!^]?\]?[^\]]+\])", text)
     meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile(
-        "".join(
-            meaning.get(part, part if part.startswith("[") else re.escape(part)) for part in parts
+    try:
+        return re.compile(
+            "".join(
+                meaning.get(part) or (_any_of(part) if at % 2 else re.escape(part))
+                for at, part in enumerate(parts)
+            )
         )
-    )
+    except re.error as error:
+        raise SourceError(f"source.path: {text} is no pattern: {error}") from error
+
+
+def _any_of(part: str) -> str:
+    """A shell's [characters], or [!others], none of which is a slash, as a regular expression."""
+    others = part[1] in "!^"
+    characters = re.sub(r"([][^&|~\\])", r"\\\1", part[2 if others else 1 : -1])
+    return f"(?!/)[{'^' * others}{characters}]"
 
 
 def _label(info: pafs.FileInfo, prefix: str, suffixes: Sequence[str]) -> str:

@@ -2,7 +2,8 @@
 
 Choices:
 - The list is JSON lines, CSV, TSV or Parquet, and names images relative to itself, as the
-  `imagefolder` of Hugging Face's data sets does: `metadata.jsonl` with `file_name` and texts.
+  `imagefolder` of Hugging Face's data sets does: `metadata.jsonl` with `file_name` and texts. A
+  folder that has one of such a name is not searched for more, among millions of images.
 - A list is data, and data may be hostile: a name that leads out of the list's folder, also by a
   symbolic link, is refused and not read.
 - An image that may not be read costs its pair. S3 says the same of one object and of credentials
@@ -13,10 +14,14 @@ import errno
 import math
 import posixpath
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow.fs as pafs
 from pydantic import Field
@@ -32,7 +37,7 @@ from ray_jobs.sources.base import (
     digest_of,
 )
 from ray_jobs.sources.files import locate, open_file
-from ray_jobs.sources.lists import list_units, present_columns, read_list
+from ray_jobs.sources.lists import list_units, name_text, present_columns, read_list
 from ray_jobs.sources.parquet import id_text
 from ray_jobs.storage import S3Config
 
@@ -58,6 +63,17 @@ class FolderConfig(FilesConfig):
     columns: FolderColumnsConfig = FolderColumnsConfig()
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of the list, and the name of its image."""
+
+    name: str
+    raw: dict[str, Any]
+
+
+_Found = tuple[str, bytes]  # why an image cannot be had, or its bytes
+
+
 class FolderSource:
     """See FolderConfig."""
 
@@ -65,43 +81,68 @@ class FolderSource:
         self.config = config
 
     def units(self) -> list[Unit]:
-        units = list_units(self.config)
-        for unit in {unit.path: unit for unit in units}.values():
-            self._present(unit, warn=True)
+        units = list_units(self.config, partial(self._present, warn=True), _USUAL)
         self._check_rights(units)
         return units
 
     def read(self, unit: Unit) -> Iterator[Raw | Rejected]:
-        present = self._present(unit)
+        # Images are on their way while those before them are used; a server is far from a task.
+        pool = ThreadPoolExecutor(_READS, "images")
+        waiting: deque[tuple[_Row | Rejected, Future[_Found]]] = deque()
         folder = posixpath.dirname(unit.path)
+        try:
+            for row in self._rows(unit):
+                name = "" if isinstance(row, Rejected) else row.name
+                waiting.append((row, pool.submit(self._image, folder, name, _AHEAD_BYTES)))
+                if len(waiting) == _READS:
+                    yield self._with_image(unit, *waiting.popleft())
+            while waiting:
+                yield self._with_image(unit, *waiting.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _rows(self, unit: Unit) -> Iterator[_Row | Rejected]:
+        """A unit's rows without their images."""
+        present = self._present(unit)
         for origin, row in read_list(unit, list(present.values()), self.config.s3):
             if isinstance(row, Rejected):
                 yield row
                 continue
             raw = {ours: row.get(theirs) for ours, theirs in present.items()}
-            name = str(raw.pop("image") or "")
+            name = name_text(raw.pop("image"))
             identity = str(id_text(raw["id"] if "id" in raw else _made_up(unit, name, raw)) or "")
-            problem, image = self._image(folder, name)
-            if problem == "image_forbidden":
-                problem, image = self._image_again(unit, folder, name)
-            if problem:
-                yield Rejected(identity, origin, problem, f"{name!r}: {_EXPLAINED[problem]}")
-            else:
-                yield {**raw, "id": identity, "image": image, "origin": origin}
+            yield _Row(name, {**raw, "id": identity, "origin": origin})
+
+    def _with_image(
+        self, unit: Unit, row: _Row | Rejected, begun: Future[_Found]
+    ) -> Raw | Rejected:
+        if isinstance(row, Rejected):
+            return row
+        problem, image = begun.result()
+        folder = posixpath.dirname(unit.path)
+        if problem == "image_forbidden":
+            problem, image = self._image_again(unit, folder, row.name)
+        elif problem == _LATER:
+            problem, image = self._image(folder, row.name)
+        if not problem:
+            return {**row.raw, "image": image}
+        told = f"{row.name!r}: {_EXPLAINED[problem]}"
+        return Rejected(row.raw["id"], row.raw["origin"], problem, told)
 
     def _present(self, unit: Unit, *, warn: bool = False) -> dict[str, str]:
         return present_columns(unit, self.config.columns, "image", self.config.s3, warn=warn)
 
-    def _image(self, folder: str, name: str) -> tuple[str, bytes]:
-        """Why the image cannot be had, or its bytes."""
+    def _image(self, folder: str, name: str, most: int = MAX_FILE_BYTES) -> _Found:
+        """Why the image cannot be had, or its bytes; nothing of one that has more than `most`."""
         inside = posixpath.normpath(name)
         if not name or "\x00" in name:
             return "no_image", b""
         if inside.startswith(("/", "../")) or inside in (".", "..") or "\\" in name:
             return "outside_folder", b""
         try:
-            return self._inside(folder, inside)
-        except (ValueError, RuntimeError):  # no name of a file, or links that lead in a circle
+            return self._inside(folder, inside, most)
+        except (ValueError, RuntimeError, FileNotFoundError):
+            # There is none, it is no name of a file, or has links that lead in a circle.
             return "no_image", b""
         except OSError as error:
             if error.errno in _NEVER:
@@ -110,7 +151,7 @@ class FolderSource:
                 return "image_forbidden", b""
             raise
 
-    def _image_again(self, unit: Unit, folder: str, name: str) -> tuple[str, bytes]:
+    def _image_again(self, unit: Unit, folder: str, name: str) -> _Found:
         """As `_image`, if the list can be read now; raises OSError if not."""
         with open_file(unit.path, self.config.s3) as stream:
             stream.read(1)
@@ -121,8 +162,10 @@ class FolderSource:
         checked = units[:: math.ceil(len(units) / _CHECKED_UNITS) or 1]
         forbidden = 0
         for unit in checked:
-            for row in islice(self.read(unit), _CHECKED_ROWS // len(checked)):
-                if not isinstance(row, Rejected) or row.reason != "image_forbidden":
+            folder = posixpath.dirname(unit.path)
+            for row in islice(self._rows(unit), _CHECKED_ROWS // len(checked)):
+                problem = "" if isinstance(row, Rejected) else self._image(folder, row.name)[0]
+                if problem != "image_forbidden":
                     return
                 forbidden += 1
         if forbidden:
@@ -132,18 +175,22 @@ class FolderSource:
                 "s3:GetObject)"
             )
 
-    def _inside(self, folder: str, inside: str) -> tuple[str, bytes]:
-        """Why an image below the folder cannot be had, or its bytes."""
+    def _inside(self, folder: str, inside: str, most: int) -> _Found:
+        """As `_image`, of one below the folder."""
         filesystem, path = locate(f"{folder}/{inside}", self.config.s3)
-        if isinstance(filesystem, pafs.LocalFileSystem) and not _leads_inside(path, folder):
-            return "outside_folder", b""
-        info = filesystem.get_file_info(path)
-        if info.type != pafs.FileType.File:
-            return "no_image", b""
-        if info.size > MAX_FILE_BYTES:
-            return "image_too_large", b""
-        with filesystem.open_input_stream(path) as stream:
-            return "", bytes(stream.read(MAX_FILE_BYTES))
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            if not _leads_inside(path, folder):
+                return "outside_folder", b""
+            # Opening a pipe would wait for somebody who writes; a server has files alone.
+            if filesystem.get_file_info(path).type != pafs.FileType.File:
+                return "no_image", b""
+        with filesystem.open_input_file(path) as stream:
+            size = stream.size()
+            if size > MAX_FILE_BYTES:
+                return "image_too_large", b""
+            if size > most:
+                return _LATER, b""
+            return "", bytes(stream.read(size))
 
 
 def _made_up(unit: Unit, name: str, raw: Raw) -> str:
@@ -153,9 +200,14 @@ def _made_up(unit: Unit, name: str, raw: Raw) -> str:
     return f"{path[-_NAME_CHARACTERS:]}:{digest_of(path, raw)[:_DIGITS]}"
 
 
+# What the `imagefolder` of Hugging Face's data sets takes.
+_USUAL = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _NAME_CHARACTERS, _DIGITS = 400, 12
 # What will not be otherwise the next time.
 _NEVER = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ})
+_READS = 16  # at a time, which order and these bound:
+_AHEAD_BYTES = 16_000_000  # a larger image is read when its turn has come
+_LATER = "later"
 _CHECKED_UNITS = 10  # before work starts
 _CHECKED_ROWS = 200  # of all these
 # Arrow has S3's own codes in its words only; the others are an archived object's.

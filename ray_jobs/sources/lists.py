@@ -17,13 +17,14 @@ import csv
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 
+from ray_jobs.pairs import clean_text
 from ray_jobs.sources.base import (
     ColumnsConfig,
     FilesConfig,
@@ -33,8 +34,8 @@ from ray_jobs.sources.base import (
     Unit,
     require_text,
 )
-from ray_jobs.sources.files import File, WatchedFile, find_files, open_file
-from ray_jobs.sources.parquet import read_footer, read_rows, row_group_units
+from ray_jobs.sources.files import HIDDEN, File, WatchedFile, find_files, open_file
+from ray_jobs.sources.parquet import check_columns, read_footer, read_rows, row_group_units
 from ray_jobs.storage import S3Config
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,31 @@ _ANY_SIZE = 1 << 62
 _MANY_UNITS = 1000  # of a packed file
 
 
-def list_units(config: FilesConfig, suffixes: Sequence[str] = LIST_SUFFIXES) -> list[Unit]:
-    """The units of all list files that `path` means; raises SourceError."""
-    files = find_files(config, suffixes)
+def list_units(
+    config: FilesConfig, check: Callable[[Unit], object], usual: Sequence[str] = ()
+) -> list[Unit]:
+    """The units of all list files that `path` means.
+
+    Args:
+        config: the source's configuration.
+        check: is called with a unit of each file, several at a time.
+        usual: what such lists are called in their folder; see `find_files`.
+
+    Raises:
+        SourceError: there are none, or what `check` raises.
+    """
+    files = find_files(config, LIST_SUFFIXES, usual=usual, hidden=HIDDEN)
     for file in files:
         _check_suffix(file.uri)
-    with ThreadPoolExecutor(8) as pool:
-        units = pool.map(lambda file: _units_of(file, config), files)
-        return [unit for some in units for unit in some]
+
+    def checked(file: File) -> list[Unit]:
+        units = _units_of(file, config)
+        if units:
+            check(units[0])
+        return units
+
+    with ThreadPoolExecutor(16) as pool:
+        return [unit for some in pool.map(checked, files) for unit in some]
 
 
 def present_columns(
@@ -79,11 +97,14 @@ def present_columns(
     Raises:
         SourceError: a column is missing, or there is no text among them.
     """
-    found, whole = _column_names(unit, s3)
+    schema = read_footer(unit.path, s3)[1] if _kind(unit.path) == "parquet" else None
+    found, whole = _column_names(unit, s3) if schema is None else (schema.names, True)
     where = unit.path if whole else f"the beginning of {unit.path}"
     present = columns.present(found, where, required, whole=whole)
     later = {name: theirs for name, theirs in present.items() if theirs not in found}
     require_text(present.keys() - later, found, where)
+    if schema is not None:
+        check_columns(schema, present, where)
     for name in sorted(later.keys() & columns.model_fields_set) if warn else ():
         told = "source.columns.%s: %s has no %r; its later rows may"
         logger.warning(told, name, where, later[name])
@@ -91,11 +112,8 @@ def present_columns(
 
 
 def _column_names(unit: Unit, s3: S3Config) -> tuple[list[str], bool]:
-    """The columns of a unit's file, or of its beginning; and whether these are all."""
-    kind = _kind(unit.path)
-    if kind == "parquet":
-        return list(read_footer(unit.path, s3)[1].names), True
-    if kind in ("csv", "tsv"):
+    """The columns of a unit's file of lines, or of its beginning; and whether these are all."""
+    if _kind(unit.path) in ("csv", "tsv"):
         return _header(unit, s3), True
     # From the file's beginning, so that all its units are read alike.
     rows = read_list(Unit(unit.path), None, s3)
@@ -126,6 +144,11 @@ def read_list(
                 yield origin, content
     except _BrokenFileError as error:
         yield unit.label, Rejected("", unit.label, "unreadable", str(error))
+
+
+def name_text(value: object) -> str:
+    """A file's name or a URL, which Parquet may hold as plain bytes."""
+    return clean_text(value, len(value)) if isinstance(value, bytes) else str(value or "")
 
 
 class _BrokenFileError(Exception):
@@ -333,7 +356,7 @@ def _lines(unit: Unit, s3: S3Config, offset: int | None = None) -> Iterator[byte
     start = (unit.offset or 0) if offset is None else offset
     blocks = _unpacked if unit.path.endswith(_PACKED) else _blocks
     rest = b""
-    for block in blocks(unit.path, start, s3):
+    for block in blocks(unit, start, s3):
         *lines, rest = (rest + block).split(b"\n")
         yield from (line + b"\n" for line in lines)
         if len(rest) > _LINE_BYTES:
@@ -343,24 +366,24 @@ def _lines(unit: Unit, s3: S3Config, offset: int | None = None) -> Iterator[byte
         yield rest
 
 
-def _blocks(path: str, start: int, s3: S3Config) -> Iterator[bytes]:
-    """A file's content from an offset in bytes on."""
-    with open_file(path, s3) as stream:
+def _blocks(unit: Unit, start: int, s3: S3Config) -> Iterator[bytes]:
+    """The content of a unit's file from an offset in bytes on."""
+    with open_file(unit.path, s3, unit.size) as stream:
         stream.seek(start)
         while block := stream.read(_BLOCK_BYTES):
             yield block
 
 
-def _unpacked(path: str, start: int, s3: S3Config) -> Iterator[bytes]:
-    """A compressed file's content from an offset in it on.
+def _unpacked(unit: Unit, start: int, s3: S3Config) -> Iterator[bytes]:
+    """The content of a unit's compressed file from an offset in it on.
 
     Raises:
         _BrokenFileError: it cannot be unpacked.
         OSError: it does not come.
     """
-    codec = pa.Codec.detect(path).name
+    codec = pa.Codec.detect(unit.path).name
     with (
-        WatchedFile(path, s3) as file,
+        WatchedFile(unit.path, s3, unit.size) as file,
         pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec) as stream,
     ):
         while True:

@@ -4,7 +4,8 @@ Choices:
 - A unit is a run of whole row groups, or a part of a large one, of about `unit_rows` rows. Footers
   are read when listing, so a missing column or a file that is no Parquet is found before any work.
 - An image column holds bytes, or the struct {bytes, path} of the `datasets` library; which of the
-  two is seen in the file.
+  two is seen in the file. A column of another type than it should be is told when listing, as its
+  values would be no texts, and that of no row.
 - A column may hold several texts of a pair, as a list: of strings, or of token ids of CLIP's
   tokenizer, 77 a text. The data set Kaichengalex/YFCC15M of RWKV-CLIP's authors is of the latter
   kind, with the image in `images` and 77 numbers in `texts`, the generated description:
@@ -19,19 +20,21 @@ Choices:
 import logging
 import math
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from decimal import Decimal
 from itertools import accumulate, islice, pairwise
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 from pydantic import Field, PositiveInt
 
-from ray_jobs.pairs import RejectedRowError
+from ray_jobs.pairs import RejectedRowError, clean_text, printable
 from ray_jobs.sources.arrays import ArrayFile
 from ray_jobs.sources.base import (
     ColumnsConfig,
@@ -43,13 +46,14 @@ from ray_jobs.sources.base import (
     UnreachableError,
     require_text,
 )
-from ray_jobs.sources.files import File, WatchedFile, find_files
+from ray_jobs.sources.files import HIDDEN, File, WatchedFile, find_files
 from ray_jobs.storage import S3Config
 from rwkv_clip.config import BaseConfig
 
 logger = logging.getLogger(__name__)
 
 _BATCH_ROWS = 64  # in memory at once: encoded images are large
+_UUID_BYTES = 16
 _TOKENS = 77  # a text, in columns of token ids
 _SMALL_GROUP_BYTES = 64_000_000
 _BUFFER_BYTES = 8_000_000  # a column
@@ -120,7 +124,7 @@ class ParquetSource:
         self.config = config
 
     def units(self) -> list[Unit]:
-        files = find_files(self.config, (".parquet", ".pq"))
+        files = find_files(self.config, (".parquet", ".pq"), hidden=HIDDEN)
 
         def units_of(file: File) -> list[Unit]:
             metadata, schema = read_footer(file.uri, self.config.s3)
@@ -201,8 +205,14 @@ class ParquetSource:
     def _present(self, schema: pa.Schema, where: str) -> dict[str, str]:
         """Our columns to the file's; raises SourceError."""
         present = self.config.columns.present(schema.names, where, "image")
-        _check_image_column(schema.field(present["image"]), where)
+        _check_image_column(_field(schema, present["image"], "source.columns.image", where), where)
         texts = self.config.texts
+        if texts is not None:
+            # Theirs may be called as one of ours is by default.
+            several = {name for name in get_args(TextName) if present.get(name) == texts.column}
+            present = {name: theirs for name, theirs in present.items() if name not in several}
+        others = {name: theirs for name, theirs in present.items() if name != "image"}
+        check_columns(schema, others, where, may_be_several=True)
         if texts is None and self.config.beside is None:
             require_text(present, schema.names, where)
         elif texts is not None and texts.column not in schema.names:
@@ -211,7 +221,8 @@ class ParquetSource:
                 f"{', '.join(schema.names)}"
             )
         if texts is not None:
-            _check_texts_column(schema.field(texts.column), where)
+            field = _field(schema, texts.column, "source.texts.column", where)
+            _check_texts_column(field, where)
         return present
 
 
@@ -342,11 +353,8 @@ class _Reader:
         """Open it; raises OSError."""
         self._made_for = _place(unit, columns, s3)
         self._columns = list(columns)
-        self._stream = WatchedFile(unit.path, s3)
+        self._stream = WatchedFile(unit.path, s3, unit.size)
         try:
-            found = self._stream.size
-            if found != (unit.size or found):
-                raise OSError(f"it had {unit.size:,} bytes when it was listed, and has {found:,}")
             self._metadata = pq.read_metadata(self._stream)
         except BaseException:
             self._stream.close()
@@ -429,8 +437,23 @@ def image_bytes(value: object) -> object:
 
 
 def id_text(value: object) -> object:
-    """Ids may be numbers."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """Ids may be numbers, which come as fractions where some are missing, or a UUID's bytes."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, float | Decimal) and math.isfinite(value):
+        whole = int(value)
+        return str(whole) if whole == value else value
+    if isinstance(value, int | uuid.UUID):
+        return str(value)
+    if isinstance(value, bytes):
+        return _id_of_bytes(value)
+    return value
+
+
+def _id_of_bytes(value: bytes) -> str:
+    text = clean_text(value, len(value))
+    is_text = text.encode() == value.strip() and printable(text) == text
+    return text if is_text or len(value) != _UUID_BYTES else str(uuid.UUID(bytes=value))
 
 
 def split_texts(values: object, names: Sequence[str], key: str) -> dict[str, str]:
@@ -486,11 +509,63 @@ def _check_image_column(field: pa.Field, where: str) -> None:
     kind = field.type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+    if not is_bytes(kind):
         raise SourceError(
             f"source.columns.image: {field.name!r} of {where} is {field.type}; takes binary, or a "
             "struct {bytes, path}. For a column of URLs use kind: urls"
         )
+
+
+def check_columns(
+    schema: pa.Schema, present: Mapping[str, str], where: str, *, may_be_several: bool = False
+) -> None:
+    """Raises SourceError if a column's values are of a type that ours are not made of.
+
+    Args:
+        schema: of a file.
+        present: our names to its columns.
+        where: the file, for errors.
+        may_be_several: whether the configuration takes columns of several texts.
+    """
+    for ours, theirs in present.items():
+        key = f"source.columns.{ours}"
+        told = _field(schema, theirs, key, where).type
+        if _fits(ours, _plain(told)):
+            continue
+        takes = {"id": "text or whole numbers", "tags": "text, or a list of texts"}.get(
+            ours, "text"
+        )
+        several = f"{{column: {theirs}, are: [{ours}]}}"
+        hint = (
+            f"Several texts of a pair are given by source.texts: {several}. "
+            if may_be_several and item_type(told) is not None and ours in get_args(TextName)
+            else ""
+        )
+        raise SourceError(
+            f"{key}: {theirs!r} of {where} is {told}; takes {takes}. {hint}Name another column, or "
+            "null for none"
+        )
+
+
+def _fits(ours: str, kind: pa.DataType) -> bool:
+    if pt.is_null(kind) or is_string(kind) or is_bytes(kind):
+        return True
+    if ours == "id":
+        return bool(pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind))
+    items = item_type(kind)
+    return ours == "tags" and items is not None and _fits("tag", _plain(items))
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """What an extension's values are stored as."""
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _field(schema: pa.Schema, name: str, key: str, where: str) -> pa.Field:
+    """A column that is there; raises SourceError if there are several of its name."""
+    if schema.names.count(name) > 1:
+        raise SourceError(f"{key}: {where} has several columns {name!r}; rename all but one")
+    return schema.field(name)
 
 
 def _check_texts_column(field: pa.Field, where: str) -> None:
@@ -506,7 +581,13 @@ def _check_texts_column(field: pa.Field, where: str) -> None:
 
 def item_type(kind: pa.DataType) -> pa.DataType | None:
     """What a list's items are; None if it is no list."""
-    listed = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
+    listed = (
+        pt.is_list(kind)
+        or pt.is_large_list(kind)
+        or pt.is_fixed_size_list(kind)
+        or pt.is_list_view(kind)
+        or pt.is_large_list_view(kind)
+    )
     return kind.value_type if listed else None
 
 
@@ -515,3 +596,15 @@ def is_string(kind: pa.DataType) -> bool:
     if pt.is_dictionary(kind):
         kind = kind.value_type
     return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether values are bytes, in whichever of Arrow's forms."""
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pt.is_binary(kind)
+        or pt.is_large_binary(kind)
+        or pt.is_binary_view(kind)
+        or pt.is_fixed_size_binary(kind)
+    )

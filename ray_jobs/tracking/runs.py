@@ -54,6 +54,7 @@ _PASSING = (
     "runs and models are noted in %s, on this machine alone; to keep them whatever becomes of it, "
     "name an MLflow server by tracking.uri or MLFLOW_TRACKING_URI"
 )
+_CONTINUED = "continued.{}"  # tag: `code_version` of the latest start that took a run up
 _BATCH = 100
 _RECORDS = 32  # configurations of one storage that are remembered
 _NO_SUCH_RUN = "RESOURCE_DOES_NOT_EXIST"
@@ -144,12 +145,17 @@ class StageRun:
         self._tell("set_terminated", status)
 
     def take_up(self) -> None:
-        """Go on with a run that was begun before, and count that."""
+        """Go on with a run that was begun before, and count that.
+
+        The version that began it stays noted; the one that went on has tags of its own.
+        """
 
         def restart(run_id: str) -> None:
             if self._client is not None:
                 tags = self._client.get_run(run_id).data.tags
                 self._client.set_tag(run_id, "restarts", str(int(tags.get("restarts", 0)) + 1))
+                for key, value in code_version().items():
+                    self._client.set_tag(run_id, _CONTINUED.format(key), value)
                 if "error" in tags:
                     self._client.delete_tag(run_id, "error")
                 self._client.update_run(run_id, status="RUNNING")

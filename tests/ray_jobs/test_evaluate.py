@@ -85,6 +85,25 @@ def test_images_are_searched_by_the_texts_that_there_are(found):
     told = {**expected, "pairs": PAIRS, "pairs_without_text": WITHOUT}
     assert result.metrics == pytest.approx(told)
     assert all(one["text"] for one in result.examples)
+    for one in result.examples:
+        place = one["nearest"].index(one["id"]) + 1 if one["id"] in one["nearest"] else None
+        assert one["rank"] == place if place else one["rank"] > len(one["nearest"])
+
+
+def test_what_an_evaluation_took_is_kept_with_its_result(storage, found):
+    _, (result, _) = found
+    again = Evaluation(EvaluationConfig(cpus_per_worker=0.2, batch=16), storage, result.checkpoint)
+    assert again.held is not None
+    assert again.held.seconds == result.seconds > 0
+    assert again.held.images == PAIRS
+
+
+def test_all_images_of_the_sets_are_counted(tmp_path):
+    told = {"path": str(table_of(tmp_path / "set"))}
+    labelled = {"name": "own", "test": told, "train": told, "class_names": ["a", "b"]}
+    sets = {"classification": [labelled], "retrieval": [{"name": "own", "test": told}]}
+    config = EvaluationConfig.model_validate(sets)
+    assert OpenedSets.of(config).images == 2 + 2 + 2
 
 
 def test_each_score_is_of_its_own_test_data(storage, found):

@@ -300,6 +300,32 @@ def test_every_unusable_row_is_told(storage: Storage, tmp_path: Path) -> None:
     assert table["origin"].to_pylist()[-1] == "metadata.jsonl row 14"
 
 
+def test_ids_that_differ_at_their_end_alone_are_told_apart(
+    storage: Storage, tmp_path: Path
+) -> None:
+    begin = "https://example.com/" + "p" * 600
+    rows = [pair(i, id=f"{begin}{i}") for i in range(3)] + [
+        pair(3, id="short\x1b[2J\n\u202e👩\u200d🚒")
+    ]
+    write(tmp_path / "data", rows)
+    ingest(config(tmp_path / "data"), storage)
+    *long, short = ids_of(storage)
+    assert len(set(long)) == 3
+    assert {len(one) for one in long} == {512}
+    assert all(one.startswith(begin[:479] + ":") for one in long)
+    assert short == r"short\x1b[2J\n\u202e" + "👩\u200d🚒"
+
+
+def test_what_steers_a_terminal_is_not_quoted() -> None:
+    odd = Rejected("1", "u.jsonl row 0", "bad_row", "http\x1b]0;owned\x07\x1b[2J\n\u202efine")
+    reading = module._Reading(module.RowLimits())
+    assert list(reading.pairs([odd, {"id": "\x1b[1m", "origin": "a\x9b", "image": b"x"}])) == []
+    assert reading.examples()["bad_row"] == [
+        r"u.jsonl row 0: http\x1b]0;owned\x07\x1b[2J\n\u202efine"
+    ]
+    assert (reading.rejected[1].id, reading.rejected[1].origin) == (r"\x1b[1m", r"a\x9b")
+
+
 def test_too_many_unusable_rows_stop_the_job(storage: Storage, tmp_path: Path) -> None:
     bad = [pair(i, image=b"<html>") for i in range(6)] + [pair(8, web_text="")]
     write(tmp_path / "data", bad, [pair(i) for i in range(20, 30)])

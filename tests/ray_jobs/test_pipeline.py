@@ -110,6 +110,8 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
     names = ["RWKV-CLIP", "baseline", "baseline-evaluation", "evaluation", "train"]
     assert runs_of(client) == names
 
+    took = storage.read_json("times.json")
+
     storage.delete("evaluation/test/result.json")
     champion = crown_another(storage, tmp_path / "rival")
     second = pipeline(config, storage)
@@ -121,6 +123,8 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
     assert second.stages[-2].outcome.endswith("by models:/rwkv-clip/2")
     assert embedded_by(storage) == champion, "searches are answered by the champion"
     assert runs_of(client) == sorted([*names, "evaluation"])
+
+    after_second = storage.read_bytes("report.html").decode()
 
     opened = []
 
@@ -148,6 +152,10 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
     assert embedded_by(storage) == champion
     page = storage.read_bytes("report.html").decode()
     assert "with web text alone" in page
+    assert storage.read_json("times.json")["ingest train"] == took["ingest train"]
+    rows = re.findall(r"<tr><td>([\w-]+)</td><td>[\d.]+ s", page)
+    assert rows == ["ingest", "train", "evaluation", "baseline", "baseline-evaluation"]
+    assert "<td>register</td>" in after_second, "as it took when the model was registered"
     assert f"at most {third.peak_memory / 1e9:.1f} GB of memory" in page
     assert page.count('class="query"') == len(first.evaluation.examples)
     assert not re.findall(r"""(?:src|href|url)\s*[=(]["']?+(?!data:|#)""", page)  # nothing to load

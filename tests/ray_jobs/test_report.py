@@ -1,8 +1,9 @@
 """The report's page, with every section that a run can fill."""
 
+import html
 import io
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -14,12 +15,15 @@ from ray_jobs.classification import ClassificationScore
 from ray_jobs.evaluate import EvaluationResult
 from ray_jobs.ingest import Manifest, Part
 from ray_jobs.pairs import pair_table
+from ray_jobs.pipeline import _draw, _scores
 from ray_jobs.report import Report, StageTime, collect, examples, render
 from ray_jobs.report.collect import data_uri
+from ray_jobs.report.figures import loss_figure, rate_figure, validation_figure
 from ray_jobs.retrieval import RetrievalScore
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.describer import Describing
 from ray_jobs.synthesize import SynthesisResult
+from ray_jobs.tracking.runs import StageRun
 from ray_jobs.train import TrainResult
 
 WEB = "buy <b>now</b> & save"
@@ -162,7 +166,7 @@ def page(storage: Storage, manifest: Manifest) -> str:
 def text_of(page: str) -> str:
     """What a reader sees, on one line."""
     body = re.sub(r"<(style|svg).*?</\1>", "", page, flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]*>", " ", body).split())
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
 def test_samples_show_their_sources_and_what_the_guard_said(page):
@@ -194,11 +198,53 @@ def test_what_the_models_wrote_is_counted(page):
 def test_scores_are_shown_for_each_set_and_task(page):
     seen = text_of(page)
     assert "Text to image 12.5 % 25.0 % 37.5 % 21 with web text alone 12.5 %" in seen
-    assert "margin +0.0 points" in seen
+    assert "margin, points +0.0 +0.0 +0.0" in seen
     assert "flickr30k image to text 1,000, 1 left out 5,000 12.5 % 25.0 % 37.5 % 21" in seen
     assert "cifar10 zero shot 100, 2 left out 10 50.0 % 87.5 % 62.5 %" in seen
     assert "pets linear probe 90 37 50.0 % 90.0 % 70.0 %" in seen
     assert seen.count("class names are not those of the published numbers") == 1
+    assert seen.count("R@1, R@5 and R@10 are the shares of queries") == 1
+
+
+def surpassed() -> EvaluationResult:
+    """A baseline without pairs: of the sets, a twentieth behind `evaluation`, and pets' absent."""
+    found = evaluation()
+    (flickr,), (cifar, _) = found.retrieval, found.classification
+    behind = {name: value - 0.05 for name, value in flickr["found"].items()}
+    cifar |= {name: cifar[name] - 0.05 for name in ("top1", "top5", "mean_per_class")}
+    return replace(
+        found, retrieval=[{**flickr, "found": behind}], classification=[cifar], chance=0.0
+    )
+
+
+def test_sets_have_the_margin_over_the_baseline_where_no_pairs_are_searched(storage, manifest):
+    report = whole_report(storage, manifest)
+    alone = replace(evaluation(), metrics={}, chance=0.0)
+    seen = text_of(render(replace(report, evaluation=alone, baseline=surpassed(), examples=())))
+    by = "with web text alone"
+    margin = "margin, points +5.0 +5.0 +5.0"
+    for direction in ("text to image", "image to text"):
+        recalls = f"flickr30k {direction} 1,000, 1 left out 5,000 12.5 % 25.0 % 37.5 % 21"
+        assert f"{recalls} {by} 7.5 % 20.0 % 32.5 % {margin}" in seen
+    classified = "cifar10 zero shot 100, 2 left out 10 50.0 % 87.5 % 62.5 %"
+    assert f"{classified} {by} 45.0 % 82.5 % 57.5 % {margin}" in seen
+    assert seen.count("margin") == 3, "the baseline has no linear probe of pets"
+    assert seen.count("R@1, R@5 and R@10 are the shares of queries") == 1
+
+
+def test_the_terminal_has_all_scores_with_the_margin_over_the_baseline():
+    (first, *_, chance) = lines = _scores(evaluation(), surpassed())
+    assert first.split() == "text to image R@1 12.5 % R@5 25.0 % R@10 37.5 %".split()
+    assert chance.split() == "by chance R@10 0.2 %".split()
+    at = next(at for at, line in enumerate(lines) if line.startswith("flickr30k text to image"))
+    told = [" ".join(line.split()) for line in lines]
+    assert told[at + 1 : at + 3] == [
+        "flickr30k text to image (baseline) R@1 7.5 % R@5 20.0 % R@10 32.5 %",
+        "flickr30k text to image (margin) R@1 +5.0 R@5 +5.0 R@10 +5.0",
+    ]
+    assert "cifar10 zero shot (margin) top-1 +5.0 top-5 +5.0 per class +5.0" in told
+    assert not any(line.startswith(("pets linear probe (", "text to image (")) for line in told)
+    assert len({line.index("@1 ") for line in lines if "@1 " in line}) == 1, "columns stand aligned"
 
 
 def test_training_its_validation_and_its_cost_are_shown(page):
@@ -206,10 +252,50 @@ def test_training_its_validation_and_its_cost_are_shown(page):
     assert "2 steps of 32 pairs in 6.0 s; loss 2.500" in seen
     assert "25.0 % of the time was spent waiting for data; 3 samples could not be decoded" in seen
     assert "the one registered is train/step-000000002" in seen
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "train 6.0 s 10.7 pairs/s" in seen
     assert "at most 7.3 GB of memory" in seen
     assert "train 4 2 3 7 no text, 1 unreadable" in seen
+
+
+def test_the_curves_take_the_colour_of_the_page_for_what_is_black(page):
+    curves = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    for curve in curves:
+        # Texts have no style of their own: they are filled as the whole is.
+        assert curve.startswith('<svg fill="currentColor"')
+        assert not re.search(r"#000000|black", curve)
+    assert len(curves) == 3
+
+
+@pytest.mark.parametrize("figure", [loss_figure, rate_figure, validation_figure])
+def test_a_single_record_can_be_seen_at_a_whole_step(figure):
+    made = training()
+    records = made.validations if figure is validation_figure else made.history
+    drawn = figure([{**records[1], "step": 240.0}])
+    (axes,) = drawn.axes
+    assert all(line.get_marker() == "o" for line in axes.lines)
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [240]
+    many = [{**records[0], "step": step} for step in range(100)]
+    (axes,) = figure(many).axes
+    assert all(line.get_marker() == "" for line in axes.lines)
+
+
+def test_the_curves_of_the_report_are_left_with_the_run_too():
+    class Run(StageRun):
+        def __init__(self) -> None:
+            super().__init__(None, None)
+            self.left: dict[str, str] = {}
+
+        def figure(self, name: str, figure: Any) -> None:
+            self.left[name] = figure.axes[0].get_ylabel()
+
+    run, unvalidated = Run(), Run()
+    _draw(run, training())
+    _draw(unvalidated, replace(training(), validations=[]))
+    curves = {"loss.png": "contrastive loss", "rate.png": "pairs per second"}
+    assert run.left == {**curves, "validation.png": "validation R@10, %"}
+    assert unvalidated.left == curves
 
 
 def test_texts_are_compared_before_and_after(page):
@@ -221,9 +307,25 @@ def test_texts_are_compared_before_and_after(page):
 
 def test_search_examples_are_pictures_and_mark_the_right_one(page):
     assert page.count('class="query"') == 1
-    assert re.findall(r"[✓✗] ?(?:right )?0\.\d\d", text_of(page)) == ["✗ 0.50", "✓ right 0.40"]
+    assert re.findall(r"[✓✗] 0\.\d\d", text_of(page)) == ["✗ 0.50", "✓ 0.40"]
+    assert page.count("the right one") == 1
     pictures = re.findall(r'src="data:image/png;base64,[^"]+"', page)
     assert len(pictures) == 4 + 1 + 2
+
+
+def test_a_query_that_was_missed_tells_the_place_of_its_picture(storage, manifest):
+    told = "its picture is at place 1,234"
+
+    def page_of(**changes: Any) -> str:
+        found = evaluation()
+        found.examples[0].update(changes)
+        report = whole_report(storage, manifest)
+        return text_of(render(replace(report, examples=examples(storage, manifest, found))))
+
+    missed = {"id": "p2", "rank": 1234}
+    assert told in page_of(**missed)
+    assert "its picture is" not in page_of(rank=2)
+    assert "its picture is" not in page_of(id="p2")  # which an older release did not note
 
 
 def test_an_image_that_cannot_be_decoded_is_an_empty_square():

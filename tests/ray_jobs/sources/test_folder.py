@@ -3,11 +3,15 @@
 import csv
 import gzip
 import json
+import os
+import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import requests
@@ -20,10 +24,13 @@ from ray_jobs.sources import (
     Source,
     SourceConfig,
     SourceError,
+    Unit,
+    files,
+    folder,
     lists,
     open_source,
 )
-from ray_jobs.sources.lists import list_units, read_list
+from ray_jobs.sources.lists import list_units, present_columns, read_list
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 from tests.ray_jobs.s3_server import BUCKET, Server
 
@@ -94,6 +101,48 @@ def test_a_folder_is_searched_for_its_lists(images: Path) -> None:
     assert len(rows_of(source(images))) == 2
 
 
+def test_a_folder_with_a_list_of_the_usual_name_is_not_searched(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[str] = []
+
+    real = pafs.FileSelector
+
+    def selector(path: str, **options: Any) -> pafs.FileSelector:
+        listed.append(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(files.pafs, "FileSelector", selector)
+    write_jsonl(images / "img/other.jsonl", [{"file_name": "0.png", "text": "hi"}])
+    assert len(rows_of(source(images))) == 1
+    assert listed == [str(images)]
+    write_jsonl(images / "metadata.jsonl", entries(2))
+    write_csv(images / "metadata.csv", entries(3))
+    assert [unit.label for unit in source(images).units()] == ["metadata.csv", "metadata.jsonl"]
+    assert len(listed) == 1
+    labels = [unit.label for unit in source(images / "**/*.jsonl").units()]
+    assert labels == ["img/other.jsonl", "metadata.jsonl"]
+
+
+def test_lists_are_looked_at_several_at_a_time(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        write_jsonl(images / f"{name}.jsonl", entries(2))
+    # Each waits for the other.
+    both = threading.Barrier(2, timeout=20)
+    looked_at: set[str] = set()
+
+    def present(unit: Unit, *arguments: Any, **options: Any) -> Any:
+        if unit.label not in looked_at:
+            looked_at.add(unit.label)
+            both.wait()
+        return present_columns(unit, *arguments, **options)
+
+    monkeypatch.setattr(folder, "present_columns", present)
+    assert len(source(images).units()) == 2
+
+
 def test_broken_lines_are_rejected_and_the_rest_is_read(images: Path) -> None:
     lines = [
         json.dumps(entries()[0]).encode(),
@@ -160,7 +209,7 @@ def test_a_compressed_list_that_breaks_off_gives_the_rows_before(images: Path) -
     packed = gzip.compress((images / "list.jsonl").read_bytes(), 1)
     (images / "list.jsonl").unlink()
     (images / "list.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    units = list_units(FolderConfig(kind="folder", path=str(images)))
+    units = list_units(FolderConfig(kind="folder", path=str(images)), print)
     assert len(units) > 3
     rows = [row for unit in units for row in read_list(unit, None, S3Config())]
     assert len(rows) > 10_000
@@ -180,12 +229,12 @@ def test_a_compressed_list_that_is_none_is_found_before_work(kind: str, images: 
         source(images).units()
 
 
-def on_s3(server: Server, png: Png) -> Source:
+def on_s3(server: Server, png: Png, count: int = 6) -> Source:
     s3 = S3Config(endpoint=server.endpoint)
     storage = Storage(StorageConfig(uri=f"s3://{BUCKET}/data", s3=s3))
-    listed = "".join(json.dumps(row) + "\n" for row in entries())
+    listed = "".join(json.dumps(row) + "\n" for row in entries(count))
     storage.write_bytes("metadata.jsonl", listed.encode())
-    for number in range(6):
+    for number in range(count):
         storage.write_bytes(f"img/{number}.png", png(number))
     config = {"kind": "folder", "path": storage.uri, "s3": {"endpoint": server.endpoint}}
     return open_source(TypeAdapter(SourceConfig).validate_python(config))
@@ -222,7 +271,7 @@ def test_an_object_in_an_archive_costs_its_pair(s3: Server, png: Png) -> None:
 
 
 def test_credentials_that_run_out_cost_no_pair(s3: Server, png: Png) -> None:
-    one = on_s3(s3, png)
+    one = on_s3(s3, png, 40)
     (unit,) = one.units()
     rows = one.read(unit)
     next(rows)
@@ -245,6 +294,49 @@ def test_files_that_are_all_forbidden_are_found_before_work(
     forbid(s3, key)
     with pytest.raises(kind, match=message):
         one.units()
+
+
+def test_images_come_by_two_requests_each_and_several_at_a_time(s3: Server, png: Png) -> None:
+    one = on_s3(s3, png)
+    (unit,) = one.units()
+    asked: Counter[str] = Counter()
+    all_asked = threading.Barrier(6, timeout=20)
+
+    def refuses(method: str, path: str) -> bool:
+        if path.endswith(".png"):
+            asked[method] += 1
+            all_asked.wait()
+        return False
+
+    s3.refuses = refuses
+    rows = list(one.read(unit))
+    assert [row["image"] for row in rows] == [png(number) for number in range(6)]
+    assert asked == {"HEAD": 6, "GET": 6}
+
+
+def test_large_images_are_read_when_their_turn_has_come(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(images / "metadata.jsonl", entries() * 10)
+    (images / "img/3.png").write_bytes(b"large" * 1000)
+    monkeypatch.setattr(folder, "_AHEAD_BYTES", 1000)
+    one = source(images)
+    (unit,) = one.units()
+    read: list[tuple[int, threading.Thread]] = []
+
+    def image(self: Any, *arguments: Any) -> tuple[str, bytes]:
+        found = unwatched(self, *arguments)
+        read.append((len(found[1]), threading.current_thread()))
+        return found
+
+    unwatched = folder.FolderSource._image
+    monkeypatch.setattr(folder.FolderSource, "_image", image)
+    rows = list(one.read(unit))
+    assert [row["image"] for row in rows] == [
+        (images / f"img/{number}.png").read_bytes() for number in range(6)
+    ] * 10
+    assert {thread for size, thread in read if size > 1000} == {threading.main_thread()}
+    assert threading.main_thread() not in {thread for size, thread in read if 0 < size < 1000}
 
 
 def test_ten_megabytes_in_a_line_are_read(images: Path) -> None:
@@ -279,7 +371,8 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(name: str, images: Path)
 def test_files_that_are_not_there_are_rejected(images: Path) -> None:
     names = ["img/77.png", "img", "", None, "img/\x00.png", "x" * 300, "img/\ud83d.png"]
     (images / "img/round.png").symlink_to(images / "img/round.png")
-    names += ["img/round.png", "img/0.png"]
+    os.mkfifo(images / "img/pipe.png")
+    names += ["img/round.png", "img/pipe.png", "img/0.png"]
     write_jsonl(images / "metadata.jsonl", [{"file_name": name, "text": "hi"} for name in names])
     assert texts_of(source(images)) == ["no_image"] * (len(names) - 1) + ["hi"]
 
@@ -323,6 +416,40 @@ def test_a_key_is_used_wherever_a_row_of_json_lines_has_it(
     for columns in ({"id": "id"}, {"image": "blip"}):
         with pytest.raises(SourceError, match=r"the beginning of .* has no column"):
             source(images, columns=columns).units()
+
+
+def test_names_ids_and_texts_may_be_plain_bytes(images: Path) -> None:
+    row = {"id": b"12", "file_name": b"img/1.png", "text": b"a cat"}
+    pq.write_table(pa.Table.from_pylist([row]), images / "metadata.parquet")
+    (row,) = rows_of(source(images))
+    pair = make_pair(row, RowLimits())
+    assert (pair["id"], pair["web_text"]) == ("12", "a cat")
+    assert pair["image"] == (images / "img/1.png").read_bytes()
+
+
+def test_a_column_of_another_type_is_found_before_work(images: Path) -> None:
+    rows = [{**row, "caption": ["one", "two"]} for row in entries()]
+    pq.write_table(pa.Table.from_pylist(rows), images / "metadata.parquet")
+    with pytest.raises(SourceError, match=r"columns.caption: 'caption' of .* is list<.*takes text"):
+        source(images).units()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "jsonl.gz"])
+def test_a_list_that_changes_after_listing_stops_the_reading(kind: str, images: Path) -> None:
+    path = images / f"metadata.{kind}"
+
+    def write(count: int) -> None:
+        (write_jsonl if "jsonl" in kind else write_csv)(path, entries(count))
+        if kind.endswith(".gz"):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+
+    write(4)
+    one = source(images, unit_rows=2)
+    units = one.units()
+    write(6)
+    for unit in units:
+        with pytest.raises(OSError, match=r"bytes when it was listed, and has"):
+            list(read_list(unit, None, S3Config()))
 
 
 def test_a_list_of_another_kind_is_refused(images: Path) -> None:

@@ -1,8 +1,10 @@
 """Parquet files: other people's columns, row groups, and pages that are broken."""
 
 import os
+import uuid
 from collections import deque
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +85,37 @@ def test_folders_patterns_and_lists_find_files_once_and_in_order(tmp_path: Path,
     assert found(f"{tmp_path}/?/[ac]*") == ["a.parquet"]
     assert found([f"{tmp_path}/x/b.parquet", f"{tmp_path}/x"]) == ["b.parquet", "a.parquet"]
     assert found(f"file://{tmp_path}/y") == ["c.parquet"]
+    assert found(f"{tmp_path}/x/[!a].parquet") == ["b.parquet"]
+
+
+def test_what_others_left_behind_is_not_read(tmp_path: Path, png: Png) -> None:
+    for name in ("a", "_temporary/0/b", ".cache/c", "x/_old/d", "x/e"):
+        write(tmp_path / f"{name}.parquet", pairs(png, 1))
+
+    def found(path: str) -> list[str]:
+        return [Path(unit.path).name[0] for unit in source(f"{tmp_path}{path}").units()]
+
+    assert found("") == found("/**/*.parquet") == ["a", "e"]
+    assert found("/_temporary") == found("/_temporary/**") == ["b"]
+    assert found("/*/_old/*.parquet") == ["d"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("part-[!0]", "part-1", True), ("part-[!0]", "part-0", False), ("a[!b]c", "a/c", False),
+        ("[^0]", "1", True), ("[]a]", "]", True), ("[!]a]", "]", False), (r"[\d]", "5", False),
+        ("[a-c]", "b", True), ("[a^]", "^", True), ("[[]", "[", True), ("a[b", "a[b", True),
+    ],
+)  # fmt: skip
+def test_brackets_in_patterns_are_those_of_a_shell(pattern: str, name: str, fits: bool) -> None:
+    assert bool(files._pattern(pattern).fullmatch(name)) is fits
+
+
+def test_a_pattern_that_is_none_is_told(tmp_path: Path, png: Png) -> None:
+    write(tmp_path / "a.parquet", pairs(png, 1))
+    with pytest.raises(SourceError, match=r"\[z-a\]\* is no pattern: bad character range"):
+        source(f"{tmp_path}/[z-a]*").units()
 
 
 def test_made_up_ids_do_not_depend_on_where_the_files_lie(tmp_path: Path, png: Png) -> None:
@@ -440,14 +473,92 @@ def test_strings_that_are_no_utf8_are_read_with_replacement_characters(
             {"texts": {"column": "regions", "are": ["caption"]}},
             "texts.column: 'regions' .* is list<",
         ),
+        ({"columns": {"tags": "regions"}}, "columns.tags: 'regions' .* a list of texts. Name an"),
+        ({"columns": {"id": "regions"}}, "columns.id: 'regions' .* takes text or whole numbers"),
+        ({"columns": {"caption": "number"}}, "columns.caption: 'number' .* is int64; takes text. "),
+        (
+            {"columns": {"caption": "several"}},
+            r"columns.caption: 'several' .* source.texts: \{column: several, are: \[caption\]\}",
+        ),
+        ({"columns": {"caption": "scores"}}, "columns.caption: 'scores' .* is map<"),
     ],
 )
 def test_a_wrong_column_is_found_before_work(
     options: dict[str, Any], message: str, tmp_path: Path, png: Png
 ) -> None:
-    write(tmp_path / "a.parquet", {**pairs(png, 1), "regions": [[{"x": 1}]]})
+    odd = {
+        "regions": [[{"x": 1}]],
+        "number": [5],
+        "several": [["one", "two"]],
+        "scores": pa.array([[("dog", 0.9)]], pa.map_(pa.string(), pa.float64())),
+    }
+    write(tmp_path / "a.parquet", {**pairs(png, 1), **odd})
     with pytest.raises(SourceError, match=message):
         source(tmp_path, **options).units()
+
+
+@pytest.mark.parametrize("twice", ["image", "web_text"])
+def test_a_name_that_two_columns_have_is_told(twice: str, tmp_path: Path, png: Png) -> None:
+    table = pa.table(pairs(png, 1))
+    pq.write_table(table.append_column(twice, table[twice]), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=f"columns.{twice}: .* several columns '{twice}'; rename"):
+        source(tmp_path).units()
+
+
+def test_a_column_of_several_texts_may_be_called_as_ours(tmp_path: Path, png: Png) -> None:
+    write(tmp_path / "a.parquet", {**pairs(png, 1), "caption": [["one", "two"]]})
+    (row,) = rows_of(source(tmp_path, texts={"column": "caption", "are": ["caption"]}))
+    assert (row["web_text"], row["caption"]) == ("text 0", "one")
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_struct"),
+    [
+        (pa.large_binary(), False),
+        (pa.binary_view(), False),
+        (pa.dictionary(pa.int32(), pa.binary()), False),
+        (None, False),  # of a fixed size
+        (pa.binary_view(), True),
+    ],
+)
+def test_images_are_bytes_in_any_form(
+    kind: pa.DataType | None, is_struct: bool, tmp_path: Path, png: Png
+) -> None:
+    images = pa.array([png(1)] * 2, pa.binary() if kind else pa.binary(len(png(1))))
+    if kind is not None:
+        images = images.dictionary_encode() if pa.types.is_dictionary(kind) else images.cast(kind)
+    if is_struct:
+        images = pa.StructArray.from_arrays([images], ["bytes"])
+    write(tmp_path / "a.parquet", {"image": images, "web_text": ["one", "two"]})
+    assert [row["image"] for row in rows_of(source(tmp_path))] == [png(1)] * 2
+
+
+def test_texts_may_be_views_of_lists(tmp_path: Path, png: Png) -> None:
+    texts = pa.array([["raw", "nice"]], pa.list_view(pa.string()))
+    write(tmp_path / "a.parquet", {"image": [png(1)], "texts": texts, "tags": texts})
+    columns = {"column": "texts", "are": ["web_text", "caption"]}
+    (row,) = rows_of(source(tmp_path, texts=columns))
+    assert (row["web_text"], row["caption"], row["tags"]) == ("raw", "nice", ["raw", "nice"])
+
+
+UUID = "c8c9cacb-cccd-cecf-d0d1-d2d3d4d5d6d7"
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        (pa.array([1.0, None, 2.5]), ["1", None, 2.5]),
+        (pa.array([Decimal(7)] * 3, pa.decimal128(20, 2)), ["7"] * 3),
+        (pa.array([uuid.UUID(UUID).bytes] * 3, pa.binary(16)), [UUID] * 3),
+        (pa.array([uuid.UUID(UUID).bytes] * 3, pa.uuid()), [UUID] * 3),
+        (pa.array([b"sixteen letters.", b"caf\xe9", b"7"]), ["sixteen letters.", "caf", "7"]),
+    ],
+)
+def test_ids_may_be_of_many_types(
+    ids: pa.Array, told: list[object], tmp_path: Path, png: Png
+) -> None:
+    write(tmp_path / "a.parquet", {**pairs(png, 3), "id": ids})
+    assert [row["id"] for row in rows_of(source(tmp_path))] == told
 
 
 def test_a_wrong_path_is_found_before_work(tmp_path: Path) -> None:

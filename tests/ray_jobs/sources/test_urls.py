@@ -1,5 +1,6 @@
 """Downloads from a real server that behaves as badly as the web."""
 
+import asyncio
 import email.utils
 import json
 import re
@@ -18,7 +19,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source
-from ray_jobs.sources.urls import OutageError, retry_after
+from ray_jobs.sources import urls as module
+from ray_jobs.sources.urls import Downloader, OutageError, retry_after
 from rwkv_clip.addresses import is_public
 
 Png = Callable[[int], bytes]
@@ -36,14 +38,18 @@ class Server(ThreadingHTTPServer):
     """Counts requests by path, and how many are answered at a time."""
 
     daemon_threads = True
+    request_queue_size = 100
 
     def __init__(self, image: bytes) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.image = image
         self.asked: Counter[str] = Counter()
         self.agents: set[str] = set()
-        self.busy = self.busiest = 0
+        self.busy: Counter[str] = Counter()  # by kind of trouble
+        self.busiest: Counter[str] = Counter()
         self.lock = threading.Lock()
+        self.expected = 0
+        self.others_asked = threading.Event()  # as many as expected
 
     def handle_error(self, *_: object) -> None:
         """Clients that hang up are part of the tests."""
@@ -60,17 +66,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server = self.server
+        kind = self.path.split("/")[1]
         with server.lock:
             server.asked[self.path] += 1
             server.agents.add(self.headers["User-Agent"])
-            server.busy += 1
-            server.busiest = max(server.busiest, server.busy)
+            server.busy[kind] += 1
+            server.busiest[kind] = max(server.busiest[kind], server.busy[kind])
+            if server.asked.total() == server.expected:
+                server.others_asked.set()
         try:
-            kind = self.path.split("/")[1]
             getattr(self, f"give_{kind}", self.give_404)()
         finally:
             with server.lock:
-                server.busy -= 1
+                server.busy[kind] -= 1
 
     def give(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -89,6 +97,15 @@ class Handler(BaseHTTPRequestHandler):
     def give_busy(self) -> None:
         time.sleep(0.05)
         self.give_ok()
+
+    def give_last(self) -> None:
+        self.server.others_asked.wait(20)
+        self.give_ok()
+
+    def give_to(self) -> None:
+        """Redirect from /to/HOST/PATH."""
+        host, path = self.path.split("/", 3)[2:]
+        self.give(302, Location=f"http://{host}:{self.server.server_address[1]}/{path}")
 
     def give_slow(self) -> None:
         time.sleep(1.5)
@@ -163,6 +180,29 @@ def server(png: Png) -> Iterator[Server]:
         server.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def _nobody_answered_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Downloader, "_answering", None)
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Names that end in .live are this machine's; who looks for one in .dead hears nothing."""
+    over = threading.Event()
+    real = socket.getaddrinfo
+
+    def look_up(host: Any, *arguments: Any, **options: Any) -> Any:
+        if str(host).endswith(".dead"):
+            over.wait(20)
+            raise socket.gaierror(socket.EAI_AGAIN, "nobody answers")
+        found = "127.0.0.1" if str(host).endswith(".live") else host
+        return real(found, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    yield
+    over.set()
+
+
 def source(path: Path, **options: Any) -> Source:
     config = {"kind": "urls", "path": str(path), **QUICK, **options}
     return open_source(TypeAdapter(SourceConfig).validate_python(config))
@@ -201,7 +241,112 @@ def test_no_more_connections_to_a_host_than_allowed(tmp_path: Path, server: Serv
     urls = [server.url(f"/busy/{i}") for i in range(12)]
     rows = download(tmp_path, urls, connections_per_host=3, total_seconds=0.3)
     assert not any(isinstance(row, Rejected) for row in rows)
-    assert server.busiest == 3
+    assert server.busiest["busy"] == 3
+
+
+def test_a_server_that_says_nothing_holds_up_no_other(tmp_path: Path, server: Server) -> None:
+    server.expected = 60
+    paths = ["/last", *(f"/ok/{i}" for i in range(59))]
+    rows = download(tmp_path, [server.url(path) for path in paths], concurrency=2, total_seconds=10)
+    assert server.others_asked.is_set()
+    assert [row["web_text"] for row in rows] == [f"text {i}" for i in range(60)]
+
+
+def test_while_too_much_waits_only_the_first_row_has_a_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_WAITING_BYTES", 10)
+
+    async def turns_in_order() -> None:
+        turns, order = module._Turns(8, 2), []
+
+        async def ask(place: int) -> None:
+            async with turns.turn(place, f"host {place}"):
+                order.append(place)
+
+        turns.held = 10
+        later, next_one, first = (asyncio.create_task(ask(place)) for place in (2, 1, 0))
+        await first
+        assert order == [0]
+        turns.held, turns.first = 0, 1
+        turns.give()
+        await asyncio.gather(later, next_one)
+        assert order == [0, 1, 2]
+
+    asyncio.run(turns_in_order())
+
+
+def test_turns_that_nobody_waits_for_any_more_are_others() -> None:
+    async def cancelled() -> list[str]:
+        turns, got = module._Turns(1, 1), []
+
+        async def ask(place: int) -> None:
+            async with turns.turn(place, "host"):
+                got.append(place)
+
+        async with turns.turn(0, "host"):
+            tasks = [asyncio.create_task(ask(place)) for place in (1, 2, 3)]
+            await asyncio.sleep(0)
+            tasks[0].cancel()
+            turns.give()
+        tasks[1].cancel()  # it has its turn already
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return got
+
+    assert asyncio.run(cancelled()) == [3]
+
+
+def test_however_little_may_wait_all_rows_come(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WAITING_BYTES", 1)
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 7)
+    paths = [f"/{('once503', 'busy', 'ok', '404', 'redirect')[i % 5]}/{i}" for i in range(40)]
+    rows = download(tmp_path, [server.url(path) for path in paths], connections_per_host=2)
+    assert [isinstance(row, Rejected) for row in rows] == [i % 5 == 3 for i in range(40)]
+
+
+@pytest.mark.usefixtures("names")
+def test_a_redirect_waits_for_its_host_as_a_url_does(tmp_path: Path, server: Server) -> None:
+    port = server.server_address[1]
+    urls = [f"http://h{i}.live:{port}/to/target.live/busy/{i}" for i in range(20)]
+    rows = download(tmp_path, urls, connections_per_host=2)
+    assert not any(isinstance(row, Rejected) for row in rows)
+    assert server.busiest["busy"] == 2
+
+
+@pytest.mark.usefixtures("names")
+def test_hosts_that_lead_to_each_other_do_not_wait_for_each_other(
+    tmp_path: Path, server: Server
+) -> None:
+    port = server.server_address[1]
+    pairs = [("a.live", "b.live"), ("b.live", "a.live")] * 6
+    urls = [f"http://{one}:{port}/to/{other}/busy/{i}" for i, (one, other) in enumerate(pairs)]
+    rows = download(tmp_path, urls, connections_per_host=1, retries=0)
+    assert not any(isinstance(row, Rejected) for row in rows)
+
+
+@pytest.mark.usefixtures("names")
+def test_failures_are_those_of_the_host_that_a_redirect_leads_to(
+    tmp_path: Path, server: Server
+) -> None:
+    port = server.server_address[1]
+    urls = [f"http://from.live:{port}/to/target.live/slow/{i}" for i in range(30)]
+    urls.append(f"http://from.live:{port}/ok")
+    options = {"total_seconds": 0.2, "retries": 0, "connections_per_host": 2}
+    *failed, good = download(tmp_path, urls, **options)
+    assert "target.live was given up on after 10 failures" in failed[-1].detail
+    assert server.busiest["slow"] >= 1
+    assert good["image"] == server.image
+
+
+@pytest.mark.usefixtures("names")
+def test_names_that_nobody_answers_for_hold_up_no_other(tmp_path: Path, server: Server) -> None:
+    port = server.server_address[1]
+    urls = [f"http://h{i}.{'dead' if i < 40 else 'live'}:{port}/ok/{i}" for i in range(50)]
+    rows = download(tmp_path, urls, retries=0, connect_seconds=0.3, total_seconds=2)
+    assert [getattr(row, "detail", None) for row in rows[40:]] == [None] * 10
+    assert all("no address in 0.3 s" in row.detail for row in rows[:40])
 
 
 @pytest.mark.parametrize(
@@ -282,6 +427,22 @@ def test_hosts_that_are_gone_are_no_outage(tmp_path: Path, server: Server) -> No
     assert [isinstance(row, Rejected) for row in rows] == [False] + [True] * len(DEAD)
 
 
+@pytest.mark.parametrize("unit_rows", [1000, len(DEAD)])
+def test_a_unit_may_begin_with_hosts_that_are_gone(
+    unit_rows: int, tmp_path: Path, server: Server
+) -> None:
+    urls = [*DEAD, *(server.url(f"/ok/{i}") for i in range(10))]
+    rows = download(tmp_path, urls, retries=0, unit_rows=unit_rows)
+    assert [isinstance(row, Rejected) for row in rows] == [True] * len(DEAD) + [False] * 10
+
+
+def test_a_unit_of_hosts_that_are_gone_is_no_outage_after_one_that_was_not(
+    tmp_path: Path, server: Server
+) -> None:
+    download(tmp_path, [server.url("/ok")])
+    assert len(download(tmp_path, DEAD, retries=0)) == len(DEAD)
+
+
 def test_names_are_resolved_to_public_addresses_only(tmp_path: Path, server: Server) -> None:
     url = server.url("/ok").replace("127.0.0.1", "localhost")
     (refused,) = download(tmp_path, [url], allow_private=False)
@@ -359,6 +520,13 @@ def test_lists_may_be_parquet_with_other_columns(tmp_path: Path, server: Server)
     good, bad = rows_of(source(tmp_path / "part.parquet", columns=columns))
     assert (good["id"], good["web_text"], good["image"]) == ("5", "hi", server.image)
     assert (bad.id, bad.reason) == ("6", "download_refused")
+
+
+def test_urls_may_be_plain_bytes(tmp_path: Path, server: Server) -> None:
+    table = pa.table({"url": [server.url("/ok").encode()], "text": [b"hi"]})
+    pq.write_table(table, tmp_path / "part.parquet")
+    (row,) = rows_of(source(tmp_path / "part.parquet"))
+    assert row["image"] == server.image
 
 
 def test_a_list_without_urls_is_found_before_work(tmp_path: Path) -> None:

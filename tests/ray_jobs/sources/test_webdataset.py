@@ -12,7 +12,14 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from ray_jobs.pairs import RowLimits, make_pair
-from ray_jobs.sources import Rejected, Source, SourceConfig, SourceError, open_source
+from ray_jobs.sources import (
+    Rejected,
+    Source,
+    SourceConfig,
+    SourceError,
+    open_source,
+    webdataset,
+)
 
 Png = Callable[[int], bytes]
 
@@ -95,6 +102,110 @@ def test_ids_may_come_from_the_json_file(tmp_path: Path, png: Png) -> None:
     (tmp_path / "a.tar").write_bytes(tar(files))
     one = source(tmp_path, columns={"id": "json.uid", "web_text": "json.alt"})
     assert [(row["id"], row["web_text"]) for row in rows_of(one)] == [("77", "hi"), (None, None)]
+
+
+def test_the_image_is_the_file_whose_ending_says_no_more(tmp_path: Path, png: Png) -> None:
+    for at, order in enumerate((("depth.png", "png", "seg.png"), ("png", "depth.png"))):
+        files = {f"1.{ending}": png(at if ending == "png" else 9) for ending in order}
+        (tmp_path / f"{at}.tar").write_bytes(tar({**files, "1.txt": b"hi"}))
+    assert [row["image"] for row in rows_of(source(tmp_path))] == [png(0), png(1)]
+    one = source(tmp_path, columns={"image": "Depth.png"})
+    assert [row["image"] for row in rows_of(one)] == [png(9)] * 2
+
+
+@pytest.mark.parametrize("endings", [("jpg", "png"), ("left.png", "right.png")])
+def test_an_image_that_may_be_another_is_told(
+    endings: tuple[str, str], tmp_path: Path, png: Png
+) -> None:
+    files = {f"1.{ending}": png(at) for at, ending in enumerate(endings)}
+    ambiguous = {**files, "1.txt": b"hi"}
+    (tmp_path / "a.tar").write_bytes(tar({**samples(png, 20), **ambiguous}))
+    *good, refused = rows_of(source(tmp_path))
+    assert not any(isinstance(row, Rejected) for row in good)
+    told = (refused.id, refused.reason, refused.detail)
+    assert told == ("a/1", "ambiguous_image", f"one of {', '.join(endings)}?")
+    (tmp_path / "a.tar").write_bytes(tar(ambiguous))
+    with pytest.raises(SourceError, match=f"columns.image: .*the one of {', '.join(endings)} that"):
+        source(tmp_path).units()
+    (row,) = rows_of(source(tmp_path, columns={"image": endings[1]}))
+    assert row["image"] == png(1)
+    with pytest.raises(SourceError, match=r"columns.image: .*none is 'webp'"):
+        source(tmp_path, columns={"image": "webp"}).units()
+
+
+def test_a_storage_of_before_one_could_name_the_image_goes_on() -> None:
+    for columns, told in (({}, False), ({"image": "jpg"}, True)):
+        config = TypeAdapter(SourceConfig).validate_python(
+            {"kind": "webdataset", "path": "x", "columns": columns}
+        )
+        assert ("image" in config.model_dump(mode="json")["columns"]) is told
+
+
+@pytest.mark.parametrize(
+    ("files", "kept"),
+    [
+        ({"1.png": 600, "1.txt": 300}, True),
+        ({"1.png": 600, "1.txt": 500}, False),
+        ({"1.mask.png": 900, "1.png": 600, "1.txt": 300}, True),
+        ({"1.png": 600, "1.mask.png": 900, "1.npy": 5000, "1.txt": 300}, True),
+        ({"1.mask.png": 1001, "1.txt": 1}, False),
+    ],
+)
+def test_a_sample_s_files_are_read_as_far_as_they_are_asked_for(
+    files: dict[str, int], kept: bool, tmp_path: Path, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webdataset, "MAX_FILE_BYTES", 1000)
+    content = {name: bytes(size) for name, size in files.items()}
+    (tmp_path / "a.tar").write_bytes(tar({**content, **samples(png, 1)}))
+    row, good = rows_of(source(tmp_path))
+    assert good["image"] == png(0)
+    if kept:
+        assert (row["image"], row["web_text"]) == (bytes(600), bytes(300))
+    else:
+        assert (row.id, row.reason) == ("a/1", "sample_too_large")
+
+
+def extended(kind: bytes, size: int) -> bytes:
+    """A header that is about the next member, and its content."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, size
+    return header.tobuf() + bytes(size + -size % 512)
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        (extended(tarfile.XHDTYPE, 2_000_000), "a header of over 1,000,000 bytes"),
+        (extended(tarfile.GNUTYPE_LONGNAME, 2_000_000), "a header of over 1,000,000 bytes"),
+        (extended(tarfile.XGLTYPE, 600_000) * 2, "a header of over 1,000,000 bytes"),
+        (extended(tarfile.XHDTYPE, 0) * 1500, "RecursionError"),
+        (extended(tarfile.GNUTYPE_SPARSE, 0), "a sparse file"),
+    ],
+)
+def test_headers_are_no_longer_than_names(
+    headers: bytes, told: str, tmp_path: Path, png: Png
+) -> None:
+    data = tar(samples(png, 2)).rstrip(b"\x00")
+    (tmp_path / "a.tar").write_bytes(data + bytes(-len(data) % 512) + headers + bytes(1024))
+    first, broken, second = rows_of(source(tmp_path))
+    assert (first["id"], second["id"]) == ("a/00000", "a/00001")
+    assert told in broken.detail
+
+
+def test_a_long_name_is_read(tmp_path: Path, png: Png) -> None:
+    name = "/".join(["folder"] * 100)
+    (tmp_path / "a.tar").write_bytes(tar({f"{name}/1.png": png(1), f"{name}/1.txt": b"hi"}))
+    (row,) = rows_of(source(tmp_path))
+    assert row["id"] == f"a/{name}/1"
+
+
+def test_a_shard_that_changes_after_listing_stops_the_reading(tmp_path: Path, png: Png) -> None:
+    (tmp_path / "a.tar").write_bytes(tar(samples(png, 2)))
+    one = source(tmp_path)
+    (unit,) = one.units()
+    (tmp_path / "a.tar").write_bytes(tar(samples(png, 40)))
+    with pytest.raises(OSError, match=r"it had 10,240 bytes when it was listed, and has "):
+        list(one.read(unit))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -25,7 +25,7 @@ from ray_jobs.tracking.config import tracking_place
 from ray_jobs.tracking.metrics import StepMetrics
 from ray_jobs.tracking.registry import CHAMPION, champion_of, crown, register
 from ray_jobs.tracking.runs import StageRun, current_store
-from rwkv_clip import load_checkpoint, tokenize
+from rwkv_clip import __version__, load_checkpoint, tokenize
 from rwkv_clip.model import create_model, save_checkpoint
 from rwkv_clip.model.config import named_config
 from rwkv_clip.transforms import image_transform
@@ -135,6 +135,18 @@ def test_a_run_that_is_started_again_goes_on_and_logs_no_step_twice(storage):
     assert steps_of(storage, found["train"]) == [1, 2, 3, 4, 5]
     with tracker(storage) as tracked, tracked.stage("train") as run:
         assert run.run_id is None  # all of it is there
+
+
+def test_a_run_tells_which_version_began_it_and_which_went_on(storage, monkeypatch):
+    key = "mlflow.source.git.commit"
+    for commit in ("first", "second", "third"):
+        monkeypatch.setattr("ray_jobs.tracking.runs.get_git_commit", lambda _, told=commit: told)
+        with tracker(storage):
+            pass
+    (tags,) = (run.data.tags for run in runs(storage).values())
+    assert (tags[key], tags[f"continued.{key}"]) == ("first", "third")
+    assert tags["continued.rwkv_clip.version"] == tags["rwkv_clip.version"] == __version__
+    assert tags["restarts"] == "2"
 
 
 def test_work_whose_results_are_gone_gets_a_run_of_its_own(storage):

@@ -1,0 +1,78 @@
+"""What stages took while they did their work, whichever run did it.
+
+Noted in the storage as soon as a stage ends, by a pipeline or by the stage's own command, also when
+it fails; a stage that finds its work done adds nothing. What a killed process had done is not known
+and not counted.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ray_jobs.storage import Storage, digest_of_json
+
+_FILE = "times.json"
+
+
+@dataclass
+class Work:
+    """A stage's work.
+
+    Attributes:
+        resumed: whether all of it was done before; for the one who does it to say.
+        seconds: that it took in all attempts so far; 0 where nobody noted it.
+    """
+
+    resumed: bool = False
+    seconds: float = 0.0
+
+
+class StageTimes:
+    """The times of a storage."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    @contextmanager
+    def measured(self, name: str, of: Any) -> Iterator[Work]:
+        """Work whose time is noted when the block ends.
+
+        Args:
+            name: what is done.
+            of: what decides its outcome, as JSON takes it; other work has a time of its own.
+        """
+        key, work = digest_of_json(of), Work()
+        start = time.perf_counter()
+        try:
+            yield work
+        except BaseException:
+            # What went wrong is told, and not that it could not be noted either.
+            with suppress(OSError):
+                self._add(name, key, time.perf_counter() - start, finished=False)
+            raise
+        if work.resumed:
+            work.seconds = self._held(name).get(key, {}).get("seconds", 0.0)
+        else:
+            work.seconds = self._add(name, key, time.perf_counter() - start, finished=True)
+
+    def _add(self, name: str, key: str, seconds: float, *, finished: bool) -> float:
+        """Note an attempt; what was spent until the work was finished is its time."""
+        there = self._held(name)
+        held = {"seconds": 0.0, "unfinished": 0.0, **there.get(key, {})}
+        spent: float = held["unfinished"] + seconds
+        now = {"seconds": spent, "unfinished": 0.0} if finished else {"unfinished": spent}
+        self.storage.write_json(_FILE, {**self._all(), name: {**there, key: {**held, **now}}})
+        return spent
+
+    def _held(self, name: str) -> dict[str, Any]:
+        held: dict[str, Any] = self._all().get(name, {})
+        return held
+
+    def _all(self) -> dict[str, Any]:
+        if not self.storage.exists(_FILE):
+            return {}
+        # An older release noted bare numbers, which may be the times of stages that were skipped.
+        found: dict[str, Any] = self.storage.read_json(_FILE)
+        return {name: value for name, value in found.items() if isinstance(value, dict)}

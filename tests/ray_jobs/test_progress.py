@@ -1,0 +1,65 @@
+"""The progress line, as a terminal and a log get it."""
+
+import io
+
+import pytest
+
+from ray_jobs.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell with every update."""
+    monkeypatch.setattr("ray_jobs.progress._TERMINAL_SECONDS", 0)
+    monkeypatch.setattr("ray_jobs.progress._LOG_SECONDS", 0)
+
+
+def told(stream: io.StringIO) -> list[str]:
+    """What is written by two updates of a training and its end."""
+    progress = Progress("train", 147_456, "pairs", stream=stream)
+    for _ in range(2):
+        progress.update(2560, "loss 4.300, waits 0 % for data, and much else besides")
+    progress.close()
+    return stream.getvalue().split("\r")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_line_that_is_rewritten_fits_the_terminal(monkeypatch, at_once, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    empty, *rewritten, last = told(Terminal())
+    assert not empty
+    assert len(rewritten) == 2
+    for line in rewritten:
+        assert len(line.removesuffix("\x1b[K")) == columns - 1
+    assert "\n" not in "".join(rewritten)
+    assert last.startswith("train: done, 5,120 pairs in ")
+    assert last.endswith("pairs/s\x1b[K\n"), "the end of a stage is told in full"
+
+
+def test_the_loss_of_a_training_can_be_seen_in_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stream = Terminal()
+    progress = Progress("train", 147_456, "pairs", stream=stream)
+    now = 80.0
+    progress.update(20_480, "loss 4.300, waits 0 % for data")
+    line = stream.getvalue()
+    seen = "train: 20,480 of 147,456 pairs (14 %), 256.0/s, 8 min 16 s left, loss 4.300"
+    assert line.startswith("\r" + seen)
+
+
+def test_a_log_has_whole_lines_and_no_signs_for_terminals(monkeypatch, at_once):
+    monkeypatch.setenv("COLUMNS", "40")
+    (log,) = told(io.StringIO())
+    first, second, end, nothing = log.split("\n")
+    assert "\x1b" not in log
+    assert first.endswith("and much else besides")
+    assert second.startswith("train: 5,120 of 147,456 pairs (3 %), ")
+    assert end.startswith("train: done")
+    assert not nothing
