@@ -15,6 +15,8 @@ from pydantic import BaseModel, Field
 
 import rwkv_clip
 
+_PIECE = 64  # items that are embedded at once: a text of B/32 takes 4 MB meanwhile
+
 
 class Item(BaseModel):
     """One input: a text or an image."""
@@ -39,14 +41,21 @@ class EmbeddingModel(PythonModel):
         Raises:
             ValueError: an item has not exactly one of text and image, or a broken image.
         """
-        texts, images = {}, {}
         for at, item in enumerate(model_input):
             if (item.text is None) == (item.image is None):
                 raise ValueError(f"item {at}: takes either text or image")
-            if item.text is not None:
-                texts[at] = item.text
-            elif item.image is not None:
-                images[at] = _decode(at, item.image)
+        vectors: list[list[float]] = []
+        while len(vectors) < len(model_input):
+            at = len(vectors)
+            vectors += self._embed(dict(enumerate(model_input[at : at + _PIECE], at)))
+        return vectors
+
+    def _embed(self, items: dict[int, Item]) -> list[list[float]]:
+        """Embeddings of a piece, by the items' positions in the whole."""
+        texts = {at: item.text for at, item in items.items() if item.text is not None}
+        images = {
+            at: _decode(at, item.image) for at, item in items.items() if item.image is not None
+        }
         vectors: dict[int, list[float]] = {}
         device = self.model.logit_scale.device
         with torch.inference_mode():
@@ -58,7 +67,7 @@ class EmbeddingModel(PythonModel):
                 pixels = [self.transform(data, name=f"item {at}") for at, data in images.items()]
                 embedded = self.model.encode_image(torch.stack(pixels).to(device))
                 vectors |= zip(images, embedded.float().tolist(), strict=True)
-        return [vectors[at] for at in range(len(model_input))]
+        return [vectors[at] for at in items]
 
 
 def _decode(at: int, text: str) -> bytes:

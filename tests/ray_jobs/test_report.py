@@ -258,6 +258,13 @@ def test_training_its_validation_and_its_cost_are_shown(page):
     assert "train 4 2 3 7 no text, 1 unreadable" in seen
 
 
+def test_numbers_stay_whole_and_five_pictures_in_a_row_on_a_narrow_page(page):
+    assert "37.5\N{NO-BREAK SPACE}%" in page
+    assert not re.search(r"\d %", page)
+    assert ".found { display: grid; grid-template-columns: repeat(5, " in page
+    assert page.count('<div class="found">') == 1
+
+
 def test_the_curves_take_the_colour_of_the_page_for_what_is_black(page):
     curves = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     for curve in curves:

@@ -446,14 +446,13 @@ def test_a_metric_that_is_better_when_smaller_cannot_make_champions():
         TrackingConfig(champion_metric="text_to_image_median_rank")
 
 
-def test_the_registered_model_embeds_as_the_checkpoint_does(storage, checkpoint):
+def test_the_registered_model_embeds_as_the_checkpoint_does(storage, checkpoint, monkeypatch):
     found = registered(storage, checkpoint, 0.25)
     with current_store(store(storage)):
         loaded = mlflow.pyfunc.load_model(found.uri)
     png = picture()
-    vectors = loaded.predict(
-        [{"text": "a dog"}, {"image": base64.b64encode(png).decode()}, {"text": "a cat"}]
-    )
+    asked = [{"text": "a dog"}, {"image": base64.b64encode(png).decode()}, {"text": "a cat"}]
+    vectors = loaded.predict(asked)
     model = load_checkpoint(storage.path(checkpoint))
     with torch.inference_mode():
         texts = model.encode_text(tokenize(["a dog", "a cat"], model.config.context_length))
@@ -461,6 +460,10 @@ def test_the_registered_model_embeds_as_the_checkpoint_does(storage, checkpoint)
         image_embedding = model.encode_image(pixels)
     expected = torch.stack([texts[0], image_embedding[0], texts[1]])
     torch.testing.assert_close(torch.tensor(vectors), expected, rtol=0, atol=1e-5)
+    pieces = type(loaded.unwrap_python_model())._embed.__globals__
+    monkeypatch.setitem(pieces, "_PIECE", 2)
+    in_pieces = torch.tensor(loaded.predict(asked))
+    torch.testing.assert_close(in_pieces, expected, rtol=0, atol=1e-5)
     files = [path.suffix for path in Path(storage.path("mlflow/artifacts")).rglob("*")]
     assert ".safetensors" in files
     assert not {".pkl", ".pt", ".pickle"} & set(files)
