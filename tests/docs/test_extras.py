@@ -19,7 +19,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Parts of what the extras name, which it brings.
 BROUGHT = {
     "click", "cryptography", "fastapi", "opentelemetry", "packaging", "requests", "starlette",
-    "uvicorn", "werkzeug",
+    "tqdm", "uvicorn", "werkzeug",
 }  # fmt: skip
 
 
