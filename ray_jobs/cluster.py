@@ -109,10 +109,17 @@ def full_disk(error: BaseException, storage: str) -> str | None:
     return None
 
 
-def beside_driver() -> Any:  # Ray's declarations leave this strategy out
-    """Where an actor runs that must outlive every node but the driver's own."""
+def lasting_actor(cls: type) -> Any:
+    """An actor that outlives every node but the driver's own, where it runs.
+
+    It is started again if its process ends, and has forgotten then; calls to it wait for that.
+    """
     node = ray.get_runtime_context().get_node_id()
-    return NodeAffinitySchedulingStrategy(node, soft=False)
+    place: Any = NodeAffinitySchedulingStrategy(node, soft=False)  # which Ray's declarations lack
+    actor: Any = ray.remote(
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=place
+    )(cls)
+    return actor.remote()
 
 
 def _logs() -> Path:

@@ -53,22 +53,19 @@ class StageTimes:
                 self._add(name, key, time.perf_counter() - start, finished=False)
             raise
         if work.resumed:
-            work.seconds = self._held(name).get(key, {}).get("seconds", 0.0)
+            work.seconds = self._all().get(name, {}).get(key, {}).get("seconds", 0.0)
         else:
             work.seconds = self._add(name, key, time.perf_counter() - start, finished=True)
 
     def _add(self, name: str, key: str, seconds: float, *, finished: bool) -> float:
         """Note an attempt; what was spent until the work was finished is its time."""
-        there = self._held(name)
+        times = self._all()
+        there = times.get(name, {})
         held = {"seconds": 0.0, "unfinished": 0.0, **there.get(key, {})}
         spent: float = held["unfinished"] + seconds
         now = {"seconds": spent, "unfinished": 0.0} if finished else {"unfinished": spent}
-        self.storage.write_json(_FILE, {**self._all(), name: {**there, key: {**held, **now}}})
+        self.storage.write_json(_FILE, {**times, name: {**there, key: {**held, **now}}})
         return spent
-
-    def _held(self, name: str) -> dict[str, Any]:
-        held: dict[str, Any] = self._all().get(name, {})
-        return held
 
     def _all(self) -> dict[str, Any]:
         if not self.storage.exists(_FILE):

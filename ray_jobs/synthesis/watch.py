@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from ray_jobs.cluster import beside_driver
+from ray_jobs.cluster import lasting_actor
 
 # Engines that come up this often each without one finishing a chunk will not do better next time.
 MAX_STARTS = 5
@@ -122,13 +122,7 @@ class Watch:
     """A handle that can be sent to workers; the driver makes and closes it."""
 
     def __init__(self) -> None:
-        actor = ray.remote(
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=-1,
-            scheduling_strategy=beside_driver(),
-        )(_Watch)
-        self._actor: Any = actor.remote()
+        self._actor = lasting_actor(_Watch)
         self._heard: dict[str, list[dict[str, Any]]] = {}  # by the actor's process
 
     def start(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ray_jobs.cluster import beside_driver
+from ray_jobs.cluster import lasting_actor
 
 _POLL_SECONDS = 0.5
 
@@ -45,14 +45,7 @@ class Listener:
     def __init__(self, on_record: Callable[[Record], None]) -> None:
         self._on_record = on_record
         self._stop = threading.Event()
-        # Started again if its process ends, without the records that nobody had fetched.
-        mailbox = ray.remote(
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=-1,
-            scheduling_strategy=beside_driver(),
-        )(_Mailbox)
-        self._mailbox: Any = mailbox.remote()
+        self._mailbox = lasting_actor(_Mailbox)
         self._thread = threading.Thread(target=self._listen, name="records", daemon=True)
         self.send = Sender(self._mailbox)
 
