@@ -209,7 +209,11 @@ def _read(path: Path) -> _Document:
         raise ConfigError([Problem(f"{path}:{node.start_mark.line + 1}", "", text)])
     sources: dict[KeyPath, str] = {(): str(path)}
     twice = []
-    for key_path, at, _ in _below(node, ()):
+    try:
+        below = list(_below(node, ()))
+    except RecursionError:
+        raise ConfigError([Problem(str(path), "", "an anchor is merged into itself")]) from None
+    for key_path, at, _ in below:
         where = f"{path}:{at.start_mark.line + 1}"
         if key_path in sources:
             text = f"written twice, first at {sources[key_path]}"

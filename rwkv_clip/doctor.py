@@ -275,14 +275,14 @@ def _compilers() -> Iterator[Finding]:
         ("ninja", find_ninja(), "pip install ninja; only building the operator needs it"),
         ("nvcc", find_nvcc(), "install CUDA's toolkit, or set CUDA_HOME; only its kernels need it"),
     ):
-        # CXX may hold arguments.
-        command = shlex.split(found or name) if name == "C++" else [found or name]
-        if shutil.which(command[0]) is None:
-            yield Finding(name, "missing", f"{command[0]} is not found", mend)
-            continue
         try:
+            # CXX may hold arguments.
+            command = shlex.split(found or name) if name == "C++" else [found or name]
+            if shutil.which(command[0]) is None:
+                yield Finding(name, "missing", f"{command[0]} is not found", mend)
+                continue
             told = _compiler_version(command)
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
             yield Finding(name, "limited", f"{found} does not run: {error}", mend)
         else:
             yield Finding(name, "ok", f"{told} at {found}")

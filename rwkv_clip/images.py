@@ -40,6 +40,10 @@ class HeaderError(OSError):
     """A header tells of more work than any honest file's; says what the image is or has."""
 
 
+class CodingError(HeaderError):
+    """An image whose format may hold it in another way, that is decoded soon enough."""
+
+
 class _Header(io.BytesIO):
     """A file that counts what is read of it while `bounded`.
 
@@ -88,7 +92,7 @@ def open_image(data: Encoded, formats: Sequence[str] | None = None) -> Image.Ima
         _check_scans(file.getvalue(), image.width * image.height)
     if image.format in ("BMP", "DIB") and image.info.get("compression") in _RUN_LENGTHS:
         # Pillow decodes these in Python, a pixel at a time.
-        raise HeaderError("is a compressed BMP; save it as a PNG")
+        raise CodingError("is a compressed BMP; save it as a PNG")
     return image
 
 

@@ -16,7 +16,7 @@ Arithmetic is in float32, or in float64 for float64 input, also under autocast.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -48,16 +48,24 @@ class _Ranks:
     sizes: list[int]
 
     @classmethod
-    def of(cls, rows: Tensor, group: dist.ProcessGroup | None, equal_batches: bool) -> _Ranks:
+    def of(
+        cls,
+        rows: Tensor,
+        group: dist.ProcessGroup | None,
+        equal_batches: bool,
+        sizes: Sequence[int] | None = None,
+    ) -> _Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return cls(None, 0, [rows.shape[0]])
         world_size, rank = dist.get_world_size(group), dist.get_rank(group)
+        if sizes is not None:
+            return cls(group, rank, list(sizes))
         if world_size == 1 or equal_batches:
             return cls(group, rank, [rows.shape[0]] * world_size)
         size = torch.tensor([rows.shape[0]], device=rows.device)
-        sizes = [torch.empty_like(size) for _ in range(world_size)]
-        dist.all_gather(sizes, size, group=group)
-        return cls(group, rank, cast(list[int], torch.cat(sizes).tolist()))
+        found = [torch.empty_like(size) for _ in range(world_size)]
+        dist.all_gather(found, size, group=group)
+        return cls(group, rank, cast(list[int], torch.cat(found).tolist()))
 
     @property
     def world_size(self) -> int:
@@ -118,12 +126,24 @@ class PairLoss(nn.Module, ABC):
         self.equal_batches = equal_batches
         self.chunk_elements = chunk_elements
 
+    def sizes(self, rows: Tensor) -> list[int]:
+        """How many rows each rank holds, in rank order; every rank calls this.
+
+        For those who want to know before they embed, because the global batch may be empty.
+
+        Args:
+            rows: [b, ...], what this rank embeds.
+        """
+        return _Ranks.of(rows, self.group, self.equal_batches).sizes
+
     def forward(
         self,
         image_emb: Tensor,
         text_emb: Tensor,
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
+        *,
+        sizes: Sequence[int] | None = None,
     ) -> Tensor:
         """The global batch's loss, a scalar in float32 (float64 for float64 embeddings).
 
@@ -132,6 +152,7 @@ class PairLoss(nn.Module, ABC):
             logit_scale: what similarities are multiplied by (the exponential of the parameter).
             logit_bias: added to the logits of the sigmoid loss; the contrastive loss does not
                 depend on a bias and ignores it.
+            sizes: what `sizes` gave for these rows, which are then not exchanged again.
 
         Raises:
             ValueError: the embeddings are not two matrices of one shape, the global batch is
@@ -143,7 +164,7 @@ class PairLoss(nn.Module, ABC):
                 f"{tuple(image_emb.shape)} and {tuple(text_emb.shape)}"
             )
         dtype = _arithmetic(image_emb, text_emb)
-        ranks = _Ranks.of(image_emb, self.group, self.equal_batches)
+        ranks = _Ranks.of(image_emb, self.group, self.equal_batches, sizes)
         if ranks.total == 0:
             raise ValueError("the global batch has no pairs")
         scale = _scalar("logit_scale", logit_scale, image_emb.device, dtype)
@@ -164,6 +185,8 @@ class PairLoss(nn.Module, ABC):
         text_emb: Tensor,
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
+        *,
+        sizes: Sequence[int] | None = None,
     ) -> LossAndGradients:
         """The loss and its gradients, for embeddings that were computed without a graph.
 
@@ -176,7 +199,7 @@ class PairLoss(nn.Module, ABC):
         dtype = _arithmetic(image_emb, text_emb)
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [_leaf(value, image_emb.device, dtype) for value in given]
-            loss = self(*leaves)
+            loss = self(*leaves, sizes=sizes)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             bias_gradient = gradients[3] if len(leaves) == 4 else None
             return LossAndGradients(

@@ -116,6 +116,7 @@ def tokenize(
     Raises:
         TypeError: texts are bytes, or an item is not a string; the message names its index.
         ValueError: context_length is below 3, or a text is too long and truncate is False.
+        MemoryError: there is no room for as many ids.
     """
     if context_length < 3:
         raise ValueError(f"context_length is {context_length}; it must be at least 3")
@@ -124,7 +125,9 @@ def tokenize(
     batch = [texts] if isinstance(texts, str) else list(texts)
     prepared = _prepare(batch, context_length)
     width = context_length if truncate else context_length + 1
-    ids = _tokenizer().tokenize_batch(prepared, width).astype(np.int64)
+    # Made first, because without memory the Rust library ends the process.
+    ids = np.empty((len(prepared), width), np.int64)
+    ids[:] = _tokenizer().tokenize_batch(prepared, width)
     for index, text in enumerate(prepared) if _any_long_s(prepared) else ():
         if _LONG_S.search(text):
             ids[index] = _row(_encode_long_s(text, width), width)

@@ -19,7 +19,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from rwkv_clip.images import HeaderError, open_image
+from rwkv_clip.images import CodingError, HeaderError, open_image
 from serve.config import LimitsConfig
 from serve.errors import ApiError
 from serve.remote import Fetcher
@@ -388,6 +388,12 @@ def read_header(data: bytes, limits: LimitsConfig) -> Header:
         ) from None
     except Image.DecompressionBombError:
         raise _too_many_pixels(limits) from None
+    except CodingError as error:
+        raise ApiError(
+            415,
+            "unsupported_image",
+            f"is an image that {error}; supported formats are {', '.join(limits.formats)}",
+        ) from None
     except HeaderError as error:
         raise ApiError(400, "broken_image", f"is an image that {error}") from None
     except Exception:  # Pillow raises whatever a broken header leads it to

@@ -267,7 +267,8 @@ class _GatedResidual(torch.autograd.Function):
 
 def _has_kernel(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these. A compiler fuses the statements itself."""
-    if not _library.is_loaded() or torch.compiler.is_compiling() or is_transformed():
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if not _library.is_loaded() or traced or is_transformed():
         return False
     return all(
         type(x) in (Tensor, nn.Parameter)

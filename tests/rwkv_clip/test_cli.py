@@ -94,3 +94,8 @@ def test_interrupting_is_no_traceback(plugin):
 
     plugin.run = interrupt
     assert cli.main(["count"]) == 130
+
+
+def test_a_closed_output_costs_no_status(plugin, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["count", "--set", "steps=0"]) == 0

@@ -205,6 +205,7 @@ def test_a_set_that_cannot_be_applied_is_named(write, override, words):
         ("steps: [1\n", "is not YAML"),
         ("- a\n", "takes a mapping of keys to values, got ['a']"),
         ("steps: &a [*a]\n", "an alias stands inside its own anchor"),
+        ("sources: [&a {<<: [*a]}]\n", "an anchor is merged into itself"),
         (f"steps: {'[' * 3000}{']' * 3000}\n", "is nested too deeply"),
         (
             "a: &a [1,1,1,1,1,1,1,1,1,1]\n"

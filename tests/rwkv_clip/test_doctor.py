@@ -70,6 +70,7 @@ def test_a_gpu_on_which_the_operator_fails_is_broken_beside_a_cpu_that_works(mon
         ("/usr/bin/env sh", "ok", "at /usr/bin/env sh"),  # as in `ccache g++`
         ("{folder}/broken", "limited", "does not run"),
         ("{folder}/none", "missing", "is not found"),
+        ("g++ '-O", "limited", "No closing quotation"),
     ],
 )
 def test_a_compiler_is_the_build_s_and_may_be_broken(

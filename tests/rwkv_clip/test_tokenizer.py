@@ -303,6 +303,11 @@ def test_a_context_without_room_is_refused() -> None:
         tokenize("a", 2)
 
 
+def test_more_ids_than_memory_holds_are_an_error_and_do_not_end_the_process() -> None:
+    with pytest.raises(MemoryError):
+        tokenize("a", 10**15)
+
+
 def test_decoding_gives_the_words_back() -> None:
     assert decode(tokenize("A photo of a café, it's nice")[0]) == "a photo of a café , it 's nice"
     assert decode([]) == ""

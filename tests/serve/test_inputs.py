@@ -42,7 +42,7 @@ def blank(size: tuple[int, int], kind: str = "PNG") -> bytes:
     ("image", "status", "told"),
     [
         (of_scans(101), 400, "is an image that has 101 scans, more than the 100"),
-        (bmp(1), 400, "is an image that is a compressed BMP; save it as a PNG"),
+        (bmp(1), 415, "is an image that is a compressed BMP; save it as a PNG; supported formats"),
         (blank((1, 65_536)), 413, "is an image of more than 65,535 pixels on a side"),
         (blank((65_536, 1)), 413, "is an image of more than 65,535 pixels on a side"),
     ],

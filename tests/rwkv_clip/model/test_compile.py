@@ -50,3 +50,13 @@ def test_the_whole_model_exports(tiny, tiny_io):
     program = torch.export.export(tiny, (tiny_io["image"], tiny_io["text"]))
     got = program.module()(tiny_io["image"], tiny_io["text"])
     torch.testing.assert_close(got, tiny(tiny_io["image"], tiny_io["text"]))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated")
+def test_a_trace_of_torchscript_computes_the_same_and_its_gradients(tiny, tiny_io):
+    image, text = tiny_io["image"], tiny_io["text"]
+    traced = torch.jit.trace(tiny, (image, text))
+    for got, true in zip(traced(image[:2], text[:2]), tiny(image[:2], text[:2]), strict=True):
+        torch.testing.assert_close(got, true)
+    traced(image, text)[0].sum().backward()
+    assert tiny.image_model.pos_embed.grad.abs().max() > 0
