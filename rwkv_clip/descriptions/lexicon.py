@@ -136,7 +136,7 @@ IRREGULAR = """
     man: men; woman: women; child: children; foot: feet; tooth: teeth; mouse: mice; goose: geese;
     leaf: leaves; knife: knives; wolf: wolves; life: lives; loaf: loaves; shelf: shelves;
     half: halves; calf: calves; hoof: hooves; elf: elves; scarf: scarves; wife: wives;
-    thief: thieves; ox: oxen; run: ran; sit: sat; stand: stood; lie: lay, lain, lying;
+    thief: thieves; ox: oxen; run: ran; sit: sat, seated; stand: stood; lie: lay, lain, lying;
     hold: held; wear: wore, worn; make: made; take: took, taken; blow: blew, blown;
     fly: flew, flown; draw: drew, drawn; write: wrote, written; build: built; eat: ate, eaten;
     drink: drank, drunk; sing: sang, sung; swim: swam, swum; ride: rode, ridden;
@@ -145,6 +145,10 @@ IRREGULAR = """
     buy: bought; bring: brought; think: thought; fight: fought; throw: threw, thrown;
     grow: grew, grown; hang: hung; shine: shone; hide: hid, hidden; bite: bit, bitten;
     tear: tore, torn; lose: lost; win: won; feed: fed; lead: led; meet: met; bend: bent;
+    give: gave, given; get: got, gotten; choose: chose, chosen; shake: shook, shaken; dig: dug;
+    wake: woke, woken; freeze: froze, frozen; weave: wove, woven; strike: struck; swing: swung;
+    spin: spun; slide: slid; sweep: swept; weep: wept; kneel: knelt; teach: taught; light: lit;
+    burn: burnt; spill: spilt;
     die: dying; tie: tying; go: went, gone; come: came; use: using, used; bus: buses; gas: gases;
     plus: pluses;
     taxi: taxis; bikini: bikinis; kiwi: kiwis; sari: saris; ski: skis; menu: menus; emu: emus
@@ -182,12 +186,16 @@ UNITS = (
 ).split()
 TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50}
 TENS |= {"sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
-NUMBERS = {word: value for value, word in enumerate(UNITS)} | TENS
-NUMBERS |= {"hundred": 100, "thousand": 1000, "million": 1000000, "dozen": 12}
+SIMPLE = {word: value for value, word in enumerate(UNITS)} | TENS
+# What is said so many times: two hundred, 3 dozen.
+MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 1000000}
+NUMBERS = SIMPLE | MULTIPLES
 NUMBERS |= {"pair": 2, "couple": 2, "both": 2, "duo": 2, "twin": 2, "trio": 3}
 # No "second": it is more often a time or a turn of phrase.
 ORDINALS = {"first": 1, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
-ORDINALS |= {"eighth": 8, "ninth": 9, "tenth": 10}
+ORDINALS |= {"eighth": 8, "ninth": 9, "tenth": 10, "eleventh": 11, "twelfth": 12}
+ORDINALS |= {f"{word}th": value for value, word in enumerate(UNITS) if value > 12}
+ORDINALS |= {f"{word[:-1]}ieth": value for word, value in TENS.items()}
 # Number words with a meaning of their own.
 ALSO_WORDS = frozenset({"couple", "pair", "twin", "trio", "duo"})
 

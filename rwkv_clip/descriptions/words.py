@@ -24,13 +24,14 @@ from functools import lru_cache
 from itertools import chain
 
 from rwkv_clip.descriptions import lexicon
-from rwkv_clip.descriptions.lexicon import NEGATIONS, PRONOUNS, STOP_WORDS, TENS
+from rwkv_clip.descriptions.lexicon import MULTIPLES, NEGATIONS, PRONOUNS, STOP_WORDS, TENS
 
 NEGATION = "#no"
 
-_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+# Characters of scripts that do not separate words, for a regular expression's brackets.
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 # In the scripts of India, vowel signs are no letters to a regular expression.
-_LETTER = rf"(?:[^\W\d_{_UNSPACED}]|[\u0900-\u0963\u0970-\u0dff])"
+_LETTER = rf"(?:[^\W\d_{UNSPACED}]|[\u0900-\u0963\u0970-\u0dff])"
 _WITHIN = r"\u0400-\u052f\u05d0-\u05ea"  # Cyrillic and Hebrew have apostrophes inside of words
 _NUMBER = r"\d+(?:st|nd|rd|th)\b|\d+(?:[.,]\d+)*"
 
@@ -45,10 +46,10 @@ def _token(letter: str, others: str = "") -> re.Pattern[str]:
     return re.compile(rf"(?:{elided})*({word}|{_NUMBER}{others})")
 
 
-_TOKEN = _token(_LETTER, rf"|[{_UNSPACED}]+")
+_TOKEN = _token(_LETTER, rf"|[{UNSPACED}]+")
 _ASCII_TOKEN = _token("[a-z]")
 _PLAIN_TOKEN = re.compile(rf"[a-z]+|{_NUMBER}")
-_RUN = re.compile(f"[{_UNSPACED}]")
+_RUN = re.compile(f"[{UNSPACED}]")
 # Accents of Latin, Greek and Cyrillic, vowel points of Hebrew and Arabic, joiners and selectors.
 _ACCENTS = re.compile(
     "[\u0300-\u036f\u0591-\u05c7\u0640\u064b-\u065f\u0670\u200b-\u200d\ufe00-\ufe0f]"
@@ -56,6 +57,8 @@ _ACCENTS = re.compile(
 _LETTERS = str.maketrans(
     {"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i", "’": "'", "ʼ": "'", "‘": "'"}
 )
+
+_JOINED = TENS.keys() | MULTIPLES.keys()
 
 _VOWEL = re.compile("[aeiouy]")
 # One syllable that a mute e would lengthen: hop and hope, pin and pine.
@@ -68,9 +71,9 @@ def tokens(text: str) -> list[str]:
 
 
 def split(folded: str) -> list[str]:
-    """The words and numbers of a folded text; twenty-five is the number 25."""
+    """The words and numbers of a folded text; twenty-five is the number 25, two hundred is 200."""
     found: list[str] = _pattern(folded).findall(folded)
-    return found if TENS.keys().isdisjoint(found) else _join_tens(found)
+    return found if _JOINED.isdisjoint(found) else _join_numbers(found)
 
 
 def _pattern(folded: str) -> re.Pattern[str]:
@@ -193,15 +196,27 @@ def _without_ending(word: str) -> str:
     return word
 
 
-def _join_tens(found: list[str]) -> list[str]:
+def _join_numbers(found: list[str]) -> list[str]:
     joined: list[str] = []
     for token in found:
-        unit = lexicon.NUMBERS.get(token, 0) if token in lexicon.UNITS else 0
-        if joined and joined[-1] in TENS and 0 < unit < 10:
-            joined[-1] = str(TENS[joined[-1]] + unit)
-        else:
+        whole = _joint(joined[-1], token) if joined else None
+        if whole is None:
             joined.append(token)
+        else:
+            joined[-1] = whole
     return joined
+
+
+def _joint(first: str, second: str) -> str | None:
+    """The number that two words say together, in digits; None if they say none."""
+    if first in TENS and 0 < lexicon.SIMPLE.get(second, 0) < 10:
+        return str(TENS[first] + lexicon.SIMPLE[second])
+    if first in TENS and 0 < lexicon.ORDINALS.get(second, 0) < 10:
+        return f"{TENS[first] + lexicon.ORDINALS[second]}th"
+    if second not in MULTIPLES:
+        return None
+    count = int(first) if first.isdecimal() else lexicon.SIMPLE.get(first, 0)
+    return str(count * MULTIPLES[second]) if count else None
 
 
 def _possessor(token: str) -> str:
