@@ -8,12 +8,13 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import ray
 import ray.data
@@ -22,22 +23,11 @@ from ray._private import ray_logging
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rwkv_clip.config import BaseConfig
+from rwkv_clip.quiet import QUIET
 
 logger = logging.getLogger(__name__)
 
 _NO_SPACE = os.strerror(errno.ENOSPC)
-# Of a local cluster, unless the environment says otherwise. Ray's log monitor looks for new files
-# ten times a second, to print on a terminal what we keep off it, and its agent adds up what every
-# process uses each five seconds, for a dashboard that is not there: together 2 % of a core at rest,
-# and several times that among a few hundred log files. Nor does anybody drain a local node, which
-# Ray Train would have a process watch for.
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
-    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
 # A worker takes 1 to 2 % of a core even when it has nothing to do, so idle ones are ended when ten
 # seconds have passed without a task.
 _FEW_IDLE = {
@@ -65,12 +55,14 @@ class RayConfig(BaseConfig):
 def connected(config: RayConfig) -> Iterator[Path]:
     """A connection to Ray for the block; gives the folder of its log files.
 
-    A connection that this process has already is used, and stays.
+    A connection that this process has already is used, and stays. Meanwhile SIGTERM ends the block
+    as an interrupt does.
     """
     if ray.is_initialized():
         yield _logs()
         return
     quieten()
+    before = signal.signal(signal.SIGTERM, _terminated)
     if address := config.running():
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
@@ -83,6 +75,7 @@ def connected(config: RayConfig) -> Iterator[Path]:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+    signal.signal(signal.SIGTERM, _terminated)  # again: Ray has put a handler there that aborts
     quieten()
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
@@ -90,6 +83,11 @@ def connected(config: RayConfig) -> Iterator[Path]:
             yield _logs()
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(*_: object) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)  # as shells tell it
 
 
 def full_disk(error: BaseException, storage: str) -> str | None:

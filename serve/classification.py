@@ -1,6 +1,5 @@
 """`/v1/classify`: how well each label fits an image, by the model's own scale."""
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +10,10 @@ from pydantic import Field
 from serve.errors import ApiError
 from serve.inputs import Reader, Shape
 from serve.messages import Vectors
+from serve.together import together
 from serve.towers import Served, answer_headers, answered_by, check_model
+
+TEMPLATES = ["a photo of a {}."]
 
 
 class ClassifyRequest(Shape):
@@ -19,8 +21,8 @@ class ClassifyRequest(Shape):
 
     image: str = Field(description="data:image/…;base64,…, or the base64 alone")
     labels: list[str] = Field(min_length=1, description="as they read in a sentence")
-    templates: list[str] = Field(
-        ["a photo of a {}."],
+    templates: list[str] | None = Field(
+        TEMPLATES,
         min_length=1,
         description="sentences with {} where the label goes; their embeddings are averaged",
     )
@@ -30,16 +32,17 @@ class ClassifyRequest(Shape):
 async def classify(asked: ClassifyRequest, served: Served, reader: Reader) -> Response:
     """Probabilities of labels, the likeliest first; raises ApiError."""
     limits = reader.limits
-    prompts = len(asked.labels) * len(asked.templates)
+    templates = asked.templates or TEMPLATES
+    prompts = len(asked.labels) * len(templates)
     if prompts > limits.prompts:
         raise ApiError(
             413,
             "too_many_labels",
-            f"labels: {len(asked.labels)} labels in {len(asked.templates)} templates are "
+            f"labels: {len(asked.labels)} labels in {len(templates)} templates are "
             f"{prompts:,} texts, more than {limits.prompts:,}",
             "labels",
         )
-    for at, template in enumerate(asked.templates):
+    for at, template in enumerate(templates):
         if "{}" not in template:
             place = f"templates.{at}"
             raise ApiError(
@@ -50,7 +53,7 @@ async def classify(asked: ClassifyRequest, served: Served, reader: Reader) -> Re
     for at, label in enumerate(asked.labels):
         with _told_as(f"labels.{at}"):
             reader.text(label)
-            for template in asked.templates:
+            for template in templates:
                 # Before it is made: a template may hold the label any number of times.
                 length = len(template) + template.count("{}") * (len(label) - len("{}"))
                 reader.check_length(length)
@@ -66,8 +69,8 @@ async def classify(asked: ClassifyRequest, served: Served, reader: Reader) -> Re
         image = await reader.picture(asked.image)
     card = served.card
     check_model(asked.model, card)
-    seen, told = await asyncio.gather(
-        served.encode("image", [image.data]), served.encode("text", texts)
+    seen, told = await together(
+        (served.encode("image", [image.data]), served.encode("text", texts))
     )
     if seen.failures:
         raise ApiError(400, "broken_image", f"image: {seen.failures[0]}", "image")

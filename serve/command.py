@@ -21,6 +21,7 @@ from ray.serve._private.common import ReplicaState
 from ray.serve.schema import DeploymentStatusOverview
 
 from rwkv_clip.config import add_config_options, config_from_args
+from rwkv_clip.quiet import QUIET
 from serve.app import build, http_options
 from serve.config import ServeConfig, ServeFile
 from serve.towers import Handle
@@ -38,13 +39,6 @@ FEWER_HOPS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     # A call carries a request's images, or vectors of all its texts; Serve's own limit is 4 MiB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(1 << 30),
-}
-# Of a cluster that begins here: nobody reads its logs on a terminal, or looks at a dashboard of it.
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
-    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }
 _POLL_SECONDS = 0.2
 _ASK_SECONDS = 5.0  # for the director to answer
@@ -78,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     fewer_hops()
     _quieten()
     if not address:
-        os.environ.update({**_QUIET, **os.environ})
+        os.environ.update({**QUIET, **os.environ})
     try:
         ray.init(
             address=address or "local",

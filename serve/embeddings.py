@@ -10,7 +10,8 @@ from fastapi.responses import JSONResponse, Response
 
 from serve.errors import ApiError
 from serve.inputs import EmbeddingsRequest, Picture, Reader, Text, encoded_vector, request_items
-from serve.messages import Encoded, Tower
+from serve.messages import Tower
+from serve.together import together
 from serve.towers import Served, answer_headers, answered_by, check_model
 
 
@@ -42,8 +43,8 @@ async def embeddings(asked: EmbeddingsRequest, served: Served, reader: Reader) -
             sent["image"].append((at, read.data))
     _stop_at(failures, asked)
     busy = [tower for tower, payloads in sent.items() if payloads]
-    answers: list[Encoded] = await asyncio.gather(
-        *(served.encode(tower, [payload for _, payload in sent[tower]]) for tower in busy)
+    answers = await together(
+        served.encode(tower, [payload for _, payload in sent[tower]]) for tower in busy
     )
     for tower, answer in zip(busy, answers, strict=True):
         places = [at for at, _ in sent[tower]]

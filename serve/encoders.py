@@ -37,6 +37,7 @@ from serve.metrics import TowerMetrics
 from serve.models import check_model, check_vectors, load_model
 from serve.registry import ModelError
 from serve.succession import Director
+from serve.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +123,7 @@ class Encoder:
         starts = range(0, len(items), self.batch)
         # By then whoever asked has given up, which Serve tells only of a client that has left.
         async with asyncio.timeout(self.config.serve.request_seconds):
-            parts = await asyncio.gather(
-                *(self._part(held, items[at : at + self.batch]) for at in starts)
-            )
+            parts = await together(self._part(held, items[at : at + self.batch]) for at in starts)
         vectors = [part.vectors for part in parts]
         seconds = {
             "preprocess": sum(part.seconds["preprocess"] for part in parts),

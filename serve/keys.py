@@ -19,6 +19,7 @@ from serve.errors import ApiError
 logger = logging.getLogger(__name__)
 
 VARIABLE = "RWKV_CLIP_API_KEYS"
+_UNREADABLE = (0, -1)  # no file's time and size
 _NO_HEADER = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -86,7 +87,9 @@ class Keys:
                 return
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            logger.warning("the file of keys cannot be read: %s", type(error).__name__)
+            if self._stamp != _UNREADABLE:  # told once, and not with every request
+                logger.warning("the file of keys cannot be read: %s", type(error).__name__)
+            self._stamp = _UNREADABLE
             return
         self._stamp = stamp
         digests = _digests(["" if line.lstrip().startswith("#") else line for line in lines])

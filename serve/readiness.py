@@ -8,6 +8,7 @@ from PIL import Image
 
 from serve.errors import ApiError
 from serve.messages import ModelCard
+from serve.together import together
 from serve.towers import Served, Towers
 
 _WAIT_SECONDS = 5.0  # less than probes wait for an answer
@@ -74,8 +75,8 @@ def _nothing_within(seconds: float) -> ApiError:
 
 
 async def _embeddings(served: Served) -> Served:
-    text, image = await asyncio.gather(
-        served.encode("text", ["ready"]), served.encode("image", [_dot()])
+    text, image = await together(
+        (served.encode("text", ["ready"]), served.encode("image", [_dot()]))
     )
     if not len(text.vectors) or not len(image.vectors):
         raise ApiError(503, "not_ready", "the model gives no embeddings; see the server's log")

@@ -35,7 +35,7 @@ def ray_cluster() -> Iterator[None]:
 
     import ray
 
-    from ray_jobs.cluster import QUIET
+    from rwkv_clip.quiet import QUIET
     from serve.command import fewer_hops
 
     os.environ.update(QUIET)  # as local clusters of jobs have it
@@ -43,6 +43,7 @@ def ray_cluster() -> Iterator[None]:
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     fewer_hops()
     ray.init(
+        "local",  # without an address Ray would join whatever `ray start` began on this machine
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

@@ -1,6 +1,12 @@
 """What a connection to Ray does to this process."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
 
 from ray_jobs.cluster import RayConfig, quieten
 
@@ -26,3 +32,25 @@ def test_a_running_cluster_is_named_by_the_configuration_or_by_ray(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     assert RayConfig().running() == "127.0.0.1:6379"
     assert RayConfig(address="auto").running() == "auto"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_job_that_is_terminated_tidies_up_and_says_so():
+    program = """
+import signal, sys
+from ray_jobs.cluster import RayConfig, connected
+
+with connected(RayConfig(address=sys.argv[1])):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        print("tidied up")
+"""
+    address = ray.get_runtime_context().gcs_address
+    answer = subprocess.run(
+        [sys.executable, "-c", program, address],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert (answer.returncode, answer.stdout) == (143, "tidied up\n"), answer.stderr

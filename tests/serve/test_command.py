@@ -71,11 +71,12 @@ def _answer(response: http.client.HTTPResponse) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("environment", "ending"),
-    [({}, signal.SIGINT), (FEWER_HOPS, signal.SIGTERM)],
-    ids=["plain", "as in a pod"],
+    ("environment", "ending", "told_again"),
+    [({}, signal.SIGINT, True), (FEWER_HOPS, signal.SIGTERM, False)],
+    ids=["plain, twice", "as in a pod"],
 )
-def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment, ending):
+def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment, ending, told_again):
+    """A second interrupt ends it at once, whatever is under way; without it that is answered."""
     port = free_port()
     tower = {"cpus": 0.1}
     file = config_file(
@@ -147,61 +148,39 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment, en
         probe = f"{address}/readyz"
         wait_until(lambda: httpx.get(probe, timeout=60).status_code == 503, "the probe's refusal")
         assert httpx.get(probe, timeout=60).json()["error"]["code"] == "ending"
-        slow.send(many[100:].encode())
-        assert _answer(slow.getresponse()) == (200, "")
+        if told_again:
+            process.send_signal(ending)
+        else:
+            slow.send(many[100:].encode())
+            assert _answer(slow.getresponse()) == (200, "")
         told = process.stderr.read()
         assert process.wait() == 0, told
         assert process.stdout.read() == "", "Ray's words belong into its files"
     assert "those that came are answered" in told
+    assert ("ended at once" in told) == told_again
     assert "RuntimeError" not in told
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive
 
 
-def test_sigterm_while_ray_starts_ends_it(checkpoint, tmp_path, monkeypatch):
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For the command in this process: its handlers go afterwards, and the cluster stays."""
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
+
+def test_sigterm_while_ray_starts_ends_it(checkpoint, tmp_path, monkeypatch, signals):
     def init(**_: object) -> None:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr("ray.shutdown", lambda: None)
     file = config_file(tmp_path, model=str(checkpoint), port=free_port())
-    try:
-        assert main(["serve", "--config", str(file)]) == 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# `rwkv-clip serve` where no request under way is ever answered.
-NEVER_ANSWERED = """
-import sys
-from rwkv_clip.cli import main
-from serve import command
-command._ended = lambda director: False
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_a_second_interrupt_ends_it_at_once(checkpoint, tmp_path):
-    tower = {"cpus": 0.1}
-    file = config_file(tmp_path, model=str(checkpoint), port=free_port(), image=tower, text=tower)
-    command = [sys.executable, "-c", NEVER_ANSWERED, "serve", "--config", str(file)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stderr is not None
-        told = []
-        for line in process.stderr:
-            told.append(line)
-            if "serving at" in line:
-                processes = psutil.Process(process.pid).children(recursive=True)
-            if "serving at" in line or "no more requests are taken" in line:
-                process.send_signal(signal.SIGINT)
-        assert process.wait() == 0, told
-    assert "ended at once" in told[-1], told
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    assert not alive
+    assert main(["serve", "--config", str(file)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -219,12 +198,14 @@ def test_a_mistake_is_told_before_anything_starts(tmp_path, capsys, settings, to
     assert told in capsys.readouterr().err
 
 
-def test_a_machine_that_is_too_small_is_told(checkpoint, tmp_path):
+def test_a_machine_that_is_too_small_is_told(
+    ray_cluster, checkpoint, tmp_path, capsys, monkeypatch, signals
+):
+    monkeypatch.setattr("ray.init", lambda **_: None)  # the cluster that is there
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     file = config_file(tmp_path, model=str(checkpoint), port=free_port(), image={"cpus": 1000})
-    command = [sys.executable, "-m", "rwkv_clip.cli", "serve", "--config", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 2
-    assert "the replicas hold 1000.6 CPUs and this machine has" in done.stderr
+    assert main(["serve", "--config", str(file)]) == 2
+    assert "the replicas hold 1000.6 CPUs and this machine has 2" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_told(checkpoint, tmp_path, capsys):

@@ -102,16 +102,33 @@ def test_head_answers_as_get_does_without_a_body(client, path):
     assert answer.headers["content-type"] == client.get(path).headers["content-type"]
 
 
+# What a browser asks before it lets a page of another origin send JSON.
+FROM_A_PAGE_ELSEWHERE = {
+    "Origin": "https://elsewhere.example",
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "content-type",
+}
+
+
 def test_a_method_that_is_not_there_tells_which_are(client):
     for path, allowed in (
         ("/v1/embeddings", {"POST"}),
         ("/v1/models", {"GET", "HEAD"}),
         ("/page/page.js", {"GET", "HEAD"}),
     ):
-        answer = client.put(path)
-        assert answer.status_code == 405
-        assert {*answer.headers["allow"].split(", ")} == allowed
-        assert answer.json()["error"]["code"] == "bad_method"
+        for method in ("PUT", "OPTIONS"):
+            answer = client.request(method, path, headers=FROM_A_PAGE_ELSEWHERE)
+            assert answer.status_code == 405
+            assert {*answer.headers["allow"].split(", ")} == allowed
+            assert answer.json()["error"]["code"] == "bad_method"
+            assert not any(name.startswith("access-control") for name in answer.headers)
+    refused = client.head("/v1/embeddings")
+    assert (refused.status_code, refused.headers["allow"], refused.content) == (405, "POST", b"")
+
+
+def test_a_page_elsewhere_may_not_read_an_answer(client):
+    answer = client.get("/v1/models", headers=FROM_A_PAGE_ELSEWHERE)
+    assert not any(name.startswith("access-control") for name in answer.headers)
 
 
 def test_a_packed_body_is_refused_by_the_header_that_says_so(client):
@@ -143,6 +160,10 @@ def test_optional_keys_may_be_null(client):
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "input.1")
     told = {"input": "x", **dict.fromkeys(("limit", "with_images", "model"))}
     assert client.post("/v1/search", json=told).status_code == 200
+    told = {"image": data_uri(picture(0)), "labels": ["a", "b"]}
+    plain = client.post("/v1/classify", json=told).json()
+    told |= dict.fromkeys(("templates", "model"))
+    assert client.post("/v1/classify", json=told).json() == plain
 
 
 def test_a_search_tells_how_long_it_searched(client):

@@ -71,6 +71,20 @@ def test_a_file_that_begins_with_a_mark_of_its_encoding_loses_no_key(tmp_path):
     assert is_good(keys, "Bearer @second")
 
 
+def test_a_file_that_is_away_is_told_once_and_read_when_it_is_back(tmp_path, caplog):
+    file = tmp_path / "keys"
+    file.write_text("old\n")
+    keys = Keys(f"@{file}")
+    file.unlink()
+    assert all(is_good(keys, "Bearer old") for _ in range(3))
+    assert caplog.text.count("cannot be read") == 1
+    file.write_text("new\n")
+    assert is_good(keys, "Bearer new")
+    file.unlink()
+    assert is_good(keys, "Bearer new")
+    assert caplog.text.count("cannot be read") == 2
+
+
 def test_a_file_that_gets_a_key_that_nobody_could_show_changes_nothing(tmp_path, caplog):
     file = tmp_path / "keys"
     file.write_text("old\n")

@@ -84,6 +84,7 @@ def test_vectors_that_are_written_anew_are_taken_without_a_gap(searched, checkpo
     """The old ones are there until the new model is asked for."""
     storage = Storage.at(tmp_path / "run")
     shutil.copytree(f"{searched.uri}/pairs", tmp_path / "run" / "pairs")
+    shutil.copytree(f"{searched.uri}/vectors", tmp_path / "vectors")  # of the first model
     torch.manual_seed(3)
     save_checkpoint(create_model(small_config()), tmp_path / "second")
     first, second = (
@@ -110,7 +111,7 @@ def test_vectors_that_are_written_anew_are_taken_without_a_gap(searched, checkpo
             return hits
 
         assert await found(first) == Lacking(others=False, trouble=None)
-        await asyncio.to_thread(embed, settings, storage, first)
+        (tmp_path / "vectors").rename(tmp_path / "run" / "vectors")
         hits = await find(first)
         assert await found(second) == Lacking(others=True, trouble=None)
 

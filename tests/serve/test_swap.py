@@ -21,6 +21,7 @@ from serve.messages import Orders
 from serve.models import check_model, load_model
 from serve.registry import ModelError, find_model
 from serve.succession import Director
+from tests.ray_jobs.killing import wait_until
 from tests.serve.small import Registry, data_uri, picture, small_config
 
 TEXT, IMAGE = "a red heart", picture(0)
@@ -45,13 +46,12 @@ def ready(client: httpx.Client) -> Callable[[Callable[[dict], bool]], dict]:
     """Wait until /readyz says what is waited for."""
 
     def wait(condition: Callable[[dict], bool]) -> dict:
-        pause = threading.Event()
-        for _ in range(600):
+        def told() -> dict | None:
             answer = client.get("/readyz")
-            if answer.status_code == 200 and condition(answer.json()):
-                return answer.json()
-            pause.wait(0.1)
-        pytest.fail(f"in vain: {answer.text}")
+            found = answer.json() if answer.status_code == 200 else None
+            return found if found and condition(found) else None
+
+        return wait_until(told, "what /readyz is to say")
 
     return wait
 
@@ -90,8 +90,10 @@ def test_a_swap_under_load_fails_no_request(
             registry.champion(version)
             ready(lambda told: told["model_version"] == version)
             before = seen[version]
-            while seen[version] < before + 20 and not any(one.done() for one in running):
-                stop.wait(0.05)
+            wait_until(
+                lambda: seen[version] >= before + 20 or any(one.done() for one in running),
+                "answers of the second version",
+            )
         finally:
             stop.set()
         for one in running:
