@@ -29,6 +29,7 @@ from ray_jobs.synthesis.run import (
     engine_stream,
 )
 from ray_jobs.synthesis.task import SamplingConfig
+from ray_jobs.synthesis.worker import Patience
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.descriptions import CAPTION_PROMPT_VERSION
 
@@ -115,8 +116,7 @@ def caption(config: CaptionConfig, storage: Storage, name: str = "train") -> Cap
         Captioning(config.sampling, config.image_side),
         config.identity(manifest),
         config.chunk_rows,
-        config.hang_seconds,
-        config.start_seconds,
+        Patience(config.hang_seconds, config.start_seconds),
         engine.count,
     )
     if (held := task.finished()) is not None:

@@ -22,6 +22,7 @@ from ray_jobs.synthesis.config import HttpConfig, VllmConfig
 from ray_jobs.synthesis.describer import LLM, Describing
 from ray_jobs.synthesis.run import Effort, SynthesisError, TaskRun, check_engine, engine_stream
 from ray_jobs.synthesis.task import SamplingConfig
+from ray_jobs.synthesis.worker import Patience
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.descriptions import PROMPT_VERSION
 
@@ -125,8 +126,7 @@ def synthesize(config: SynthesisConfig, storage: Storage, name: str = "train") -
         Describing(config.sampling, config.variants),
         config.identity(storage, manifest),
         config.chunk_rows,
-        config.hang_seconds,
-        config.start_seconds,
+        Patience(config.hang_seconds, config.start_seconds),
         config.engine.count,
     )
     if (held := task.finished()) is not None:

@@ -36,6 +36,8 @@ _ENVIRONMENT = {
     # the image has not. Nothing is lost: requests with seeds, as all of ours are, never take it.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
+_SOCKET_NAME = 37  # characters of vLLM's sockets' names, which are UUIDs, with the slash before
+_SOCKET_PATH = 107  # bytes of a socket's path, which Linux takes
 
 
 class ChunkEngine(vLLMEngineStageUDF):
@@ -61,8 +63,9 @@ class ChunkEngine(vLLMEngineStageUDF):
         self.worker = ChunkWorker(work)
         settings = dict(engine_kwargs)
         if on_cpus:
-            settings.setdefault("dtype", cpu.data_type())
-            os.environ.update(cpu.environment())  # of the engine's process, which is started here
+            settings, variables = cpu.settled(engine_kwargs)
+            os.environ.update(variables)
+        os.environ.update(sockets())
         with self.worker.starting():
             self.model_folder = resolve_model(source)
             arguments |= {"model": self.model_folder, "expected_input_keys": []}
@@ -156,6 +159,18 @@ def environment(config: VllmConfig) -> dict[str, str]:
     if resolve_model(config.model) != config.model:
         variables["HF_HUB_OFFLINE"] = "1"
     return variables
+
+
+def sockets() -> dict[str, str]:
+    """Where vLLM's sockets are to be on this node: among those of Ray's session.
+
+    An engine that is killed leaves its own behind. They go with the session's folder, in which
+    nobody looks for anything else, and do not gather in the folder of all temporary files.
+    """
+    node: Any = ray._private.worker.global_worker.node  # which knows the session's folders
+    folder = node.get_sockets_dir_path()
+    there = len(os.fsencode(folder)) + _SOCKET_NAME <= _SOCKET_PATH
+    return {"VLLM_RPC_BASE_PATH": folder} if there else {}
 
 
 def _end_telemetry() -> None:

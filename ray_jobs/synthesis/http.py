@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -24,9 +25,13 @@ from ray_jobs.synthesis.config import HttpConfig
 from ray_jobs.synthesis.task import GenerationError, Messages, SamplingConfig
 from ray_jobs.synthesis.worker import ChunkWorker, Work
 
-_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+_LATER = frozenset({408, 425, 429})
 _TOO_MANY = 429
-_BROKEN = frozenset({500, 502, 504})  # where one input may be what breaks it
+# A server's own error, or that of a gateway before it (520 to 530), passes, unless it is that it
+# cannot do what is asked. One input may be what causes it, where it has not too much to do.
+_ERRORS = range(500, 600)
+_CANNOT = 501
+_OVERLOADED = frozenset({503, 529})
 _MOST_FAILURES = 6  # of a request; of a plain one then none, so one broken replica is no proof
 _KEY = frozenset({401, 402})
 _DENIED = frozenset({403, 404})  # the key or the model, or one text that a gateway blocks
@@ -89,7 +94,7 @@ class ChatClient:
                 again = error
             now = time.monotonic()
             first = min(first, now)
-            failures += again.status in _BROKEN
+            failures += again.status in _ERRORS and again.status not in _OVERLOADED
             # A limit of requests a minute takes its time, and passes over some for long.
             since = max(first, self._answered) if again.status == _TOO_MANY else first
             wait = again.after or pause * random.uniform(0.5, 1.5)  # noqa: S311
@@ -155,7 +160,7 @@ class ChatClient:
         try:
             async with self._session.post(self._url, json=request) as response:
                 status = response.status
-                if status in _BUSY:
+                if status in _LATER or (status in _ERRORS and status != _CANNOT):
                     raise _AskAgainError(f"answers {status}", status, _retry_after(response))
                 if not response.ok:
                     told = f"{status}: {(await response.text(errors='replace'))[:300]}"
@@ -186,8 +191,12 @@ class HttpChunks:
 
     def __init__(self, *, config: HttpConfig, key: str | None, work: Work) -> None:
         # A server that is away is no hang of this process.
-        patience = max(work.hang_seconds, 2 * (config.patience_seconds + config.timeout_seconds))
-        self.worker = ChunkWorker(work, patience)
+        silent = max(
+            work.patience.hang_seconds, 2 * (config.patience_seconds + config.timeout_seconds)
+        )
+        self.worker = ChunkWorker(
+            replace(work, patience=replace(work.patience, hang_seconds=silent))
+        )
         self.client = ChatClient(config, key, work.task.sampling, work.task.answers)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:

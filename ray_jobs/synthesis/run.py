@@ -28,7 +28,7 @@ from ray_jobs.synthesis.chunks import open_work, seal, work_of
 from ray_jobs.synthesis.config import HttpConfig, VllmConfig
 from ray_jobs.synthesis.task import Task
 from ray_jobs.synthesis.watch import Watch
-from ray_jobs.synthesis.worker import Work
+from ray_jobs.synthesis.worker import Patience, Work
 
 _ERROR_LINE = re.compile(r"(?!ray\.exceptions\.)[\w.]*(?:Error|Exception|Exit)\b(?:\([\w.]*\))?: ")
 
@@ -74,8 +74,7 @@ class TaskRun:
         task: what is done for each row.
         identity: what decides the outcome; tables of another identity are not mixed with these.
         chunk_rows: rows done, published or redone at once.
-        hang_seconds: an engine that answers nothing for so long is started anew.
-        start_seconds: and one that takes longer than this to start.
+        patience: with engines, which are started anew after it.
         engines: that work at a time, at most.
     """
 
@@ -86,8 +85,7 @@ class TaskRun:
     task: Task
     identity: Mapping[str, Any]
     chunk_rows: int
-    hang_seconds: float
-    start_seconds: float
+    patience: Patience
     engines: int
 
     @property
@@ -171,8 +169,7 @@ class TaskRun:
             others,
             self.task,
             watch,
-            self.hang_seconds,
-            self.start_seconds,
+            self.patience,
             self.engines,
         )
         items = work_of(todo, _ITEMS * self.engines)

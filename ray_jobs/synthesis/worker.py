@@ -31,6 +31,19 @@ Together = Callable[[Sequence[Row]], Awaitable[list[Row]]]
 
 
 @dataclass(frozen=True)
+class Patience:
+    """How long engines are waited for.
+
+    Attributes:
+        hang_seconds: one that answers nothing for so long while it is asked is ended.
+        start_seconds: and one that takes longer than this to start.
+    """
+
+    hang_seconds: float
+    start_seconds: float
+
+
+@dataclass(frozen=True)
 class Work:
     """What workers are told.
 
@@ -40,8 +53,7 @@ class Work:
         others: tables that earlier stages wrote beside the pairs.
         task: what is done for each row.
         watch: is told what happens.
-        hang_seconds: an engine that answers nothing for so long while it is asked is ended.
-        start_seconds: and one that takes longer than this to start.
+        patience: with engines.
         engines: workers at most.
     """
 
@@ -50,8 +62,7 @@ class Work:
     others: tuple[Beside, ...]
     task: Task
     watch: Watch
-    hang_seconds: float
-    start_seconds: float
+    patience: Patience
     engines: int
 
     @property
@@ -81,13 +92,12 @@ class ChunkWorker:
 
     Args:
         work: what is to be done.
-        hang_seconds: in place of the work's.
     """
 
-    def __init__(self, work: Work, hang_seconds: float | None = None) -> None:
+    def __init__(self, work: Work) -> None:
         self.work, self.watch = work, work.watch
         self.identity = uuid.uuid4().hex
-        self._pulse = _Pulse(hang_seconds or work.hang_seconds, self._end_hung)
+        self._pulse = _Pulse(work.patience.hang_seconds, self._end_hung)
         self._one_at_a_time: asyncio.Lock | None = None
         self._refusals = 0  # in a row
         if (starts := self.watch.start()) > MAX_STARTS * work.engines:
@@ -148,7 +158,7 @@ class ChunkWorker:
     @contextmanager
     def starting(self) -> Iterator[None]:
         """Around an engine's start: ends the process if that takes too long."""
-        seconds = self.work.start_seconds
+        seconds = self.work.patience.start_seconds
         limit = threading.Timer(seconds, self._end_unstarted, [seconds])
         limit.daemon = True
         limit.start()

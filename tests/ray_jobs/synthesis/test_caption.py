@@ -30,6 +30,7 @@ from ray_jobs.synthesis.task import GenerationError, SamplingConfig
 from ray_jobs.synthesize import SynthesisConfig
 from ray_jobs.training.batches import PairFiles
 from rwkv_clip.descriptions import Caption
+from tests.ray_jobs.synthesis.pairs import with_pairs_of
 
 ROWS = 18
 
@@ -122,10 +123,11 @@ def test_what_is_shown_is_small_in_bytes_too():
     assert len(base64.b64decode(shown(out.getvalue(), 448).partition(",")[2])) < 300_000
 
 
-@pytest.fixture
-def storage(ray_cluster: None, tmp_path: Path) -> Storage:
+@pytest.fixture(scope="module")
+def ingested(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """Ingested pairs, of which every third has a caption and tags."""
-    made = Storage.at(tmp_path / "storage")
+    folder = tmp_path_factory.mktemp("captioning")
+    made = Storage.at(folder / "storage")
     rows = [
         {
             "id": f"pair-{at}",
@@ -136,10 +138,16 @@ def storage(ray_cluster: None, tmp_path: Path) -> Storage:
         }
         for at in range(ROWS)
     ]
-    pq.write_table(pair_table(rows), tmp_path / "pairs.parquet")
-    source = {"kind": "parquet", "path": str(tmp_path / "pairs.parquet")}
+    pq.write_table(pair_table(rows), folder / "pairs.parquet")
+    source = {"kind": "parquet", "path": str(folder / "pairs.parquet")}
     ingest(IngestConfig.model_validate({"source": source, "cpus_per_task": 0.2}), made, "train")
     return made
+
+
+@pytest.fixture
+def storage(ingested: Storage, tmp_path: Path) -> Storage:
+    """The same pairs, with nothing captioned."""
+    return with_pairs_of(ingested, tmp_path)
 
 
 def written(storage: Storage) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +11,11 @@ import pytest
 import ray
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
+from vllm.utils.network_utils import get_open_zmq_ipc_path
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from ray_jobs.synthesis.config import VllmConfig
-from ray_jobs.synthesis.engine import ChunkEngine, Places, _bundles, environment
+from ray_jobs.synthesis.engine import ChunkEngine, Places, _bundles, environment, sockets
 from ray_jobs.synthesis.task import GenerationError
 from ray_jobs.synthesis.worker import EngineDiedError
 
@@ -53,6 +56,23 @@ def test_an_engine_of_gpus_compiles_no_kernels_of_a_sampler_that_it_does_not_use
     for name, value in environment(config).items():
         monkeypatch.setenv(name, value)
     assert not envs.VLLM_USE_FLASHINFER_SAMPLER
+
+
+def test_an_engines_sockets_are_among_those_of_its_nodes_ray(ray_cluster, monkeypatch):
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", sockets()["VLLM_RPC_BASE_PATH"])
+    folder, name = get_open_zmq_ipc_path().removeprefix("ipc://").rsplit("/", 1)
+    assert {"plasma_store", "raylet"} <= {one.name for one in Path(folder).iterdir()}
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(f"{folder}/{name}")
+    Path(folder, name).unlink()
+
+
+def test_sockets_whose_paths_would_be_too_long_are_where_vllm_puts_them(ray_cluster, monkeypatch):
+    node = ray._private.worker.global_worker.node
+    monkeypatch.setattr(node, "_sockets_dir", "/tmp/" + "a" * 65)
+    assert [*sockets()] == ["VLLM_RPC_BASE_PATH"]
+    monkeypatch.setattr(node, "_sockets_dir", "/tmp/" + "a" * 66)
+    assert not sockets()
 
 
 class Doubler:

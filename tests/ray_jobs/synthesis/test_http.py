@@ -27,10 +27,11 @@ from ray_jobs.synthesis.task import GenerationError, SamplingConfig
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, synthesize
 from rwkv_clip.descriptions import DESCRIPTION_SCHEMA
 from tests.machine import free_port
+from tests.ray_jobs.killing import wait_until
 from tests.ray_jobs.synthesis.llm_server import ANSWER, Reply, chat, server
+from tests.ray_jobs.synthesis.pairs import with_pairs_of
 
 ROWS, CHUNK_ROWS = 12, 4
-PATIENCE = 300  # seconds, on a busy machine
 
 
 @asynccontextmanager
@@ -95,10 +96,13 @@ def test_a_request_holds_the_schema_the_seed_and_the_key():
     assert seen["response_format"]["json_schema"]["schema"] == DESCRIPTION_SCHEMA
 
 
-def test_a_busy_server_is_asked_again():
+def test_a_server_that_is_busy_or_away_is_asked_again(monkeypatch):
+    monkeypatch.setattr(http, "_FIRST_PAUSE", 0.01)
+    statuses = (429, 503, 520, 522, 524, 529)  # those above 511 are of gateways
+
     def reply(turn: int, body: Any, headers: Any) -> Reply:
-        if turn <= 2:
-            return (429, {"Retry-After": "0"}, b"") if turn == 1 else (503, {}, b"")
+        if turn <= len(statuses):
+            return statuses[turn - 1], {"Retry-After": "0"}, b""
         return 200, {}, chat(ANSWER)
 
     with server(reply) as url:
@@ -106,7 +110,8 @@ def test_a_busy_server_is_asked_again():
 
 
 @pytest.mark.parametrize(
-    ("status", "content"), [(400, b"too long"), (200, b"<html>"), (200, b"{}"), (200, b"[]")]
+    ("status", "content"),
+    [(400, b"too long"), (501, b"no images"), (200, b"<html>"), (200, b"{}"), (200, b"[]")],
 )
 def test_a_refused_request_or_a_senseless_answer_costs_its_row(status, content):
     with server(lambda *_: (status, {}, content)) as url, pytest.raises(GenerationError):
@@ -264,11 +269,9 @@ def vllm_server() -> Iterator[str]:
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        deadline, waiting = time.monotonic() + PATIENCE, threading.Event()
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            waiting.wait(0.5)
+        health = f"http://127.0.0.1:{port}/health"
+        wait_until(lambda: process.poll() is not None or answers(health), "the server")
+        assert process.poll() is None
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
@@ -283,13 +286,19 @@ def answers(url: str) -> bool:
         return False
 
 
-@pytest.fixture
-def pairs(ray_cluster: None, tmp_path: Path) -> Storage:
+@pytest.fixture(scope="module")
+def ingested(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A storage with a few ingested pairs."""
-    made = Storage.at(tmp_path)
+    made = Storage.at(tmp_path_factory.mktemp("http"))
     source = {"kind": "emoji", "limit": ROWS, "unit_rows": 8}
     ingest(IngestConfig.model_validate({"source": source, "cpus_per_task": 0.2}), made, "train")
     return made
+
+
+@pytest.fixture
+def pairs(ingested: Storage, tmp_path: Path) -> Storage:
+    """The same, with nothing described."""
+    return with_pairs_of(ingested, tmp_path)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult
 from ray_jobs.training.batches import PairFiles
 from tests.ray_jobs.killing import PATIENCE, kill_all, processes_named, start_job, wait_until
 from tests.ray_jobs.synthesis.llm_server import ANSWER, Reply, chat, server
+from tests.ray_jobs.synthesis.pairs import with_pairs_of
 
 ROWS, PART_ROWS, CHUNK_ROWS = 24, 12, 4
 CHUNKS = ROWS // CHUNK_ROWS
@@ -46,9 +47,7 @@ def storage(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Stor
 @pytest.fixture
 def fresh(storage: Storage, tmp_path: Path) -> Storage:
     """The same pairs, with nothing described."""
-    made = Storage.at(tmp_path)
-    (tmp_path / "pairs").symlink_to(storage.path("pairs"))
-    return made
+    return with_pairs_of(storage, tmp_path)
 
 
 def chunk_files(storage: Storage) -> dict[str, int]:

@@ -23,7 +23,7 @@ from ray_jobs.synthesis.watch import (
     Watch,
     _Watch,
 )
-from ray_jobs.synthesis.worker import ChunkWorker, _Pulse
+from ray_jobs.synthesis.worker import ChunkWorker, Patience, _Pulse
 
 CHUNK = "descriptions/train/part-00000/chunk-00000.parquet"
 
@@ -101,7 +101,7 @@ def test_a_watch_whose_process_ends_goes_on_and_the_driver_forgets_nothing(ray_c
 def starting(seconds: float, ended: threading.Event, monkeypatch) -> Any:
     """A worker whose engine may start for so long; what befell it, and `ended` when it is over."""
     worker: Any = ChunkWorker.__new__(ChunkWorker)
-    worker.work, worker.watch = SimpleNamespace(start_seconds=seconds), _Watch()
+    worker.work, worker.watch = SimpleNamespace(patience=Patience(1, seconds)), _Watch()
     monkeypatch.setattr("ray_jobs.synthesis.worker.end_process", ended.set)
     return worker
 
@@ -149,8 +149,7 @@ def test_a_table_that_cannot_be_written_is_told_while_chunks_are_left(monkeypatc
         storage=Storage.at(tmp_path),
         task=None,
         verb="describe",
-        hang_seconds=1,
-        start_seconds=1,
+        patience=Patience(1, 1),
         engines=1,
         _counts=counts,
     )
