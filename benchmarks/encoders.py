@@ -60,11 +60,13 @@ class Case:
 
 def clip_vision(patch: int) -> nn.Module:
     config = CLIPVisionConfig(patch_size=patch, attn_implementation="sdpa")
-    return CLIPVisionModelWithProjection(config).eval()
+    model: nn.Module = CLIPVisionModelWithProjection(config)
+    return model.eval()
 
 
 def clip_text() -> nn.Module:
-    return CLIPTextModelWithProjection(CLIPTextConfig(attn_implementation="sdpa")).eval()
+    model: nn.Module = CLIPTextModelWithProjection(CLIPTextConfig(attn_implementation="sdpa"))
+    return model.eval()
 
 
 def image_case(

@@ -14,6 +14,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import multiprocessing as mp
 import os
 import socket
@@ -151,13 +152,13 @@ def endpoint(folder: Path, batch: int, threads: int) -> Iterator[str]:
     }
     config = ServeFile.model_validate({"serve": settings})
     fewer_hops()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         start(config.serve)
         serve.run(build(config), name="rwkv-clip")
         yield f"http://127.0.0.1:{config.serve.port}"
     finally:
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
 
 
@@ -188,7 +189,7 @@ def bare(model: RWKVCLIP, tower: str, batch: int, seconds: float) -> float:
     """The model's items a second, of inputs that are there already, in batches."""
     if tower == "text":
         inputs = rwkv_clip.tokenize(texts(batch), model.config.context_length)
-        encode = model.encode_text
+        encode: Callable[[torch.Tensor], torch.Tensor] = model.encode_text
     else:
         transform = rwkv_clip.image_transform(model.config)
         inputs = torch.stack([transform(file) for file in photographs(batch)])

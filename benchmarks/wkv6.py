@@ -13,6 +13,8 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from _common import header, interleaved, machine, refuse_unless, relative_error, row, verdict
@@ -128,7 +130,7 @@ def dense_by_tiles(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, tile: 
     return join((attention + own(r, k, u)) @ v, B)
 
 
-def inputs_of(shape: tuple[int, int, int, int], **kwargs: object) -> list[Tensor]:
+def inputs_of(shape: tuple[int, int, int, int], **kwargs: Any) -> list[Tensor]:
     """r, k, v, w, u, gy, with the decays of a freshly initialised model and faster ones."""
     B, T, H, N = shape
     r, k, v, gy = (torch.randn(B, T, H * N, **kwargs) for _ in range(4))
@@ -178,12 +180,12 @@ def against_pytorch(all_isas: bool) -> None:
     tables = []
     for shape in SHAPES:
         inputs = inputs_of(shape)
-        works: dict[str, Callable[[], object]] = {"operator": lambda x=inputs: both_ways(wkv6, x)}
+        works: dict[str, Callable[[], object]] = {"operator": partial(both_ways, wkv6, inputs)}
         for isa in isas:
-            works[f"operator, {isa}"] = lambda x=inputs, isa=isa: one_isa(isa, x)
-        works["scan (the reference)"] = lambda x=inputs: both_ways(reference.wkv6, x)
+            works[f"operator, {isa}"] = partial(one_isa, isa, inputs)
+        works["scan (the reference)"] = partial(both_ways, reference.wkv6, inputs)
         for name, form in dense.items():
-            works[name] = lambda form=form, x=inputs: both_ways(form, x)
+            works[name] = partial(both_ways, form, inputs)
         tables.append(interleaved(works, repeats=5))
     table(tables)
 
@@ -243,8 +245,8 @@ def by_length() -> None:
         else:
             verify_forward(wkv6, T, N, 5e-6)
         inputs = inputs_of((TOKENS // T, T, H, N))
-        works[f"forward {T}"] = lambda x=inputs: wkv6(*x[:5])
-        works[f"both {T}"] = lambda x=inputs: both_ways(wkv6, x)
+        works[f"forward {T}"] = partial(wkv6, *inputs[:5])
+        works[f"both {T}"] = partial(both_ways, wkv6, inputs)
     times = interleaved(works, repeats=9)
     print(f"\n{TOKENS} tokens of {H} heads of {N}, float32\n")
     header("tokens a sequence", "forward, microseconds a token", "forward and backward")
@@ -257,7 +259,7 @@ def microseconds(work: Callable[[], object], repeats: int = 30) -> float:
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     for _ in range(3):
         work()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -282,8 +284,8 @@ def on_cuda() -> None:
     header("B, T, H, N", "operator", '"excellent"', "times that", "target", "")
     for shape, (good, good_back) in CUDA_SHAPES.items():
         inputs = inputs_of(shape, device="cuda", dtype=torch.bfloat16)
-        one = microseconds(lambda x=inputs: wkv6(*x[:5]))
-        two = microseconds(lambda x=inputs: backward(x[5], *x[:5]))
+        one = microseconds(partial(wkv6, *inputs[:5]))
+        two = microseconds(partial(backward, inputs[5], *inputs[:5]))
         row(
             ", ".join(map(str, shape)),
             f"{one:.0f} / {two:.0f}",

@@ -18,8 +18,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Parts of what the extras name, which it brings.
 BROUGHT = {
-    "click", "cryptography", "fastapi", "opentelemetry", "packaging", "requests", "starlette",
-    "tqdm", "uvicorn", "werkzeug",
+    "click", "cryptography", "fastapi", "opentelemetry", "packaging", "pandas", "requests",
+    "starlette", "tqdm", "uvicorn", "werkzeug",
 }  # fmt: skip
 
 
