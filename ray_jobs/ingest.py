@@ -1,7 +1,7 @@
 """Ingest: from a source to pairs in the storage, with a manifest that later stages build on.
 
 A unit of the source becomes a part, by one task:
-    pairs/NAME/part-00000.parquet      the pairs, in row groups of `row_group_rows`
+    pairs/NAME/part-00000.parquet      the pairs, in row groups of at most `row_group_rows`
     rejected/NAME/part-00000.parquet   the rows that could not be used, each with its reason
     keys/NAME/part-00000.parquet       64-bit hashes of ids, images and texts, to find duplicates
     pairs/NAME/part-00000.json         the part's record, written last
@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -65,18 +64,21 @@ from ray_jobs.sources import (
 )
 from ray_jobs.storage import Storage, digest_of_json
 from rwkv_clip.config import BaseConfig
+from rwkv_clip.descriptions.words import UNSPACED
 
 logger = logging.getLogger(__name__)
 
 _TEXTS = [name for name in PAIR_SCHEMA.names if name != "image"]
-_AT_ONCE = 256  # pairs whose images are copied
+# Of images: a row group of large ones ends before `row_group_rows`, because whoever reads or writes
+# one holds all of it, and Arrow joins no more than 2 GB of a column.
+_GROUP_BYTES = 64_000_000
 _EARLY_ROWS = 1000  # from here on a share of rejected rows means something
 _EARLY_PARTS = 3  # with too many of them; one may be a broken file, whichever comes first
 _EXAMPLES = 3  # a reason
 _TOLD = 500  # characters, of what was wrong with a row
 _ATTEMPTS = 3  # to read a unit whose file cannot be reached
 _MIN_WORDS = 4
-_WORD = re.compile(r"[^\W\d_]+")
+_WORD = re.compile(rf"([{UNSPACED}]+)|([^\W\d_{UNSPACED}]+)")
 # Fields of the configuration that decide how a run goes, but not which rows come out.
 _RUNTIME = frozenset({"max_rejected_share", "cpus_per_task", "hang_seconds"})
 _REASONS = 3  # that an error names
@@ -125,7 +127,9 @@ class IngestConfig(BaseConfig):
     max_rejected_share: float = Field(
         0.2, ge=0, le=1, description="with a larger share of unusable rows the job stops"
     )
-    row_group_rows: PositiveInt = Field(256, description="rows in a Parquet row group")
+    row_group_rows: PositiveInt = Field(
+        256, description="rows in a Parquet row group; fewer where images are large"
+    )
     drop_duplicate_images: bool = Field(False, description="keep one pair of those of one image")
     drop_near_duplicate_texts: bool = Field(
         False, description="keep one pair of those whose web texts have the same words"
@@ -539,23 +543,27 @@ class _PartWriter:
     def drop(self, index: int, drops: Sequence[_Drop]) -> _Record:
         """Take duplicates out of a part. May be repeated after a crash between any two writes."""
         path = self.path("pairs", index)
-        table = self.storage.read_table(path)
-        hashes = _hash_all(table["id"].to_pylist())
         explained = self.path("rejected", index, "-duplicates.parquet")
         if not self.storage.exists(explained):
             # Before the part is rewritten, because afterwards nobody knows the ids.
-            self.storage.write_table(explained, _explain(index, table["id"], hashes, drops))
-        kept = table.filter(~np.isin(hashes, np.concatenate([one.ids for one in drops])))
-        starts = range(0, len(kept), self.row_group_rows)
-        row_groups = self._write_pairs(
-            path, (kept.slice(start, self.row_group_rows) for start in starts)
-        )
+            ids = self.storage.read_table(path, ["id"])["id"].to_pylist()
+            self.storage.write_table(explained, _explain(index, ids, drops))
+        dropped = {key for one in drops for key in one.ids.tolist()}
+        content = _Content()
+
+        def kept() -> Iterator[dict[str, Any]]:
+            for pair in self.storage.rows(path):
+                if hash_of(pair["id"].encode()) not in dropped:
+                    content.add(pair, hash_of(pair["image"]))
+                    yield pair
+
+        row_groups = self._write_pairs(path, _tables(kept(), self.row_group_rows))
         record = replace(
             _Record(**self.storage.read_json(self.path("pairs", index, ".json"))),
-            rows=len(kept),
+            rows=sum(row_groups),
             row_groups=row_groups,
             bytes=self.storage.size(path),
-            digest=_content_of(kept),
+            digest=content.hexdigest(),
             dropped={one.reason: len(one.ids) for one in drops},
             drop_digest=_drop_digest(drops),
         )
@@ -701,14 +709,31 @@ def hash_of(data: bytes) -> int:
 
 
 def hash_of_words(text: str) -> int:
-    """64 bits over the set of the text's words; 0 if there are too few to compare."""
-    words = set(_WORD.findall(text.casefold()))
-    return hash_of(" ".join(sorted(words)).encode()) if len(words) >= _MIN_WORDS else 0
+    """64 bits over the set of the text's words; 0 if there are too few to compare.
+
+    In scripts without spaces, pairs of neighbouring characters stand for words; two characters
+    count as one.
+    """
+    found = _WORD.findall(text.casefold())
+    runs = {run for run, _ in found if run}
+    words = {word for _, word in found if word}
+    if len(words) + len(set().union(*runs)) / 2 < _MIN_WORDS:
+        return 0
+    words.update(run[at : at + 2] for run in runs for at in range(max(1, len(run) - 1)))
+    return hash_of(" ".join(sorted(words)).encode())
 
 
-def _tables(pairs: Iterator[dict[str, Any]], rows: int) -> Iterator[pa.Table]:
-    """Tables of so many rows, the last of what is left."""
-    while some := list(islice(pairs, rows)):
+def _tables(pairs: Iterable[dict[str, Any]], rows: int) -> Iterator[pa.Table]:
+    """Tables of so many rows, or with about _GROUP_BYTES of images; the last of what is left."""
+    some: list[dict[str, Any]] = []
+    size = 0
+    for pair in pairs:
+        some.append(pair)
+        size += len(pair["image"])
+        if len(some) == rows or size >= _GROUP_BYTES:
+            yield pair_table(some)
+            some, size = [], 0
+    if some:
         yield pair_table(some)
 
 
@@ -747,8 +772,9 @@ def _answer(index: int, name: str, work: Callable[[int], _Record]) -> dict[str, 
     return {"index": [index], "record": [record], "error": [problem]}
 
 
-def _explain(index: int, ids: pa.ChunkedArray, hashes: Hashes, drops: Sequence[_Drop]) -> pa.Table:
+def _explain(index: int, ids: Iterable[str], drops: Sequence[_Drop]) -> pa.Table:
     """The rejected rows for what is dropped from a part."""
+    keys = [(identity, hash_of(identity.encode())) for identity in ids]
     rows = []
     for one in drops:
         owners = dict(zip(one.ids.tolist(), one.owners.tolist(), strict=True))
@@ -759,7 +785,7 @@ def _explain(index: int, ids: pa.ChunkedArray, hashes: Hashes, drops: Sequence[_
                 "reason": one.reason,
                 "detail": f"the first one is in {_part_name(owners[key])}",
             }
-            for identity, key in zip(ids.to_pylist(), hashes.tolist(), strict=True)
+            for identity, key in keys
             if key in owners
         ]
     return rejected_table(rows)
@@ -780,10 +806,6 @@ def _part_name(index: int) -> str:
     return f"part-{index:05d}"
 
 
-def _hash_all(ids: Iterable[str]) -> Hashes:
-    return np.array([hash_of(identity.encode()) for identity in ids], np.uint64)
-
-
 class _Content:
     """A digest over pairs, in their order."""
 
@@ -796,15 +818,6 @@ class _Content:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
-
-
-def _content_of(table: pa.Table) -> str:
-    """The digest of pairs that were written."""
-    content = _Content()
-    for batch in table.to_batches(max_chunksize=_AT_ONCE):
-        for pair in batch.to_pylist():
-            content.add(pair, hash_of(pair["image"]))
-    return content.hexdigest()
 
 
 def _drop_digest(drops: Sequence[_Drop]) -> str:

@@ -5,12 +5,16 @@ Choices:
 - What a stage adds is a table of its own, aligned row by row with the pairs it describes: filling
   in 400 million descriptions rewrites no image.
 - A row that cannot be used is no error: it becomes a row of the rejected table, with its reason.
+- Where a list is found in place of a text, also one written as JSON, its first text is taken.
 """
 
 import hashlib
+import json
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,12 +103,12 @@ def make_pair(raw: Mapping[str, Any], limits: RowLimits) -> dict[str, Any]:
         raise RejectedRowError("no_id", f"got {raw.get('id')!r}")
     check_image(raw.get("image"), limits)
     texts = {
-        name: clean_text(raw.get(name), limits.text_characters)
+        name: one_text(raw.get(name), limits.text_characters)
         for name in ("web_text", "caption", "description")
     }
     tags = clean_tags(raw.get("tags"))
     if not (any(texts.values()) or tags):
-        raise RejectedRowError("no_text", "web_text, caption, tags and description are all empty")
+        raise RejectedRowError("no_text", _no_text_in(raw))
     source = clean_text(raw.get("description_source"), _MAX_DETAIL)
     return {
         "id": identity,
@@ -115,6 +119,14 @@ def make_pair(raw: Mapping[str, Any], limits: RowLimits) -> dict[str, Any]:
         "description": texts["description"] or None,
         "description_source": (source if texts["description"] else None) or None,
     }
+
+
+def _no_text_in(raw: Mapping[str, Any]) -> str:
+    """What there is where texts should be, for a person."""
+    names = ("web_text", "caption", "tags", "description")
+    kinds = {name: type(raw.get(name)) for name in names}
+    wrong = [f"{name} is a {kind.__name__}" for name, kind in kinds.items() if kind in (bool, dict)]
+    return ", ".join(wrong) or "web_text, caption, tags and description are all empty"
 
 
 def clean_id(identity: object) -> str:
@@ -149,15 +161,32 @@ def clean_text(text: object, limit: int) -> str:
     return read.replace("\ufffd", " ").replace("\x00", " ").strip()[:limit].rstrip()
 
 
+def one_text(value: object, limit: int) -> str:
+    """As `clean_text`; of a list, also one written as JSON, the first text. Numbers are texts."""
+    if isinstance(value, list | tuple):
+        return next(filter(None, (clean_text(one, limit) for one in value)), "")
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)
+    text = clean_text(value, limit)
+    if text.startswith('["') and text.endswith('"]'):
+        with suppress(ValueError, RecursionError):
+            return one_text([one for one in json.loads(text) if isinstance(one, str)], limit)
+    return text
+
+
 def clean_tags(tags: object) -> list[str]:
     """The distinct, non-empty tags in their order; a text is split at commas and bars.
 
-    Bytes are a text in UTF-8, as in `clean_text`.
+    Bytes are a text in UTF-8, as in `clean_text`. A list's brackets and quotes, as JSON and Python
+    write them, are no part of its tags.
     """
     if isinstance(tags, bytes | bytearray | memoryview):
         tags = bytes(tags).decode("utf-8", "replace")
     if isinstance(tags, str):
-        tags = tags.replace("|", ",").split(",")
+        whole = tags.strip()
+        tags = whole.replace("|", ",").split(",")
+        if whole.startswith("[") and whole.endswith("]"):
+            tags = [tag.strip("[]'\" ") for tag in tags]
     if not isinstance(tags, Sequence) and hasattr(tags, "tolist"):
         tags = tags.tolist()
     if not isinstance(tags, Sequence):

@@ -13,10 +13,13 @@ import posixpath
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -26,6 +29,9 @@ from pydantic import Field, PositiveInt, field_validator
 from rwkv_clip.config import BaseConfig
 
 _TEMPORARY = ".tmp-"
+_ONE_REQUEST = 8_000_000  # bytes; Arrow sends up to 10 MB so
+_PIECE = 80_000_000  # bytes, sent at a time: eight parts of Arrow's
+_ROWS = 16  # at a time: encoded images are large
 _NOBODYS_SECONDS = 86_400.0  # without a byte written, a file that is not finished is given up
 
 
@@ -62,19 +68,25 @@ class StorageConfig(BaseConfig):
 
 
 class _S3(pafs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
-    """An S3 server that may be busy; stays as patient in other processes, which Arrow's forgets."""
+    """An S3 server that may be busy; stays as patient in other processes, which Arrow's forgets.
 
-    def __init__(self, config: S3Config) -> None:
-        self.config = config
+    Args:
+        config: how it is reached.
+        delayed: send what is small by one request. A large file is then begun when its first piece
+            is sent; if the server refuses that, Arrow publishes an empty one.
+    """
+
+    def __init__(self, config: S3Config, delayed: bool = True) -> None:
+        self.config, self.delayed = config, delayed
         options = {"endpoint_override": config.endpoint, "region": config.region}
         super().__init__(
             retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=config.attempts),
-            allow_delayed_open=True,  # what is small is sent by one request
+            allow_delayed_open=delayed,
             **{name: value for name, value in options.items() if value},
         )
 
-    def __reduce__(self) -> tuple[type["_S3"], tuple[S3Config]]:
-        return _S3, (self.config,)
+    def __reduce__(self) -> tuple[type["_S3"], tuple[S3Config, bool]]:
+        return _S3, (self.config, self.delayed)
 
 
 class _Local(pafs.LocalFileSystem):  # type: ignore[misc]  # pyarrow has no types
@@ -130,6 +142,11 @@ class Storage:
     def filesystem(self) -> pafs.FileSystem:
         return self._where[0]
 
+    @cached_property
+    def _opening_at_once(self) -> pafs.FileSystem:
+        """The file system for large files; see _S3."""
+        return _S3(self.config.s3, False) if isinstance(self.filesystem, _S3) else self.filesystem
+
     @property
     def is_local(self) -> bool:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
@@ -171,17 +188,29 @@ class Storage:
     def writing(self, name: str) -> Iterator[pa.NativeFile]:
         """A file to write; it appears under its name when the block ends well, and only then."""
         path = self.path(name)
-        if not self.is_local:
-            # An object store's stream publishes what it has when it is dropped, so nothing is sent
-            # before all of it is there. Our files are small enough to be held in memory.
-            buffer = pa.BufferOutputStream()
-            yield buffer
+        if self.is_local:
+            self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
             with self.filesystem.open_output_stream(path) as stream:
-                stream.write(buffer.getvalue())
+                yield stream
             return
-        self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
-        with self.filesystem.open_output_stream(path) as stream:
-            yield stream
+        # An object store's stream publishes what it has when it is dropped, so nothing is sent
+        # before all of it is there: on this machine's disk, as parts may be gigabytes.
+        with TemporaryFile() as whole:
+            yield pa.PythonFile(whole, "w")
+            whole.flush()
+            # In a thread, because an interrupt would drop the stream in the middle.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(self._send, path, whole).result()
+
+    def _send(self, path: str, whole: IO[bytes]) -> None:
+        """Publish a file that is complete. What could fail here must be what the stream knows."""
+        size = whole.tell()
+        data = pa.py_buffer(mmap(whole.fileno(), size, access=ACCESS_READ) if size else b"")
+        filesystem = self.filesystem if size < _ONE_REQUEST else self._opening_at_once
+        with filesystem.open_output_stream(path) as stream:
+            for start in range(0, size, _PIECE):
+                stream.write(data[start : start + _PIECE])
+                stream.flush()  # waits: what was written and not sent yet is held in memory
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file whole."""
@@ -213,6 +242,12 @@ class Storage:
         """Read a Parquet file, or some of its columns."""
         with self.filesystem.open_input_file(self.path(name)) as stream:
             return pq.read_table(stream, columns=columns)
+
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """The rows of a Parquet file, of which only a row group or so is in memory."""
+        with self.filesystem.open_input_file(self.path(name)) as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(_ROWS):
+                yield from batch.to_pylist()
 
     def read_footer(self, name: str) -> pq.FileMetaData:
         """What a Parquet file says of itself."""

@@ -171,6 +171,7 @@ class Unit:
         offset: where the first row begins, in bytes (unpacked ones), for files of lines.
         size: the file's bytes when it was listed, so that a changed file is noticed.
         before: how many rows of other files come before the first one.
+        beside: a digest of what lay beside the file when it was listed.
     """
 
     path: str
@@ -180,6 +181,7 @@ class Unit:
     offset: int | None = None
     size: int | None = None
     before: int | None = None
+    beside: str | None = None
 
     @property
     def name(self) -> str:

@@ -1,5 +1,6 @@
 """Finding and opening a source's files, on any file system that pyarrow knows."""
 
+import os
 import posixpath
 import re
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Self
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -46,7 +48,7 @@ def find_files(
 
     Args:
         config: the source's configuration.
-        suffixes: the endings that files of a folder must have, such as `.parquet`.
+        suffixes: the endings that files of a folder must have, such as `.parquet`, in either case.
         usual: names of files which, where a folder has any, are all that is read of it; then it
             is not listed.
         hidden: what folders' names begin with that are not looked into, unless a pattern names
@@ -57,7 +59,7 @@ def find_files(
         raise SourceError("source.path: is an empty list; name a file, a folder or a pattern")
     for path in config.paths:
         for file in _find(path, config.s3, suffixes, usual, hidden):
-            found.setdefault(file.uri, file)
+            found.setdefault(_real(file.uri), file)
     files = list(found.values())
     folders = {(posixpath.dirname(file.label), posixpath.dirname(file.uri)) for file in files}
     if len({below for below, _ in folders}) == len(folders):
@@ -144,11 +146,17 @@ class WatchedFile:
 
 def locate(uri: str, s3: S3Config) -> tuple[pafs.FileSystem, str]:
     """The file system of a path or URI, and the path in it; raises SourceError."""
+    scheme, is_uri, rest = uri.partition("://")
     try:
-        if uri.startswith("s3://"):
-            return _s3_filesystem(s3), uri.removeprefix("s3://").rstrip("/")
-        storage = Storage(StorageConfig(uri=uri, s3=s3))
-        return storage.filesystem, storage.path()
+        if not is_uri:
+            storage = Storage(StorageConfig(uri=uri))
+            return storage.filesystem, storage.path()
+        if scheme == "s3":
+            return _s3_filesystem(s3), rest.rstrip("/")
+        # pyarrow refuses spaces and accents in URIs, and takes what follows # or ? for no name.
+        host, _, path = rest.rstrip("/").partition("/")
+        filesystem, root = _filesystem(f"{scheme}://{host}/")
+        return filesystem, posixpath.join(root, unquote(path)) if path else root
     except (ValueError, NotImplementedError) as error:
         raise SourceError(
             f"source.path: {uri} is neither a path nor a URI of a known file system ({error}); "
@@ -156,9 +164,21 @@ def locate(uri: str, s3: S3Config) -> tuple[pafs.FileSystem, str]:
         ) from error
 
 
+def name_below(folder: str, name: str) -> str:
+    """A name below a folder, as `locate` takes it: a % is an escape in all URIs but those of S3."""
+    escaped = "://" in folder and not folder.startswith("s3://")
+    return f"{folder}/{name.replace('%', '%25') if escaped else name}"
+
+
 @lru_cache(maxsize=8)
 def _s3_filesystem(s3: S3Config) -> pafs.FileSystem:
     return Storage(StorageConfig(uri="s3://bucket", s3=s3)).filesystem
+
+
+@lru_cache(maxsize=8)
+def _filesystem(root: str) -> tuple[pafs.FileSystem, str]:
+    filesystem, path = pafs.FileSystem.from_uri(root)
+    return filesystem, path
 
 
 def _find(
@@ -189,10 +209,10 @@ def _find(
     start = base.rstrip("/") if "://" in base else root.rstrip("/")
     named = ((info, _label(info, prefix, suffixes)) for info in below)
     files = [
-        File(f"{start}/{label}", label, info.size)
+        File(name_below(start, label), label, info.size)
         for info, label in named
         if info.type == pafs.FileType.File
-        and label.endswith(tuple(suffixes))
+        and label.lower().endswith(tuple(suffixes))
         and not posixpath.basename(label).startswith(HIDDEN)
         and not any(part.startswith(hidden) for part in label.split("/")[:-1])
         and pattern.fullmatch(label)
@@ -203,6 +223,11 @@ def _find(
             f"({len(below):,} other files and folders)"
         )
     return sorted(files, key=lambda file: file.uri)
+
+
+def _real(uri: str) -> str:
+    """The same for all links to a file: `latest` beside the folder that it leads to."""
+    return uri if "://" in uri else os.path.realpath(uri)
 
 
 def _there(filesystem: pafs.FileSystem, paths: Sequence[str]) -> list[pafs.FileInfo]:
@@ -253,7 +278,7 @@ def _label(info: pafs.FileInfo, prefix: str, suffixes: Sequence[str]) -> str:
     try:
         return str(info.path).removeprefix(prefix)
     except UnicodeDecodeError as error:
-        if not error.object.endswith(tuple(map(str.encode, suffixes))):
+        if not error.object.lower().endswith(tuple(map(str.encode, suffixes))):
             return ""
         name = error.object.removeprefix(prefix.encode())
         raise SourceError(

@@ -36,7 +36,7 @@ from ray_jobs.sources.base import (
     Unit,
     digest_of,
 )
-from ray_jobs.sources.files import locate, open_file
+from ray_jobs.sources.files import locate, name_below, open_file
 from ray_jobs.sources.lists import list_units, name_text, present_columns, read_list
 from ray_jobs.sources.parquet import id_text
 from ray_jobs.storage import S3Config
@@ -177,7 +177,7 @@ class FolderSource:
 
     def _inside(self, folder: str, inside: str, most: int) -> _Found:
         """As `_image`, of one below the folder."""
-        filesystem, path = locate(f"{folder}/{inside}", self.config.s3)
+        filesystem, path = locate(name_below(folder, inside), self.config.s3)
         if isinstance(filesystem, pafs.LocalFileSystem):
             if not _leads_inside(path, folder):
                 return "outside_folder", b""

@@ -17,14 +17,15 @@ import csv
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import pyarrow as pa
 
-from ray_jobs.pairs import clean_text
+from ray_jobs.pairs import TextColumn, clean_text
 from ray_jobs.sources.base import (
     ColumnsConfig,
     FilesConfig,
@@ -92,36 +93,65 @@ def present_columns(
         columns: what ours are called.
         required: the one of ours that must be there.
         s3: where the file is on S3.
-        warn: of a given name that is not among those looked at, as it may be misspelt.
+        warn: of a given name that is not among those looked at, as it may be misspelt, and of
+            values that are not taken whole.
 
     Raises:
-        SourceError: a column is missing, or there is no text among them.
+        SourceError: a column is missing, there is no text among them, or a given one holds none.
     """
     schema = read_footer(unit.path, s3)[1] if _kind(unit.path) == "parquet" else None
-    found, whole = _column_names(unit, s3) if schema is None else (schema.names, True)
+    seen, whole = _columns(unit, s3) if schema is None else (_untold(schema.names), True)
     where = unit.path if whole else f"the beginning of {unit.path}"
-    present = columns.present(found, where, required, whole=whole)
-    later = {name: theirs for name, theirs in present.items() if theirs not in found}
-    require_text(present.keys() - later, found, where)
+    present = columns.present(seen, where, required, whole=whole)
+    later = {name: theirs for name, theirs in present.items() if theirs not in seen}
+    require_text(present.keys() - later, seen, where)
     if schema is not None:
         check_columns(schema, present, where)
-    for name in sorted(later.keys() & columns.model_fields_set) if warn else ():
-        told = "source.columns.%s: %s has no %r; its later rows may"
-        logger.warning(told, name, where, later[name])
+    told = _check_values(seen, present, columns.model_fields_set, where)
+    for name in sorted(later.keys() & columns.model_fields_set):
+        told.append(f"source.columns.{name}: {where} has no {later[name]!r}; its later rows may")
+    if warn and told:
+        logger.warning("%s", "; ".join(told))
     return present
 
 
-def _column_names(unit: Unit, s3: S3Config) -> tuple[list[str], bool]:
+# The columns of a file, and the types of their values, if several are possible.
+_Seen = dict[str, set[type]]
+
+
+def _columns(unit: Unit, s3: S3Config) -> tuple[_Seen, bool]:
     """The columns of a unit's file of lines, or of its beginning; and whether these are all."""
     if _kind(unit.path) in ("csv", "tsv"):
-        return _header(unit, s3), True
+        return _untold(_header(unit, s3)), True
     # From the file's beginning, so that all its units are read alike.
     rows = read_list(Unit(unit.path), None, s3)
-    names: dict[str, None] = {}
+    seen: _Seen = {}
     for _, row in islice(rows, _SAMPLE_ROWS):
-        if not isinstance(row, Rejected):
-            names.update(dict.fromkeys(row))
-    return list(names), next(rows, None) is None
+        for name, value in () if isinstance(row, Rejected) else row.items():
+            seen.setdefault(name, set()).add(type(value))
+    return seen, next(rows, None) is None
+
+
+def _untold(names: Sequence[str]) -> _Seen:
+    return {name: set() for name in names}
+
+
+def _check_values(
+    seen: _Seen, present: Mapping[str, str], given: Collection[str], where: str
+) -> list[str]:
+    """What is not taken of texts; raises SourceError if it is all of a given column."""
+    told = []
+    for ours in get_args(TextColumn):
+        theirs = present.get(ours, "")
+        kinds = seen.get(theirs, set()) - {NoneType}
+        column = f"source.columns.{ours}: {theirs!r} of {where}"
+        if list in kinds:
+            told.append(f"{column} has lists, of which the first text is taken")
+        elif kinds and kinds <= {dict, bool}:
+            if ours in given:
+                raise SourceError(f"{column} is no text. Name another column, or null for none")
+            told.append(f"{column} is no text, and left out")
+    return told
 
 
 def read_list(
@@ -302,7 +332,7 @@ def _units_of(file: File, config: FilesConfig) -> list[Unit]:
     if file.size == 0:
         return []
     starts = _row_starts(whole, config)
-    if file.uri.endswith(_PACKED) and len(starts) > _MANY_UNITS:
+    if _is_packed(file.uri) and len(starts) > _MANY_UNITS:
         logger.warning(
             "%s is packed and has some %s rows; each of its %s tasks unpacks what comes before its "
             "own, so it is better unpacked, or cut",
@@ -354,7 +384,7 @@ class _Counted:
 def _lines(unit: Unit, s3: S3Config, offset: int | None = None) -> Iterator[bytes]:
     """Lines from the unit's offset on, or from another; raises _BrokenFileError."""
     start = (unit.offset or 0) if offset is None else offset
-    blocks = _unpacked if unit.path.endswith(_PACKED) else _blocks
+    blocks = _unpacked if _is_packed(unit.path) else _blocks
     rest = b""
     for block in blocks(unit, start, s3):
         *lines, rest = (rest + block).split(b"\n")
@@ -381,7 +411,7 @@ def _unpacked(unit: Unit, start: int, s3: S3Config) -> Iterator[bytes]:
         _BrokenFileError: it cannot be unpacked.
         OSError: it does not come.
     """
-    codec = pa.Codec.detect(unit.path).name
+    codec = pa.Codec.detect(unit.path.lower()).name
     with (
         WatchedFile(unit.path, s3, unit.size) as file,
         pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec) as stream,
@@ -400,14 +430,19 @@ def _unpacked(unit: Unit, start: int, s3: S3Config) -> Iterator[bytes]:
             start = max(0, start - len(block))
 
 
+def _is_packed(path: str) -> bool:
+    return path.lower().endswith(_PACKED)
+
+
 def _kind(path: str) -> str:
+    path = path.lower()
     for ending in _PACKED:
         path = path.removesuffix(ending)
-    return path.rpartition(".")[2].lower()
+    return path.rpartition(".")[2]
 
 
 def _check_suffix(path: str) -> None:
-    if not path.endswith(LIST_SUFFIXES):
+    if not path.lower().endswith(LIST_SUFFIXES):
         raise SourceError(
             f"source.path: {path} is no list that can be read; takes files ending in "
             f"{', '.join(LIST_SUFFIXES)}"

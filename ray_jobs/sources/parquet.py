@@ -181,7 +181,7 @@ class ParquetSource:
                 f"source.path have {starts[-1]:,}; give all files that the array belongs to"
             )
         return [
-            replace(unit, before=at - unit.first)
+            replace(unit, before=at - unit.first, beside=array.sample)
             for unit, at in zip(units, starts[:-1], strict=True)
         ]
 
@@ -200,7 +200,10 @@ class ParquetSource:
         beside = self.config.beside
         if beside is None or unit.before is None:
             return iter(())
-        return self._array(beside).read(unit.before + unit.first, self.config.s3)
+        array = self._array(beside)
+        if array.sample != unit.beside:
+            raise OSError(f"{array.uri} was changed since it was listed")
+        return array.read(unit.before + unit.first, self.config.s3)
 
     def _present(self, schema: pa.Schema, where: str) -> dict[str, str]:
         """Our columns to the file's; raises SourceError."""

@@ -12,11 +12,12 @@ Choices:
   be, with headers that are no longer than names are.
 """
 
+import difflib
 import json
 import logging
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Literal, Self
@@ -317,6 +318,26 @@ class WebdatasetSource:
                 f"source.columns: {begins}, but the texts are asked of "
                 f"{', '.join(sorted(kinds)) or 'none of them'}"
             )
+        self._check_keys(unit, [_document(sample.files.get("json")) for sample in first])
+
+    def _check_keys(self, unit: Unit, documents: Sequence[Mapping[str, Any]]) -> None:
+        """Warns of keys that no first sample has; raises SourceError if there are no others."""
+        found = sorted({key for document in documents for key in document})
+        missing = {
+            ours: place.removeprefix("json.")
+            for ours, place in self.config.columns.texts.items()
+            if place.startswith("json.") and place.removeprefix("json.") not in found
+        }
+        for ours, key in missing.items():
+            close = difflib.get_close_matches(key, found, n=1)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
+            told = (
+                f"source.columns.{ours}: the first samples of {unit.path} have no {key!r} in their "
+                f"JSON{meant}, which has {', '.join(found) or 'no keys'}"
+            )
+            if {"id", *missing} >= self.config.columns.texts.keys():
+                raise SourceError(told)
+            logger.warning("%s; later ones may", told)
 
 
 def _document(content: bytes | None) -> Mapping[str, Any]:

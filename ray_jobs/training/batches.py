@@ -16,8 +16,10 @@ Choices:
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -43,6 +45,8 @@ logger = logging.getLogger(__name__)
 TEXTS = ("web_text", "caption", "description")
 _COLUMNS = ["id", "image", "web_text", "caption", "tags", "description"]
 _SAID = ("caption", "tags", "description", "alternatives")
+
+_READERS = 8  # of row groups: an object store lets each wait for several answers, one by one
 
 # Handed to Ray Data at a time: each costs the worker a millisecond or two before the first batch,
 # and between one lot and the next the pipeline drains, once in hours.
@@ -93,16 +97,12 @@ class PairFiles:
     def take(self, rows: Rows) -> list[dict[str, Any]]:
         """The pairs at these positions, in their order."""
         groups = self.address.groups(rows)
-        found: dict[int, list[dict[str, Any]]] = {}
-        for group in np.unique(groups).tolist():
-            found[group] = self._read(group, np.unique(rows[groups == group]))
-        index = {
-            (group, row): at
-            for group in found
-            for at, row in enumerate(np.unique(rows[groups == group]).tolist())
-        }
-        pairs = zip(groups.tolist(), rows.tolist(), strict=True)
-        return [found[group][index[group, row]] for group, row in pairs]
+        there = np.unique(groups)
+        wanted = [np.unique(rows[groups == group]) for group in there]
+        with ThreadPoolExecutor(_READERS) as pool:
+            read = chain.from_iterable(pool.map(self._read, there.tolist(), wanted))
+            found = dict(zip(np.concatenate(wanted).tolist(), read, strict=True))
+        return [found[row] for row in rows.tolist()]
 
     def _read(self, group: int, rows: Rows) -> list[dict[str, Any]]:
         """Some rows of a row group, with what was written beside them."""
@@ -112,7 +112,20 @@ class PairFiles:
         if self.beside:
             first = sum(self.row_groups[part][:inside])
             table = lay_over(self.storage, table, self.beside, self.names[part], first, _SAID)
-        return list(table.take(pa.array(rows - self.address.first_row[group])).to_pylist())
+        return rows_at(table, rows - self.address.first_row[group])
+
+
+def rows_at(table: pa.Table, positions: Rows) -> list[dict[str, Any]]:
+    """The rows of a table at these positions, which go up.
+
+    Taken chunk by chunk: the whole of a column may be over the 2 GB that Arrow can join.
+    """
+    found, first = [], 0
+    for batch in table.to_batches():
+        begin, end = np.searchsorted(positions, [first, first + len(batch)])
+        found += batch.take(pa.array(positions[begin:end] - first)).to_pylist()
+        first += len(batch)
+    return found
 
 
 def _row_group(storage: Storage, name: str, group: int, columns: list[str]) -> pa.Table:

@@ -23,6 +23,7 @@ from ray_jobs.ingest import (
     IngestConfig,
     IngestError,
     Manifest,
+    hash_of,
     hash_of_words,
     ingest,
     later_duplicates,
@@ -98,6 +99,25 @@ def test_emoji_become_pairs(storage: Storage) -> None:
         assert groups == part.row_groups
         assert storage.size(part.path) == part.bytes
     assert len(set(ids_of(storage))) == 50
+
+
+def test_row_groups_of_large_images_are_shorter_also_without_their_duplicates(
+    storage: Storage, tmp_path: Path
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (2400, 2400)).save(buffer, "BMP")
+    large = {"image": buffer.getvalue()}  # of which four are 69 MB
+    write(
+        tmp_path / "data",
+        [pair(i, **large) for i in range(5)],
+        [pair(i, **large) for i in (0, 6, 7, 8, 9, 10)],
+    )
+    manifest = ingest(config(tmp_path / "data"), storage)
+    assert [part.row_groups for part in manifest.parts] == [(4, 1), (4, 1)]
+    for part in manifest.parts:
+        file = storage.read_footer(part.path)
+        groups = tuple(file.row_group(at).num_rows for at in range(file.num_row_groups))
+        assert groups == part.row_groups
 
 
 def test_what_is_done_is_done(storage: Storage, tmp_path: Path) -> None:
@@ -468,6 +488,25 @@ def test_texts_of_the_same_words_are_alike() -> None:
     assert one == hash_of_words("times FOX a brown   jumps red")
     assert one != hash_of_words("a red brown fox jumps")
     assert hash_of_words("a fox 1 2 3 4") == 0
+    # As storages of all versions have it.
+    assert one == hash_of(b"a brown fox jumps red times")
+
+
+@pytest.mark.parametrize(
+    ("text", "same", "other", "short"),
+    [
+        ("海滩上奔跑的棕色狗", "「海滩上奔跑的棕色狗」 2024", "海滩上奔跑的棕色猫", "棕色的狗"),
+        ("红色运动鞋 Nike 男士", "NIKE 男士，红色运动鞋", "红色运动鞋 Nike 女士", "Nike 男士"),
+        ("砂浜を走る茶色の犬", "砂浜を走る茶色の犬。", "砂浜を走る茶色の猫", "走る犬"),
+        ("สุนัขสีน้ำตาลบนชายหาด", "สุนัขสีน้ำตาลบนชายหาด!", "แมวสีน้ำตาลบนชายหาด", "สุนัข"),
+    ],
+)
+def test_texts_without_spaces_are_compared_by_their_characters(
+    text: str, same: str, other: str, short: str
+) -> None:
+    assert hash_of_words(text) == hash_of_words(same) != 0
+    assert hash_of_words(text) != hash_of_words(other)
+    assert hash_of_words(short) == 0
 
 
 def test_rejected_rows_travel() -> None:

@@ -170,11 +170,41 @@ def test_texts_are_what_arrow_takes(text: object, clean: str) -> None:
         (("dog", None, 3), ["dog"]),
         (json.loads('{"dog": 1}'), []),
         (b"dog, caf\xe9|dog", ["dog", "caf"]),
+        ("['dog', 'guide dog']", ["dog", "guide dog"]),
+        ('["dog", "cat"]', ["dog", "cat"]),
+        ("[dog], [cat]", ["dog", "cat"]),
         (None, []),
     ],
 )
 def test_tags_may_come_in_many_forms(tags: object, clean: list[str]) -> None:
     assert clean_tags(tags) == clean
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (["", None, " a cat ", "a dog"], "a cat"),
+        ('["a \\ud800 cat", "a dog"]', "a     cat"),
+        (b'["a cat"]', "a cat"),
+        ('["a cat", 2]', '["a cat", 2]'),
+        ('["SALE"] a cat ["NOW"]', '["SALE"] a cat ["NOW"]'),
+        ('["[]"]', "[]"),
+        ([], ""),
+        ([["a cat"]], ""),
+        ({"en": "a cat"}, ""),
+        (2024, "2024"),
+        (2.5, "2.5"),
+        (math.inf, ""),
+        (True, ""),
+    ],
+)
+def test_of_several_texts_in_one_place_the_first_is_taken(value: object, text: str) -> None:
+    assert make_pair(row(web_text=value, tags=["dog"]), LIMITS)["web_text"] == text
+
+
+def test_what_there_is_in_place_of_a_text_is_told() -> None:
+    with pytest.raises(RejectedRowError, match="no_text: web_text is a dict"):
+        make_pair(row(web_text={"en": "a cat"}), LIMITS)
 
 
 def test_a_row_needs_an_id_and_a_text() -> None:

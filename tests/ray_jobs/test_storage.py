@@ -1,12 +1,15 @@
 """An S3 storage on a real server: whole files or none, and patience that travels."""
 
+import _thread
 import os
 import pickle
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from ray_jobs import storage as module
 from ray_jobs.ingest import IngestConfig
 from ray_jobs.pipeline import PipelineConfig
 from ray_jobs.sources import open_source
@@ -51,6 +54,54 @@ def test_patience_ends_and_nothing_half_written_is_left(s3: Server) -> None:
     with pytest.raises(ZeroDivisionError):
         stop_halfway(impatient)
     assert s3.objects() == []
+
+
+@pytest.mark.parametrize(("method", "times"), [("POST", 1), ("PUT", 2), ("POST", 2)])
+def test_a_large_file_whose_sending_fails_anywhere_is_not_there(
+    method: str, times: int, s3: Server
+) -> None:
+    asked: list[str] = []  # to begin, to take a part, or to complete
+
+    def refuses(of: str, path: str) -> bool:
+        asked.append(of)
+        return of == method and asked.count(of) >= times
+
+    s3.refuses = refuses
+    with pytest.raises(OSError, match="AWS Error"):
+        storage(s3, attempts=2).write_bytes("large", bytes(12_000_000))
+    assert s3.refused
+    s3.refuses = lambda method, path: False
+    assert s3.objects() == []
+    storage(s3).write_bytes("large", bytes(12_000_000))
+    assert storage(s3).size("large") == 12_000_000
+
+
+def test_an_interrupt_does_not_publish_half_of_a_large_file(
+    s3: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PIECE", 10_000_000)
+    place = storage(s3)
+    interrupt = iter([_thread.interrupt_main])  # once
+
+    def refuses(method: str, path: str) -> bool:
+        if method == "PUT":
+            next(interrupt, lambda: None)()
+        return False
+
+    s3.refuses = refuses
+    with pytest.raises(KeyboardInterrupt):
+        place.write_bytes("large", bytes(22_000_000))
+    assert place.size("large") == 22_000_000
+
+
+def test_what_waits_to_be_sent_is_not_in_memory(s3: Server) -> None:
+    place = storage(s3)
+    with place.writing("large") as stream:
+        before = pa.total_allocated_bytes()
+        for _ in range(10):
+            stream.write(bytes(3_000_000))
+        assert pa.total_allocated_bytes() - before < 3_000_000
+    assert place.size("large") == 30_000_000
 
 
 def test_a_large_file_goes_in_parts_and_is_whole(s3: Server) -> None:

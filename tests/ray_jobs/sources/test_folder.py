@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]], delimiter: str = ",", **op
         writer.writerows(rows)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "jsonl.gz", "csv.gz", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "jsonl.gz", "CSV.GZ", "parquet"])
 @pytest.mark.parametrize("unit_rows", [2, 100])
 def test_lists_of_every_kind_are_read_alike(kind: str, unit_rows: int, images: Path) -> None:
     path = images / f"metadata.{kind}"
@@ -83,7 +83,7 @@ def test_lists_of_every_kind_are_read_alike(kind: str, unit_rows: int, images: P
         write_jsonl(path, entries())
     else:
         write_csv(path, entries(), "\t" if kind == "tsv" else ",")
-    if kind.endswith(".gz"):
+    if kind.lower().endswith(".gz"):
         path.write_bytes(gzip.compress(path.read_bytes()))
     one = source(path, unit_rows=unit_rows)
     assert [unit.rows for unit in one.units()] == ([2] * 3 if unit_rows == 2 else [6])
@@ -238,6 +238,46 @@ def on_s3(server: Server, png: Png, count: int = 6) -> Source:
         storage.write_bytes(f"img/{number}.png", png(number))
     config = {"kind": "folder", "path": storage.uri, "s3": {"endpoint": server.endpoint}}
     return open_source(TypeAdapter(SourceConfig).validate_python(config))
+
+
+ODD_NAMES = ("a b", "100%", "%41", "A", "a#b", "a", "what?", "[1]", "{2}", "été 日本", "+&=;,", "'")
+
+
+@pytest.mark.parametrize("place", ["", "file://", "s3://"])
+def test_files_may_be_called_as_they_like(place: str, tmp_path: Path, png: Png, s3: Server) -> None:
+    root = f"s3://{BUCKET}" if place == "s3://" else str(tmp_path)
+    server = S3Config(endpoint=s3.endpoint)
+    storage = Storage(StorageConfig(uri=root, s3=server))
+    for at, name in enumerate(ODD_NAMES):
+        storage.write_bytes(f"all/{name}/{name}.png", png(at))
+        row = {"file_name": f"{name}.png", "text": name}
+        storage.write_bytes(f"all/{name}/list {name}.jsonl", json.dumps(row).encode())
+
+    def texts(path: str, names: Sequence[str]) -> None:
+        options = {"kind": "folder", "path": path, "s3": {"endpoint": s3.endpoint}}
+        rows = rows_of(open_source(TypeAdapter(SourceConfig).validate_python(options)))
+        assert {row["web_text"]: row["image"] for row in rows} == {
+            name: png(ODD_NAMES.index(name)) for name in names
+        }
+        assert {row["id"].rpartition("/")[2].partition(":")[0] for row in rows} == {
+            f"{name}.png" for name in names
+        }
+
+    where = root if place == "s3://" else place + root
+    texts(f"{where}/all", ODD_NAMES)
+    texts(f"{where}/all/a b", ["a b"])
+    texts(f"{where}/all/a#b/list a#b.jsonl", ["a#b"])
+    texts(f"{where}/all/été 日本/*.jsonl", ["été 日本"])
+    if place == "file://":
+        texts(f"{where}/all/100%25/list%20100%25.jsonl", ["100%"])
+
+
+def test_names_in_other_stores_are_read_as_in_ours() -> None:
+    for name, uri in (("a b", "a b"), ("a b", "a%20b"), ("é#?", "é#?"), ("%41", "%2541")):
+        filesystem, path = files.locate(f"gs://anonymous@bucket/{uri}/", S3Config())
+        assert (filesystem.type_name, path) == ("gcs", f"bucket/{name}")
+    assert files.name_below("gs://bucket/data", "%41") == "gs://bucket/data/%2541"
+    assert files.locate("file:///", S3Config())[1] == "/"
 
 
 def forbid(s3: Server, key: str) -> None:
@@ -416,6 +456,23 @@ def test_a_key_is_used_wherever_a_row_of_json_lines_has_it(
     for columns in ({"id": "id"}, {"image": "blip"}):
         with pytest.raises(SourceError, match=r"the beginning of .* has no column"):
             source(images, columns=columns).units()
+
+
+def test_lists_of_texts_and_what_is_no_text_are_told(
+    images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    several = [{**row, "caption": {"en": "a cat"}} for row in entries(2)]
+    several[0]["text"] = ["", "a cat", "a dog"]
+    write_jsonl(images / "metadata.jsonl", several)
+    rows = [make_pair(row, RowLimits()) for row in rows_of(source(images))]
+    assert [row["web_text"] for row in rows] == ["a cat", "text, 1\nline two"]
+    assert [row["caption"] for row in rows] == [None, None]
+    (told,) = caplog.messages
+    assert "columns.web_text: 'text' of" in told
+    assert "has lists, of which the first text is taken" in told
+    assert "metadata.jsonl is no text, and left out" in told
+    with pytest.raises(SourceError, match=r"columns.caption: 'caption' of .* is no text"):
+        source(images, columns={"caption": "caption"}).units()
 
 
 def test_names_ids_and_texts_may_be_plain_bytes(images: Path) -> None:

@@ -100,6 +100,14 @@ def test_what_others_left_behind_is_not_read(tmp_path: Path, png: Png) -> None:
     assert found("/*/_old/*.parquet") == ["d"]
 
 
+def test_a_file_is_found_once_and_in_either_case(tmp_path: Path, png: Png) -> None:
+    write(tmp_path / "v1/a.PARQUET", pairs(png, 1))
+    (tmp_path / "latest").symlink_to(tmp_path / "v1")
+    (unit,) = source(tmp_path).units()
+    assert unit.label == "latest/a.PARQUET"
+    assert len(rows_of(source(tmp_path / "v1/a.PARQUET"))) == 1
+
+
 @pytest.mark.parametrize(
     ("pattern", "name", "fits"),
     [
@@ -247,6 +255,21 @@ def test_a_row_beside_that_holds_no_token_ids_costs_its_pair(
     assert (rows[5].reason, rows[5].origin) == ("bad_row", "a.parquet row 5")
     assert "source.beside: no token ids" in rows[5].detail
     assert rows[6]["web_text"] == f"raw {WORDS[6]}"
+
+
+def test_an_array_that_is_replaced_by_another_is_noticed(
+    tmp_path: Path, published: dict[str, Any]
+) -> None:
+    one = source(tmp_path / "data", "hf_parquet", **published)
+    units = one.units()
+    path = tmp_path / "texts.npy"
+    texts = np.load(path)
+    np.save(path, texts)
+    assert one.units() == units
+    np.save(path, texts[::-1])
+    assert not {unit.beside for unit in one.units()} & {unit.beside for unit in units}
+    with pytest.raises(OSError, match=r"texts\.npy was changed since it was listed"):
+        list(one.read(units[0]))
 
 
 def test_an_array_that_is_not_the_files_is_found_before_work(

@@ -287,3 +287,24 @@ def test_what_is_no_tar_file_is_found_before_work(tmp_path: Path) -> None:
 def test_a_place_that_no_sample_has_is_told() -> None:
     with pytest.raises(ValidationError, match=r"takes txt, cls, or json\.KEY"):
         source(Path("x"), columns={"web_text": "json"})
+
+
+def test_a_key_that_the_first_samples_lack_is_told(
+    tmp_path: Path, png: Png, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.tar").write_bytes(tar(samples(png, 2)))
+    source(tmp_path, columns={"caption": "json.blip"}).units()
+    assert not caplog.messages
+    source(tmp_path, columns={"caption": "json.blib"}).units()
+    (told,) = caplog.messages
+    assert "source.columns.caption: the first samples of" in told
+    assert "have no 'blib' in their JSON (did you mean 'blip'?), which has blip; later" in told
+    with pytest.raises(SourceError, match=r"columns\.web_text: .* have no 'alt' in their JSON"):
+        source(tmp_path, columns={"web_text": "json.alt"}).units()
+
+
+def test_of_a_list_in_the_json_file_the_first_text_is_taken(tmp_path: Path, png: Png) -> None:
+    captions = json.dumps({"captions": ["a cat", "a dog"]}).encode()
+    (tmp_path / "a.tar").write_bytes(tar({"1.png": png(1), "1.json": captions}))
+    (row,) = rows_of(source(tmp_path, columns={"web_text": None, "caption": "json.captions"}))
+    assert make_pair(row, RowLimits())["caption"] == "a cat"

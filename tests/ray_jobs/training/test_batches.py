@@ -1,11 +1,17 @@
 """Batches as a training worker gets them from Ray Data."""
 
+from threading import Barrier
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from ray_jobs.training.batches import BatchMaker, Images, PairFiles, choose_text, stream
+from ray_jobs.pairs import pair_table
+from ray_jobs.storage import Storage, StorageConfig
+from ray_jobs.training.batches import BatchMaker, Images, PairFiles, choose_text, rows_at, stream
 from ray_jobs.training.plan import DataPlan
 from rwkv_clip.model.config import named_config
+from tests.ray_jobs.s3_server import BUCKET
 
 
 def test_a_run_of_many_lots_of_windows_has_the_batches_of_one(emoji_storage):
@@ -23,6 +29,35 @@ def test_a_run_of_many_lots_of_windows_has_the_batches_of_one(emoji_storage):
     at_once = ids()
     assert [len(batch) for batch in at_once] == [16] * (last - 1)
     assert at_once == ids(windows=2)  # three lots, and the cut window inside of one
+
+
+def test_rows_of_images_over_two_gigabytes_are_read():
+    image = pa.array([bytes(9_000_000)])
+    ids = pa.chunked_array([[str(at)] for at in range(256)])
+    table = pa.table({"id": ids, "image": pa.chunked_array([image] * len(ids))})
+    assert table.nbytes > 2**31
+    rows = rows_at(table, np.array([0, 7, 255]))
+    assert [(row["id"], len(row["image"])) for row in rows] == [
+        (at, 9_000_000) for at in ("0", "7", "255")
+    ]
+
+
+def test_row_groups_on_a_server_are_waited_for_together(s3):
+    config = StorageConfig(uri=f"s3://{BUCKET}/run", s3={"endpoint": s3.endpoint, "attempts": 2})
+    storage = Storage(config)
+    pairs = [{"id": str(at), "image": b"i", "web_text": "t"} for at in range(8)]
+    storage.write_table("pairs", pair_table(pairs), row_group_size=2)
+    together = Barrier(4)
+
+    def refuses(method: str, path: str) -> bool:
+        if method == "HEAD":
+            together.wait(timeout=10)
+        return False
+
+    s3.refuses = refuses
+    files = PairFiles(storage, ("pairs",), ((2,) * 4,))
+    order = np.array([7, 0, 3, 4, 1])
+    assert [pair["id"] for pair in files.take(order)] == [str(row) for row in order]
 
 
 @pytest.mark.parametrize(
