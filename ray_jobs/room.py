@@ -32,25 +32,34 @@ class Need:
         return f"{self.key}: {times}{self.cpus:g} CPUs{gpus}"
 
 
-def warn_without_room(*needs: Need) -> None:
+def warn_without_room(*needs: Need, then: str = "this waits for ever") -> bool:
     """Warn where the nodes that are there now, all of them idle, cannot hold all this at once.
 
     No more than a warning, because a cluster may grow when something waits.
+
+    Args:
+        needs: all of it.
+        then: what comes of it unless the cluster grows, and what to do.
+
+    Returns:
+        Whether there is room.
     """
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     there = [node["Resources"] for node in nodes if node["Alive"]]
     if fits(needs, there):
-        return
+        return True
     wanted = ", ".join(map(str, needs))
     largest = ", ".join(
         f"{one.get('CPU', 0.0):g} CPUs and {one.get('GPU', 0.0):g} GPUs" for one in there[:8]
     )
     logger.warning(
         "not enough room in the cluster: %s on a node, but the %s now: unless the cluster grows, "
-        "this waits for ever",
+        "%s",
         wanted,
         f"nodes have {largest}" if len(there) > 1 else f"only node has {largest}",
+        then,
     )
+    return False
 
 
 def fits(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> bool:

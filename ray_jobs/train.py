@@ -9,7 +9,7 @@ last checkpoint when it is started again; one that ended returns its result at o
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from ray_jobs.ingest import Manifest
 from ray_jobs.room import Need, warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
-from ray_jobs.training.checkpoint import STATE_FILE, checkpoint_name
+from ray_jobs.training.checkpoint import STATE_FILE, RunState, checkpoint_name
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError, WorkerTask, train_worker
 from ray_jobs.training.plan import DataPlan, PlanError
@@ -51,6 +51,7 @@ _RUNTIME = frozenset(
         "validation.cpus",
         "validation.gpus",
         "validation.batch",
+        "validation.seconds",
     )
 )
 
@@ -69,12 +70,14 @@ class TrainResult:
 
     Attributes:
         checkpoint: the last checkpoint's folder, as a name in the storage.
-        steps: of the optimizer.
-        left_out: samples that could not be decoded.
+        steps: of the run, skipped ones included.
+        left_out: samples whose image could not be decoded, or that had no text to train on.
         seconds: in steps, waiting for data included.
         history: the records of metrics, in order.
         validations: the records of all validations, in order.
         best: the best checkpoint by validation, as a name in the storage; the last one without.
+        skipped_steps: steps that had no other samples.
+        skipped_validations: checkpoints that were not validated, as a validation was under way.
         resumed: whether an earlier run had done all of it.
     """
 
@@ -85,6 +88,8 @@ class TrainResult:
     history: list[dict[str, float]]
     validations: list[dict[str, float]]
     best: str
+    skipped_steps: int = 0
+    skipped_validations: int = 0
     resumed: bool = False
 
 
@@ -120,7 +125,9 @@ def train(
         folder: of the storage, that holds the run.
 
     Raises:
-        TrainError: the data does not fit the configuration, or the storage holds another run.
+        TrainError: the data does not fit the configuration, nothing in it can be learnt from, or
+            the storage holds another run.
+        TextsError: no pair has the text that validation searches by.
         NonFiniteLossError: the loss stopped being a number.
     """
     files = PairFiles.of(storage, name)
@@ -141,7 +148,7 @@ def train(
         validation = PairFiles.of(storage, VALIDATION)
         check_texts(validation, config.validation.text, "train.validation.text")
         validator = Validator(config.validation, validation, folder)
-    _warn_without_room(config)
+    check_room(config)
     result = _trainer(config, storage, task, validator).fit()
     _raise_if_not_finite(storage, folder, result.checkpoint)
     score = validator.score if validator else None
@@ -169,22 +176,29 @@ def trained(storage: Storage, folder: str = FOLDER) -> TrainResult:
         raise TrainError(
             f"{storage.child_uri(name)} does not exist: no training has ended there; run train"
         )
-    return TrainResult(**storage.read_json(name)["result"], resumed=True)
+    return TrainResult(**{**storage.read_json(name)["result"], "resumed": True})
 
 
-def _warn_without_room(config: TrainConfig) -> None:
-    """Of workers and the first task that makes them batches, and of validation for itself.
-
-    Validations that find no room beside the workers wait until these end.
-    """
+def check_room(config: TrainConfig) -> None:
+    """Warn if the cluster has no room for workers and their data, or for validation beside them."""
     workers = config.min_workers or config.workers
     key = "train.min_workers" if config.min_workers else "train.workers"
-    warn_without_room(
+    training = (
         Need(key, config.cpus_per_worker, config.gpus_per_worker, workers),
-        Need("train.data.cpus_per_task", config.data.cpus_per_task),
+        Need("train.data.cpus_per_task", config.data.cpus_per_task),  # of the first task at least
     )
-    if (validation := config.validation) is not None:
-        warn_without_room(Need("train.validation", validation.cpus, validation.gpus))
+    there_is_room = warn_without_room(*training)
+    if (validation := config.validation) is None:
+        return
+    need = Need("train.validation", validation.cpus, validation.gpus)
+    less = "less in train.validation.cpus and train.validation.gpus"
+    if warn_without_room(need, then=f"no checkpoint is validated; give {less}") and there_is_room:
+        warn_without_room(
+            *training,
+            need,
+            then="validations wait until training ends, and most checkpoints have none; give "
+            f"fewer {key}, or {less}",
+        )
 
 
 def _trainer(
@@ -276,28 +290,63 @@ def _raise_if_not_finite(storage: Storage, folder: str, checkpoint: Any) -> None
 def _conclude(
     storage: Storage, folder: str, identity: Mapping[str, Any], checkpoint: Any, score: str | None
 ) -> TrainResult:
-    """Read the run's end from its last checkpoint, and note it."""
+    """Read the run's end from its last checkpoint, and note it.
+
+    Raises:
+        TrainError: there is none, or no step had a sample to learn from.
+    """
     if checkpoint is None:
         raise TrainError("training ended without a checkpoint")
+    name = f"{folder}/{checkpoint.path.rstrip('/').rpartition('/')[2]}"
+    state = RunState.of(storage.read_json(f"{name}/{STATE_FILE}"))
+    _tell_skipped_steps(storage, folder, state)
     records = validations(storage, folder)
+    if state.skipped_validations:
+        logger.warning(
+            "%d checkpoints were not validated, because the validation of an earlier one was under "
+            "way or waited for room; give more train.checkpoint_steps, or fewer "
+            "train.validation.pairs",
+            state.skipped_validations,
+        )
     if score and not records:
         logger.warning(
-            "no checkpoint could be validated, so the last one counts as the best; the errors are "
-            "in Ray's logs, under `Validation failed`"
+            "no checkpoint could be validated, so the last one counts as the best; why is in Ray's "
+            "logs, under `Validation failed` or `exceeded timeout_s` (train.validation.seconds)"
         )
-    name = f"{folder}/{checkpoint.path.rstrip('/').rpartition('/')[2]}"
-    state = storage.read_json(f"{name}/{STATE_FILE}")
-    value = {
-        "checkpoint": name,
-        "steps": state["step"],
-        "left_out": state["left_out"],
-        "seconds": sum(record["seconds"] for record in state["history"]),
-        "history": state["history"],
-        "validations": records,
-        "best": _best(storage, folder, records, score) or name,
-    }
-    storage.write_json(f"{folder}/{_RESULT}", {"run": identity, "result": value})
-    return TrainResult(**value)
+    result = TrainResult(
+        checkpoint=name,
+        steps=state.step,
+        left_out=state.left_out,
+        seconds=sum(record["seconds"] for record in state.history),
+        history=state.history,
+        validations=records,
+        best=_best(storage, folder, records, score) or name,
+        skipped_steps=state.skipped_steps,
+        skipped_validations=state.skipped_validations,
+    )
+    storage.write_json(f"{folder}/{_RESULT}", {"run": identity, "result": asdict(result)})
+    return result
+
+
+def _tell_skipped_steps(storage: Storage, folder: str, state: RunState) -> None:
+    """Warn of steps without a usable sample; raise TrainError if there are no others."""
+    if not state.skipped_steps:
+        return
+    ids = f"{', '.join(state.skipped_ids)} ..."
+    if state.skipped_steps == state.step:
+        raise TrainError(
+            f"no pair could be trained on: of {state.left_out:,}, none has both an image that can "
+            "be decoded and a text that train.data.texts gives a weight or, without any text, "
+            f"tags; their ids are {ids}. Change train.data.texts or ingest other pairs, and delete "
+            f"{storage.child_uri(folder)}"
+        )
+    logger.warning(
+        "%d of %d steps were skipped, because none of their pairs has both an image that can be "
+        "decoded and a text to train on; the first ids are %s",
+        state.skipped_steps,
+        state.step,
+        ids,
+    )
 
 
 def _best(
@@ -319,7 +368,7 @@ def _finished(storage: Storage, folder: str, identity: Mapping[str, Any]) -> Tra
             f"{storage.child_uri(folder)} holds a finished run with other settings ({told}); "
             "choose another storage.uri, or delete that folder"
         )
-    return TrainResult(**value["result"], resumed=True)
+    return TrainResult(**{**value["result"], "resumed": True})
 
 
 if __name__ == "__main__":

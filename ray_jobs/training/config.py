@@ -129,6 +129,9 @@ class ValidationConfig(BaseConfig):
     )
     cpus: PositiveFloat = Field(1.0, description="CPUs that the task holds")
     gpus: NonNegativeFloat = Field(0.0, description="GPUs that the task holds")
+    seconds: PositiveFloat = Field(
+        3600.0, description="that a checkpoint's may take, waiting for room included"
+    )
 
 
 class TrainConfig(BaseConfig):
@@ -153,7 +156,9 @@ class TrainConfig(BaseConfig):
         60.0, description="between two looks for nodes that came", exclude=True
     )
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that a worker holds")
-    gpus_per_worker: NonNegativeFloat = Field(0.0, description="GPUs that a worker holds")
+    gpus_per_worker: float = Field(
+        0.0, ge=0, le=1, description="GPUs that a worker holds; it computes on one"
+    )
     threads: PositiveInt | None = Field(None, description="of a CPU worker; PyTorch's default")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products")
     sharding: Literal["none", "fsdp2"] = Field("none", description="of parameters over workers")

@@ -7,18 +7,20 @@ Choices:
   that goes on in the middle of an epoch draws what it would have drawn.
 - A loss that is not finite ends the run, with the batch's ids and the last good checkpoint: trying
   again would end the same way.
+- A global batch without one usable sample changes nothing: all workers skip its step, which counts.
 """
 
 import json
 import logging
 import math
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -45,11 +47,12 @@ from rwkv_clip.loss import PairLoss, create_loss
 from rwkv_clip.memory import keep_freed_memory
 from rwkv_clip.model import RWKVCLIP, create_model
 
-Inputs = tuple[Tensor, Tensor, Tensor]  # pixels, tokens and seeds of a batch
-
 logger = logging.getLogger(__name__)
 
+Inputs = tuple[Tensor, Tensor, Tensor]  # pixels, tokens and seeds of a batch
 OnRecord = Callable[[Mapping[str, float]], None]
+
+_TOLD_IDS = 8  # of what was skipped
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Worker:
         self.loss: PairLoss = create_loss(self.config.loss)
         self.state = RunState()
         self._left_out = 0  # of this worker's samples, since the last checkpoint
+        self._validating = ""  # the last checkpoint that this process had validated
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the beginning, to the end."""
@@ -140,16 +144,20 @@ class Worker:
             step = self.state.step
             waited = meter.waited()
             metrics = self._step(step, batch)
-            if not math.isfinite(metrics["loss"]):
+            if not metrics:
+                self._skip(step, batch)
+            elif not math.isfinite(metrics["loss"]):
                 self._stop_not_finite(step, batch)
                 return
             self.state.step = step + 1
             meter.count(self.config.batch, waited)
-            ended = self.state.step == last
-            if self.state.step % self.config.log_steps == 0 or ended:
+            ended = self.state.step == last or self._learns_nothing()
+            if metrics and (self.state.step % self.config.log_steps == 0 or ended):
                 self._record(metrics, meter)
             if self.state.step % self.config.checkpoint_steps == 0 or ended:
                 self._checkpoint(metrics)
+            if ended:
+                return
             meter.begin_wait()
 
     def _distribute(self, model: RWKVCLIP) -> nn.Module:
@@ -197,17 +205,20 @@ class Worker:
         )
 
     def _step(self, step: int, batch: Batch) -> dict[str, float]:
-        """One step of the optimizer; its metrics."""
+        """One step of the optimizer; its metrics, or none where no worker has a usable sample."""
         recipe = self.config.recipe
+        inputs = self._to_device(batch)
+        sizes = self.loss.sizes(inputs[0])
+        if not any(sizes):
+            return {}
         rate = learning_rate(step, self.task.steps, recipe)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        inputs = self._to_device(batch)
         self._seed(step)
         if self.config.micro_batches == 1:
-            loss = self._backward(inputs)
+            loss = self._backward(inputs, sizes)
         else:
-            loss = self._backward_in_pieces(inputs)
+            loss = self._backward_in_pieces(inputs, sizes)
         self._reduce_scale()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         if loss.isfinite() and norm.isfinite():
@@ -222,8 +233,20 @@ class Worker:
             "gradient_norm": float(whole),
         }
 
+    def _skip(self, step: int, batch: Batch) -> None:
+        """Count a step that no worker has a usable sample for."""
+        ids = [str(identity) for identity in batch["id"][:_TOLD_IDS]]
+        self.state.skipped_steps += 1
+        self.state.skipped_ids = [*self.state.skipped_ids, *ids][:_TOLD_IDS]
+        logger.warning("step %d is skipped: none of its samples is usable: %s ...", step, ids)
+
+    def _learns_nothing(self) -> bool:
+        """Whether a whole epoch had nothing usable; the next ones have the same samples."""
+        skipped = self.state.skipped_steps
+        return skipped == self.state.step and skipped >= self.task.plan.steps_per_epoch
+
     def _to_device(self, batch: Batch) -> Inputs:
-        """Normalised pixels [B, 3, S, S], tokens [B, T] and seeds [B] of the usable samples."""
+        """Normalised pixels [b, 3, S, S], tokens [b, T] and seeds [b] of the usable samples."""
         usable = batch["usable"]
         self._left_out += int((~usable).sum())
         whole = bool(usable.all())
@@ -255,14 +278,20 @@ class Worker:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _backward(self, inputs: Inputs) -> Tensor:
+    def _backward(self, inputs: Inputs, sizes: list[int]) -> Tensor:
+        """Leave the global batch's gradient with the parameters, and return its loss.
+
+        Args:
+            inputs: of this worker's samples.
+            sizes: how many samples each worker has.
+        """
         with self._autocast():
-            loss: Tensor = self.loss(*self.trained(*inputs))
+            loss: Tensor = self.loss(*self.trained(*inputs), sizes=sizes)
         loss.backward()
         return loss.detach()
 
-    def _backward_in_pieces(self, inputs: Inputs) -> Tensor:
-        """The same gradient with the activations of one piece at a time."""
+    def _backward_in_pieces(self, inputs: Inputs, sizes: list[int]) -> Tensor:
+        """The same with the activations of one piece at a time."""
         split = (one.tensor_split(self.config.micro_batches) for one in inputs)
         pieces = list(zip(*split, strict=True))
         states, embeddings = [], []
@@ -272,9 +301,11 @@ class Worker:
                 embeddings.append(self.trained(*piece))
         images = torch.cat([images for images, _, _ in embeddings])
         texts = torch.cat([texts for _, texts, _ in embeddings])
-        solved = self.loss.value_and_gradients(images, texts, embeddings[0][2])
-        sizes = [len(image) for image, _, _ in pieces]
-        gradients = zip(solved.image_emb.split(sizes), solved.text_emb.split(sizes), strict=True)
+        solved = self.loss.value_and_gradients(images, texts, embeddings[0][2], sizes=sizes)
+        lengths = [len(image) for image, _, _ in pieces]
+        gradients = zip(
+            solved.image_emb.split(lengths), solved.text_emb.split(lengths), strict=True
+        )
         for at, (piece, (d_image, d_text)) in enumerate(zip(pieces, gradients, strict=True)):
             last = at == len(pieces) - 1
             _set_random_state(self.device, states[at])
@@ -311,21 +342,22 @@ class Worker:
 
     def _checkpoint(self, metrics: Mapping[str, float]) -> None:
         """Write the state and hand it to Ray Train, which uploads it while training goes on."""
-        folder = Path(tempfile.mkdtemp(prefix="rwkv-clip-"))
-        config = self.model.config
         self._count_left_out()
-        save_state(folder, self.model, self.optimizer, config, self.state, writes=self.rank == 0)
-        checkpoint = None
-        if self.rank == 0:
-            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
-        else:
-            folder.rmdir()
+        first = self.rank == 0
+        validation = self._validation() if first else False
+        folder = Path(tempfile.mkdtemp(prefix="rwkv-clip-")) if first else None
+        try:
+            save_state(folder, self.model, self.optimizer, self.state)
+        except BaseException:
+            if folder:  # or each attempt on a full disk would leave one
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         ray.train.report(
             {"step": self.state.step, **metrics},
-            checkpoint=checkpoint,
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if folder else None,
             checkpoint_dir_name=checkpoint_name(self.state.step),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            validation=self._validation() if checkpoint else False,
+            validation=validation,
         )
 
     def _count_left_out(self) -> None:
@@ -337,10 +369,16 @@ class Worker:
         self._left_out = 0
 
     def _validation(self) -> ray.train.ValidationTaskConfig | bool:
-        """What is asked of the task that validates the checkpoint of this step."""
-        if self.config.validation is None:
+        """What is asked of the task that validates the checkpoint of this step, if it is."""
+        config, step = self.config.validation, self.state.step
+        if config is None:
             return False
-        return ray.train.ValidationTaskConfig(fn_kwargs={"step": self.state.step})
+        if step < self.task.steps and is_validating(self._validating, _reported()):
+            self.state.skipped_validations += 1
+            logger.warning("step %d is not validated: an earlier validation has not ended", step)
+            return False
+        self._validating = checkpoint_name(step)
+        return ray.train.ValidationTaskConfig(fn_kwargs={"step": step}, timeout_s=config.seconds)
 
     def _stop_not_finite(self, step: int, batch: Batch) -> None:
         """Leave word of what happened where the driver finds it."""
@@ -353,6 +391,31 @@ class Worker:
         name = f"{self.task.folder}/not-finite-{self.rank}.json"
         self.task.files.storage.write_json(name, value)
         logger.error("the loss of step %d is not finite: %s", step, json.dumps(value["state"]))
+
+
+def _reported() -> list[ray.train.ReportedCheckpoint]:
+    """The checkpoints that Ray Train has taken over by now, but for those that it deleted."""
+    taken = ray.train.CheckpointConsistencyMode.COMMITTED
+    reported: list[ray.train.ReportedCheckpoint]
+    # But for the limit, it would wait for the upload of the one before.
+    reported = ray.train.get_all_reported_checkpoints(consistency_mode=taken, timeout_s=0)
+    return reported
+
+
+def is_validating(last: str, reported: Iterable[ray.train.ReportedCheckpoint]) -> bool:
+    """Whether a validation that was asked for has not ended.
+
+    Args:
+        last: name of the checkpoint that this process asked for it with last; empty if there is
+            none, though an earlier process may have asked.
+        reported: the checkpoints that Ray Train has taken over, the newest of them included.
+    """
+    newest, pending = "", ray.train.ReportedCheckpointStatus.PENDING_VALIDATION
+    for one in reported:
+        if one.status is pending:
+            return True
+        newest = max(newest, PurePosixPath(one.checkpoint.path).name)
+    return newest < last  # which is still on its way
 
 
 def normalise(pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 Ray Train starts the task when a checkpoint is uploaded and keeps the best ones by its answer. The
 answer is also written to the storage, where it outlives the run's processes:
 `train/validation/step-000000120.json`.
+
+There is one at a time: workers ask for none while another is under way or waits for room, because
+each that waits keeps its checkpoint from being deleted. The last checkpoint is always validated.
 """
 
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from typing import Any
 import ray.train
 import torch
 
-from ray_jobs.encoding import PairEncoder, fetch_model, named_metrics, with_text
+from ray_jobs.encoding import PairEncoder, fetch_model, with_text
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.config import ValidationConfig
@@ -39,9 +42,15 @@ class Validator:
 
     def task(self) -> ray.train.ValidationConfig:
         """What Ray Train is told."""
-        resources = {"num_cpus": self.config.cpus, "num_gpus": self.config.gpus}
+        options = {
+            "num_cpus": self.config.cpus,
+            "num_gpus": self.config.gpus,
+            # Ray Train ends the training if a task's process has died once too often; this one is
+            # begun anew until its time is over.
+            "max_retries": -1,
+        }
         run: Any = self  # Ray's protocol knows no named arguments
-        return ray.train.ValidationConfig(fn=run, ray_remote_kwargs=resources)
+        return ray.train.ValidationConfig(fn=run, ray_remote_kwargs=options)
 
     def __call__(self, checkpoint: "ray.train.Checkpoint", *, step: int) -> dict[str, float]:
         """Metrics of a checkpoint, all of them named `validation_...`."""
@@ -56,7 +65,7 @@ class Validator:
         text_emb = torch.cat([batch.text_emb for batch in batches]).float().cpu().numpy()
         asked = with_text([text for batch in batches for text in batch.texts])
         result = retrieval(image_emb, text_emb[asked], asked)
-        metrics = {f"validation_{name}": value for name, value in named_metrics(result).items()}
+        metrics = {f"validation_{name}": value for name, value in result.metrics().items()}
         record = {"step": step, **metrics}
         self.files.storage.write_json(f"{self.folder}/validation/step-{step:09d}.json", record)
         return metrics

@@ -8,15 +8,21 @@ from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.storage import Storage
 from ray_jobs.train import TrainResult, train
 from tests.ray_jobs.small import PAIRS
-from tests.ray_jobs.training.runs import config_of
+from tests.ray_jobs.training.runs import HALF_EMPTY, SKIPPED, batch_rows, config_of, spoil
 
 
 @pytest.fixture(scope="session")
 def emoji_storage(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """Two hundred emoji pairs in row groups of 32, in more than one part."""
+    """Two hundred emoji pairs in row groups of 32, in more than one part.
+
+    After their ingestion, the images of a whole global batch came to harm, and those of the first
+    of two workers in another.
+    """
     storage = Storage.at(tmp_path_factory.mktemp("emoji"))
     source = {"kind": "emoji", "limit": PAIRS, "unit_rows": 90}
     ingest(IngestConfig(source=source, row_group_rows=32), storage)
+    first_worker = batch_rows(storage, HALF_EMPTY, lanes=range(2))
+    spoil(storage, {*batch_rows(storage, SKIPPED), *first_worker})
     return storage
 
 

@@ -1,5 +1,7 @@
 """Training on a real Ray cluster: it ends, goes on after a kill, and is one for any workers."""
 
+import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,23 +9,26 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
+from ray.train import Checkpoint, ReportedCheckpoint, ReportedCheckpointStatus
 
 from ray_jobs.encoding import TextsError
 from ray_jobs.ingest import IngestConfig, Manifest, ingest
 from ray_jobs.storage import Storage
-from ray_jobs.train import TrainError, TrainResult, total_steps, train
+from ray_jobs.train import TrainError, TrainResult, check_room, total_steps, train
 from ray_jobs.training.batches import PairFiles
-from ray_jobs.training.loop import NonFiniteLossError
+from ray_jobs.training.checkpoint import RunState, checkpoint_name
+from ray_jobs.training.loop import NonFiniteLossError, is_validating
 from rwkv_clip.model import load_checkpoint
 from tests.machine import grow, small_file_system
-from tests.ray_jobs.small import PAIRS
-from tests.ray_jobs.training.runs import assert_same_curve, config_of
+from tests.ray_jobs.small import PAIRS, TRAIN
+from tests.ray_jobs.training.runs import SKIPPED, assert_same_curve, config_of
 
 
 def test_a_run_ends_with_a_model_and_its_history(undisturbed):
     storage, result = undisturbed
     assert result.steps == total_steps(config_of(), PairFiles.of(storage)) == 9
-    assert [record["step"] for record in result.history] == list(range(1, 10))
+    learnt = [step for step in range(1, 10) if step != SKIPPED]
+    assert [record["step"] for record in result.history] == learnt
     assert {"loss", "learning_rate", "logit_scale", "gradient_norm"} <= result.history[0].keys()
     assert {"pairs_per_second", "data_wait_share"} <= result.history[0].keys()
     model = load_checkpoint(storage.path(result.checkpoint))
@@ -49,7 +54,9 @@ class Recorder:
         self.storage.write_json(f"records/{int(record['step']):03d}.json", dict(record))
 
 
-VALIDATED = config_of(workers=2, log_steps=2, validation={"pairs": 150, "batch": 64, "cpus": 0.2})
+# Of two CPUs the workers hold so much that a validation waits for their end.
+NO_ROOM = {"pairs": 150, "batch": 64, "cpus": 1.3}
+VALIDATED = config_of(workers=2, log_steps=2, validation=NO_ROOM)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +139,20 @@ def test_a_loss_that_is_no_number_names_the_pairs_and_the_checkpoint(own_storage
     assert own_storage.exists("train/step-000000001/model.safetensors")
 
 
+def test_a_run_without_anything_to_learn_from_names_the_pairs_and_the_weights(own_storage):
+    texts = {"web_text": 0, "caption": 0, "description": 1}  # before any description was written
+    config = config_of(data={**TRAIN["data"], "texts": texts}, epochs=9)
+    told = r"of 192, none has .*train\.data\.texts .*ids are noto-.*delete \S+/train$"
+    with pytest.raises(TrainError, match=told):  # after one epoch
+        train(config, own_storage)
+    assert not own_storage.exists("train/result.json")
+
+
+def test_a_state_of_another_version_is_read():
+    older = {"step": 4, "left_out": 2, "seconds": 0.0, "history": [{"step": 4.0}]}
+    assert RunState.of(older) == RunState(step=4, left_out=2, history=[{"step": 4.0}])
+
+
 def test_a_loss_that_needs_what_the_model_lacks_is_refused():
     with pytest.raises(ValidationError, match=r"sigmoid loss .* bias"):
         config_of(loss="sigmoid")
@@ -200,9 +221,53 @@ def test_records_reach_whoever_listens(validated):
     assert [storage.read_json(name) for name in storage.names("records")] == result.history
 
 
-def test_checkpoints_are_validated_beside_the_training_and_the_best_is_kept(validated):
+@pytest.mark.parametrize(
+    ("last", "reported", "expected"),
+    [
+        (0, {}, False),
+        (4, {}, True),  # its upload has not ended
+        (4, {4: "PENDING_VALIDATION"}, True),
+        (0, {4: "PENDING_VALIDATION"}, True),  # asked for before the worker began anew
+        (4, {4: "VALIDATED"}, False),
+        (4, {4: "VALIDATION_FAILED"}, False),
+        (4, {4: "VALIDATION_TIMEOUT"}, False),
+        (4, {8: "COMMITTED"}, False),  # it was validated, and not worth keeping
+        (12, {4: "VALIDATED", 8: "COMMITTED"}, True),
+    ],
+)
+def test_a_validation_is_under_way_until_its_checkpoint_has_an_answer(last, reported, expected):
+    there = [
+        ReportedCheckpoint(
+            Checkpoint(f"/run/{checkpoint_name(step)}"), {}, ReportedCheckpointStatus(status)
+        )
+        for step, status in reported.items()
+    ]
+    assert is_validating(checkpoint_name(last) if last else "", there) is expected
+
+
+@pytest.mark.parametrize(
+    ("cpus", "told"),
+    [
+        (0.5, None),
+        (
+            1.3,
+            "validations wait until training ends, .* give fewer train.workers, or less in train",
+        ),
+        (3, "no checkpoint is validated; give less in train.validation.cpus"),
+    ],
+)
+def test_a_validation_without_room_is_told_before_the_work(ray_cluster, caplog, cpus, told):
+    with caplog.at_level(logging.WARNING):
+        check_room(config_of(workers=2, validation={"cpus": cpus}))
+    assert len(caplog.messages) == (told is not None)
+    assert told is None or re.search(told, caplog.text)
+
+
+def test_checkpoints_are_validated_and_the_best_is_kept(validated):
     storage, result = validated
-    assert [record["step"] for record in result.validations] == [4, 8, 9]
+    # One at a time may wait for room, and that of the last checkpoint is waited for.
+    assert [record["step"] for record in result.validations] == [4, 9]
+    assert result.skipped_validations == 1
     scores = {
         record["step"]: record["validation_text_to_image_recall_at_10"]
         for record in result.validations
