@@ -1,4 +1,4 @@
-"""Embeddings of stored images and pairs, and the names by which metrics are logged."""
+"""Embeddings of stored images and pairs."""
 
 import logging
 import math
@@ -27,7 +27,6 @@ from ray_jobs.storage import Storage
 from ray_jobs.training.batches import TEXTS, PairFiles
 from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from rwkv_clip.config import BaseConfig
-from rwkv_clip.evaluation import RetrievalResult
 from rwkv_clip.images import ImageDecodeError
 from rwkv_clip.model import RWKVCLIP, load_checkpoint
 from rwkv_clip.transforms import TransformedBatch
@@ -280,14 +279,3 @@ def matrix(
     values: np.ndarray[tuple[int, int], np.dtype[np.float32]]
     values = array.flatten().to_numpy().reshape(-1, width)
     return values
-
-
-def named_metrics(result: RetrievalResult) -> dict[str, float]:
-    """Recalls, from 0 to 1, and median ranks, under names that MLflow takes."""
-    metrics = {}
-    for direction in ("text_to_image", "image_to_text"):
-        found = getattr(result, direction)
-        for k, recall in found.recall_at.items():
-            metrics[f"{direction}_recall_at_{k}"] = float(recall)
-        metrics[f"{direction}_median_rank"] = float(found.median_rank)
-    return metrics

@@ -32,17 +32,22 @@ from ray_jobs.encoding import (
     check_texts,
     fetch_checkpoint,
     matrix,
-    named_metrics,
     vectors,
     with_text,
 )
 from ray_jobs.image_sets import ImageSet
 from ray_jobs.ingest import Manifest
 from ray_jobs.pairs import TextColumn
-from ray_jobs.retrieval import RetrievalConfig, RetrievalScore, open_captioned, search_set
+from ray_jobs.retrieval import (
+    RetrievalConfig,
+    RetrievalScore,
+    example_queries,
+    open_captioned,
+    search_set,
+)
 from ray_jobs.storage import Storage, digest_of_json
 from ray_jobs.training.batches import PairFiles
-from rwkv_clip.evaluation import benchmark_result, retrieval, retrieval_ranks, top_k
+from rwkv_clip.evaluation import benchmark_result, retrieval
 
 Array = npt.NDArray[Any]
 
@@ -93,8 +98,8 @@ class EvaluationResult:
     Attributes:
         metrics: by name, fractions from 0 to 1 and counts.
         chance: what recall_at_10 would be by chance; 0 where no pairs were searched.
-        examples: queries, each with its text, its id, the ids of the five nearest images, and the
-            rank of its own among all.
+        examples: queries that the report shows, as `example_queries` gives them: of the pairs, or
+            where there are none of the first set of captioned images.
         checkpoint: what was evaluated.
         data_digest: of all that it was evaluated on.
         clip_benchmark: the results as LAION's CLIP_benchmark writes them, by file name.
@@ -253,7 +258,7 @@ class Evaluation:
             scores = score_set(labelled, test, train, config, storage, checkpoint)
             _add(result, scores, labelled_digest(labelled, test, train))
         for captioned, images in self._sets.captioned:
-            score = search_set(captioned, images, config, storage, checkpoint)
+            score = search_set(captioned, images, config, storage, checkpoint, config.examples)
             _add_search(result, score, captioned_digest(captioned, images))
         for file, value in result.clip_benchmark.items():
             storage.write_json(f"{self._place}/clip_benchmark/{file}", value)
@@ -285,6 +290,9 @@ def _add(result: EvaluationResult, scores: Sequence[ClassificationScore], digest
 def _add_search(result: EvaluationResult, score: RetrievalScore, digest: str) -> None:
     told = asdict(score)
     result.clip_benchmark[f"{score.name}-retrieval.json"] = told.pop("clip_benchmark")
+    examples = told.pop("examples")
+    if not result.examples:
+        result.examples.extend(examples)
     result.retrieval.append(told)
     result.metrics.update(score.metrics())
     result.tested.update(dict.fromkeys(score.metrics(), scored_on(score.name, digest)))
@@ -329,45 +337,21 @@ def _embed(
 def _score(
     config: EvaluationConfig, table: pa.Table, checkpoint: str, manifest: Manifest, digest: str
 ) -> EvaluationResult:
-    images, texts = matrix(table["image_embedding"]), matrix(table["text_embedding"])
-    asked = with_text(table["text"].to_pylist())
-    result = retrieval(images, texts[asked], asked)
-    metrics = {"pairs": float(len(table)), **named_metrics(result)}
+    texts: list[str] = table["text"].to_pylist()
+    asked = with_text(texts)
+    images, queries = matrix(table["image_embedding"]), matrix(table["text_embedding"])[asked]
+    result = retrieval(images, queries, asked)
+    metrics = {"pairs": float(len(table)), **result.metrics()}
     if len(asked) < len(table):
         metrics["pairs_without_text"] = float(len(table) - len(asked))
-    examples = _examples(config.examples, table, asked, images, texts)
+    ids, told = table["id"].to_pylist(), [texts[at] for at in asked]
+    examples = example_queries(config.examples, told, asked, ids, images, queries)
     written = asdict(
         benchmark_result(result, dataset=manifest.name, model="RWKV-CLIP", pretrained=checkpoint)
     )
     chance = 10 / max(len(table), 10)
     files = {f"{manifest.name}-retrieval.json": written}
     return EvaluationResult(metrics, chance, examples, checkpoint, digest, files)
-
-
-def _examples(
-    count: int, table: pa.Table, asked: Array, images: Array, texts: Array
-) -> list[dict[str, Any]]:
-    """Queries spread evenly over those that were asked, not chosen by their outcome."""
-    ids: Sequence[str] = table["id"].to_pylist()
-    queries = asked[np.linspace(0, len(asked) - 1, min(count, len(asked))).round().astype(int)]
-    nearest = top_k(texts[queries], images, min(5, len(ids)))
-    ranks = retrieval_ranks(images, texts[queries], queries).text_to_image
-    return [
-        {
-            "id": ids[query],
-            "text": table["text"][int(query)].as_py(),
-            "nearest": [ids[at] for at in row.tolist()],
-            "similarity": [round(float(value), 4) for value in values],
-            "rank": rank,
-        }
-        for query, row, values, rank in zip(
-            queries,
-            nearest.indices,
-            nearest.similarities.tolist(),
-            ranks.tolist(),
-            strict=True,
-        )
-    ]
 
 
 if __name__ == "__main__":

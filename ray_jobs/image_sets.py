@@ -7,7 +7,7 @@ and one of what goes with them.
 import logging
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -115,6 +115,22 @@ class ImageSet:
                 image = bytes(stream.read()) if small else b""
             yield unit.label, [posixpath.dirname(unit.label).partition("/")[0]], image
 
+    def images_of(self, names: Collection[str]) -> dict[str, bytes]:
+        """The encoded images of these names; no unit that holds none of them is read."""
+        units = [
+            unit
+            for units in self.units
+            for unit in units
+            if any(self._holds(unit, name) for name in names)
+        ]
+        return {name: image for name, _, image in self.read(units) if name in names}
+
+    def _holds(self, unit: Unit, name: str) -> bool:
+        if self.schema is None:
+            return name == unit.label
+        label, _, number = name.rpartition(":")
+        return label == unit.label and 0 <= int(number) - unit.first < (unit.rows or 0)
+
     def _rows(self, unit: Unit) -> Iterator[tuple[str, list[str], bytes]]:
         for number, row in read_rows(unit, [self.config.image, self.column], self.config.s3):
             name = f"{unit.label}:{number}"
@@ -124,7 +140,9 @@ class ImageSet:
             image, value = image_bytes(row[self.config.image]), row[self.column]
             values = value if isinstance(value, list) else [value]
             found = image if isinstance(image, bytes) else b""
-            yield name, [str(one) for one in values if one is not None], found
+            # Who searches by nothing finds anything, and it is no name of a class either.
+            told = [str(one) for one in values if one is not None]
+            yield name, [one for one in told if one.strip()], found
 
     def _check(self, schema: pa.Schema, where: str) -> None:
         for field, column in (("image", self.config.image), (self.field, self.column)):
@@ -176,7 +194,7 @@ class SetEncoder(ImageEncoder):
         self.images, self.batch, self.template = images, config.batch, template
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
-        """`values`, `image_embedding` and perhaps `text_embedding` of a unit's images."""
+        """`name`, `values`, `image_embedding` and perhaps `text_embedding` of a unit's images."""
         (at,) = batch["unit"].tolist()
         waiting: list[tuple[str, list[str], bytes]] = []
         for row in self.images.read(self.images.units[at]):
@@ -191,7 +209,12 @@ class SetEncoder(ImageEncoder):
         names = [name for name, _, _ in rows]
         embedded, usable, _ = self.encode_images([image for _, _, image in rows], names)
         values = pa.array([rows[at][1] for at in usable], pa.list_(pa.string()))
-        columns = {"values": values, "image_embedding": vectors(embedded)}
+        usable_names = pa.array([names[at] for at in usable], pa.string())
+        columns = {
+            "name": usable_names,
+            "values": values,
+            "image_embedding": vectors(embedded),
+        }
         if self.template is not None:
             texts = [self.template.replace("{}", text) for text in values.flatten().to_pylist()]
             encoded = vectors(self.encode_texts(texts, self.batch))

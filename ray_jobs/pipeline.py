@@ -11,9 +11,9 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -31,7 +31,7 @@ from ray_jobs.encoding import TextsError, check_texts
 from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult, OpenedSets
 from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
 from ray_jobs.memory import PeakMemory
-from ray_jobs.progress import Progress, duration
+from ray_jobs.progress import Progress
 from ray_jobs.report import (
     Report,
     StageTime,
@@ -46,6 +46,7 @@ from ray_jobs.report import (
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import on_server
 from ray_jobs.storage import Storage, StorageConfig
+from ray_jobs.summary import PipelineResult, Stage, stage_lines, table
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize
 from ray_jobs.tracking import StageRun, Tracker, TrackingConfig, TrackingError
 from ray_jobs.tracking.config import STORE_ERRORS
@@ -131,44 +132,6 @@ class PipelineConfig(BaseConfig):
         return self.train.model_copy(update={"data": data})
 
 
-@dataclass(frozen=True)
-class Stage:
-    """How a stage went, for the table at the end.
-
-    Attributes:
-        name: the stage's.
-        outcome: what it did.
-        seconds: that it took this time.
-    """
-
-    name: str
-    outcome: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PipelineResult:
-    """What a run left.
-
-    Attributes:
-        report: the report's place.
-        peak_memory: the most that all processes held together, in bytes, in any run so far; 0 on
-            a cluster that ran before, whose processes nobody looked at.
-        tracking: how to look at the runs.
-    """
-
-    stages: list[Stage]
-    captioning: CaptionResult | None
-    synthesis: SynthesisResult | None
-    train: TrainResult
-    evaluation: EvaluationResult | None
-    baseline: EvaluationResult | None
-    registered: Registered | None
-    report: str
-    peak_memory: int
-    tracking: str
-
-
 configure = job.configure
 
 
@@ -185,9 +148,9 @@ def run_job(args: argparse.Namespace, stage: str | None = None) -> int:
         with connected(config.ray) as logs:
             _say(f"storage: {storage.uri}\nlogs of Ray and its workers: {logs}")
             if stage is None:
-                told = _table(storage, pipeline(config, storage))
+                told = table(storage, pipeline(config, storage))
             else:
-                told = _stages(run_stage(config, storage, stage))
+                told = stage_lines(run_stage(config, storage, stage))
     except (*_FAILURES, OSError, RayError, TrainingFailedError) as error:
         if (full := full_disk(error, storage.uri)) is not None:
             raise CommandError(full) from error
@@ -282,7 +245,7 @@ class _Pipeline:
             baseline_texts=_texts(config.baseline) if config.baseline else "",
             registered=f"{registered.uri}: {registered.told}" if registered else "",
             peak_memory=peak,
-            examples=examples(self.storage, test, evaluated) if test and evaluated else (),
+            examples=examples(self.storage, test, sets, evaluated) if evaluated else (),
             **collect(self.storage, data, described is not None),
         )
         self._publish(report)
@@ -459,7 +422,14 @@ class _Pipeline:
                 progress.skip(total)
             run.history(result.history)
             run.validations(result.validations)
-            run.metrics({"left_out": result.left_out, "training_seconds": result.seconds})
+            run.metrics(
+                {
+                    "left_out": result.left_out,
+                    "skipped_steps": result.skipped_steps,
+                    "skipped_validations": result.skipped_validations,
+                    "training_seconds": result.seconds,
+                }
+            )
             if run.run_id is not None:
                 _draw(run, result)
             told.append(f"{result.steps:,} steps of {batch:,}" + _already(result.resumed))
@@ -700,66 +670,6 @@ def _versions() -> dict[str, str]:
     """Of what made the run."""
     versions = {"rwkv-clip": rwkv_clip.__version__}
     return versions | {name: version(name) for name in ("torch", "ray", "mlflow")}
-
-
-def _table(storage: Storage, result: PipelineResult) -> str:
-    lines = [_stages(result.stages)]
-    if result.evaluation is not None:
-        lines += ["", *_scores(result.evaluation, result.baseline), ""]
-    if result.peak_memory:
-        lines.append(f"memory: {result.peak_memory / 1e9:.1f} GB at its peak, of all processes")
-    lines.append(f"model:  {storage.child_uri(result.train.best)}")
-    if result.registered is not None:
-        lines.append(f"        {result.registered.uri}")
-    if result.tracking:
-        lines.append(f"runs:   {result.tracking}")
-    lines.append(f"report: {result.report}")
-    return "\n".join(lines)
-
-
-def _stages(stages: Sequence[Stage]) -> str:
-    width = max(len(stage.name) for stage in stages)
-    return "\n".join(
-        f"{stage.name:<{width}} {duration(stage.seconds):>12}   {stage.outcome}" for stage in stages
-    )
-
-
-def _scores(evaluation: EvaluationResult, baseline: EvaluationResult | None) -> list[str]:
-    """Lines of what was scored; below each the baseline's, and how far it is surpassed."""
-    others = _measures(baseline) if baseline is not None else {}
-    rows: list[tuple[str, str, Mapping[str, float]]] = []
-    for label, measured in _measures(evaluation).items():
-        rows.append((label, "{:5.1f} %", measured))
-        if (other := others.get(label)) is None:
-            continue
-        margins = {name: value - other[name] for name, value in measured.items()}
-        rows.append((f"{label} (baseline)", "{:5.1f} %", other))
-        rows.append((f"{label} (margin)", "{:+5.1f}  ", margins))
-    if evaluation.searched:
-        rows.append(("by chance", "{:5.1f} %", {"R@10": evaluation.chance}))
-    width = max(27, *(len(label) for label, _, _ in rows))
-    lines = []
-    for label, form, values in rows:
-        scores = "  ".join(f"{name} {form.format(100 * value)}" for name, value in values.items())
-        lines.append(f"{label:<{width}} {scores}".rstrip())
-    return lines
-
-
-def _measures(evaluation: EvaluationResult) -> dict[str, dict[str, float]]:
-    """What the table shows of an evaluation, by what was searched or classified."""
-    searched = [("", evaluation.metrics)] if evaluation.searched else []
-    searched += [(f"{one['name']} ", one["found"]) for one in evaluation.retrieval]
-    found = {
-        f"{name}{direction.replace('_', ' ')}": {
-            f"R@{k}": metrics[f"{direction}_recall_at_{k}"] for k in (1, 5, 10)
-        }
-        for name, metrics in searched
-        for direction in ("text_to_image", "image_to_text")
-    }
-    for one in evaluation.classification:
-        told = {"top-1": one["top1"], "top-5": one["top5"], "per class": one["mean_per_class"]}
-        found[f"{one['name']} {one['task'].replace('_', ' ')}"] = told
-    return found
 
 
 def _say(text: str) -> None:

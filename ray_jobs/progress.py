@@ -4,6 +4,7 @@ On a terminal the line is rewritten; elsewhere a new one appears now and then, s
 day's run stays readable.
 """
 
+import os
 import shutil
 import sys
 import time
@@ -115,11 +116,19 @@ class Progress:
     def _write(self, line: str) -> None:
         if self._terminal:
             # A line that wraps could not be rewritten: each time it would take rows of its own.
-            width = shutil.get_terminal_size().columns - 1
+            width = self._columns() - 1
             self._stream.write(f"\r{line[:width]}{_CLEAR}")
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
+
+    def _columns(self) -> int:
+        """Of the stream's own terminal; standard output, which others ask, may be a file."""
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns
+        except OSError:
+            columns = 0
+        return columns or shutil.get_terminal_size().columns
 
 
 def tell(line: str) -> None:

@@ -13,14 +13,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, field_validator
 
-from ray_jobs.encoding import EncoderConfig, matrix, named_metrics
+from ray_jobs.encoding import EncoderConfig, matrix
 from ray_jobs.image_sets import SET_NAME, ImageSet, ImageSetConfig, embed_set
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig
-from rwkv_clip.evaluation import benchmark_result, retrieval
+from rwkv_clip.evaluation import benchmark_result, retrieval, retrieval_ranks, top_k
 
 
 class CaptionedConfig(ImageSetConfig):
@@ -57,8 +58,9 @@ class RetrievalScore:
         images: that were searched.
         left_out: images that could not be decoded.
         captions: of all images.
-        found: recalls and median ranks by the names of `named_metrics`.
+        found: recalls and median ranks by the names of `RetrievalResult.metrics`.
         clip_benchmark: the same as LAION's CLIP_benchmark writes it.
+        examples: what `example_queries` gives.
     """
 
     name: str
@@ -67,6 +69,7 @@ class RetrievalScore:
     captions: int
     found: dict[str, float]
     clip_benchmark: dict[str, Any]
+    examples: list[dict[str, Any]]
 
     def metrics(self) -> dict[str, float]:
         """By names that MLflow takes."""
@@ -92,8 +95,17 @@ def search_set(
     encoder: EncoderConfig,
     storage: Storage,
     checkpoint: str,
+    examples: int,
 ) -> RetrievalScore:
     """Search a set; images without a caption are distractors.
+
+    Args:
+        config: what is asked.
+        images: of the set.
+        encoder: what embeds.
+        storage: holds the checkpoint.
+        checkpoint: its folder's name.
+        examples: queries to tell with what they found.
 
     Raises:
         SourceError: there are captions of no image.
@@ -108,7 +120,8 @@ def search_set(
             f"{images.key}.captions: column {images.column!r} has no caption of any image that can "
             "be decoded"
         )
-    result = retrieval(matrix(table["image_embedding"]), matrix(texts.flatten()), owner)
+    image_emb, text_emb = matrix(table["image_embedding"]), matrix(texts.flatten())
+    result = retrieval(image_emb, text_emb, owner)
     written = benchmark_result(
         result, dataset=config.name, model="RWKV-CLIP", pretrained=checkpoint
     )
@@ -117,6 +130,57 @@ def search_set(
         len(table),
         images.rows - len(table),
         len(owner),
-        named_metrics(result),
+        result.metrics(),
         asdict(written),
+        example_queries(
+            examples,
+            table["values"].combine_chunks().flatten().to_pylist(),
+            owner,
+            table["name"].to_pylist(),
+            image_emb,
+            text_emb,
+        ),
     )
+
+
+def example_queries(
+    count: int,
+    texts: Sequence[str],
+    image_of_text: npt.NDArray[np.intp],
+    ids: Sequence[str],
+    image_emb: npt.NDArray[np.float32],
+    text_emb: npt.NDArray[np.float32],
+) -> list[dict[str, Any]]:
+    """Queries spread evenly over all, not chosen by their outcome.
+
+    Args:
+        count: how many, or all if there are fewer.
+        texts: M, that are asked.
+        image_of_text: [M], the row of image_emb that each belongs to.
+        ids: N, of the images.
+        image_emb: [N, D].
+        text_emb: [M, D].
+
+    Returns:
+        Of each its text, its image's id, the ids of the five nearest images with their similarity,
+        and the rank of its own among all.
+    """
+    asked = np.linspace(0, len(texts) - 1, min(count, len(texts))).round().astype(int)
+    found = top_k(text_emb[asked], image_emb, 5)
+    ranks = retrieval_ranks(image_emb, text_emb[asked], image_of_text[asked]).text_to_image
+    return [
+        {
+            "id": ids[image_of_text[query]],
+            "text": texts[query],
+            "nearest": [ids[at] for at in nearest],
+            "similarity": [round(value, 4) for value in similarities],
+            "rank": rank,
+        }
+        for query, nearest, similarities, rank in zip(
+            asked.tolist(),
+            found.indices.tolist(),
+            found.similarities.tolist(),
+            ranks.tolist(),
+            strict=True,
+        )
+    ]

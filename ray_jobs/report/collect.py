@@ -13,7 +13,7 @@ from PIL import Image
 
 from ray_jobs.beside import DESCRIPTIONS, Beside, lay_over, written
 from ray_jobs.caption import CaptionResult
-from ray_jobs.evaluate import EvaluationResult
+from ray_jobs.evaluate import EvaluationResult, OpenedSets
 from ray_jobs.ingest import Manifest
 from ray_jobs.report.texts import TextStatistics, text_statistics
 from ray_jobs.storage import Storage
@@ -22,7 +22,7 @@ from ray_jobs.train import TrainResult
 
 _STATISTICS_ROWS = 50_000
 _KEPT_SAMPLES, _REFUSED_SAMPLES = 8, 6
-_PICTURE = 96
+_PICTURE = 160  # pixels: twice what is shown, for fine screens
 _TEXTS = ["id", "web_text", "caption", "tags", "description"]
 _WRITTEN = [
     "description_source",
@@ -82,6 +82,7 @@ class Report:
 
     Attributes:
         peak_memory: of all processes together, in bytes; 0 where nobody looked.
+        read: how many pairs, the first ones, statistics and samples are of.
     """
 
     title: str
@@ -98,6 +99,7 @@ class Report:
     baseline_texts: str = ""
     registered: str = ""
     peak_memory: int = 0
+    read: int = 0
     statistics: Sequence[TextStatistics] = ()
     samples: Sequence[Sample] = ()
     examples: Sequence[Example] = field(default_factory=tuple)
@@ -112,15 +114,23 @@ def collect(storage: Storage, train_data: Manifest, synthesized: bool) -> dict[s
         if (found := text_statistics(kind, texts[kind].to_pylist()))
     ]
     samples = _samples(storage, train_data, texts) if synthesized else []
-    return {"statistics": statistics, "samples": samples}
+    return {"read": len(texts), "statistics": statistics, "samples": samples}
 
 
-def examples(storage: Storage, test: Manifest, evaluation: EvaluationResult) -> list[Example]:
-    """The evaluation's queries, with pictures."""
+def examples(
+    storage: Storage, test: Manifest | None, sets: OpenedSets, evaluation: EvaluationResult
+) -> list[Example]:
+    """The evaluation's queries, with pictures: of the pairs, or of the first captioned set."""
     wanted = {
         one for example in evaluation.examples for one in (example["id"], *example["nearest"])
     }
-    pictures = _pictures(storage, test, sorted(wanted))
+    pictures: dict[str, str] = {}
+    if test is not None:
+        pictures = _pictures(storage, test, sorted(wanted))
+    elif wanted:
+        (_, images), *_ = sets.captioned
+        there = images.images_of(wanted)
+        pictures = {one: data_uri(there.get(one, b"")) for one in wanted}
     return [
         Example(
             text=example["text"],
@@ -186,17 +196,15 @@ def _pictures(storage: Storage, manifest: Manifest, ids: Sequence[str]) -> dict[
     for part in manifest.parts:
         if len(found) == len(set(ids)):
             break
-        inside = pc.is_in(storage.read_table(part.path, columns=["id"])["id"], wanted)
-        if not pc.any(inside).as_py():
-            continue
-        rows = storage.read_table(part.path, columns=["id", "image"]).filter(inside)
-        for row in rows.to_pylist():
+        there = storage.read_table(part.path, columns=["id"])["id"]
+        for position in pc.indices_nonzero(pc.is_in(there, wanted)).to_pylist():
+            (row,) = storage.read_rows(part.path, ["id", "image"], position, 1).to_pylist()
             found[row["id"]] = data_uri(row["image"])
     return found
 
 
 def data_uri(image: bytes) -> str:
-    """An encoded image as a small PNG in a data URI; an empty square if it cannot be decoded."""
+    """An encoded image as a small WebP in a data URI; an empty square if it cannot be decoded."""
     try:
         with Image.open(BytesIO(image)) as opened:
             opened.draft("RGB", (_PICTURE, _PICTURE))
@@ -206,5 +214,5 @@ def data_uri(image: bytes) -> str:
         small = Image.new("RGBA", (_PICTURE, _PICTURE))
     small.thumbnail((_PICTURE, _PICTURE))
     out = BytesIO()
-    small.save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    small.save(out, "WEBP")
+    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,5 +1,6 @@
 """The report's curves, as SVG that takes the page's colours."""
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
@@ -15,12 +16,12 @@ _FEW = 20  # points that are marked each; of a single one no line can be seen
 Records = Sequence[Mapping[str, float]]
 
 
-def loss_figure(history: Records, baseline: Records = ()) -> Figure:
-    """Loss by step."""
+def loss_figure(history: Records, baseline: Records = (), told: str = "baseline") -> Figure:
+    """Loss by step, perhaps beside that of another training, which is called as told."""
     figure, axes = _figure("contrastive loss")
-    _plot(axes, history, "loss", _LINE, "this run" if baseline else "loss")
+    _plot(axes, history, "loss", _LINE, "this run")
     if baseline:
-        _plot(axes, baseline, "loss", _SECOND, "baseline")
+        _plot(axes, baseline, "loss", _SECOND, told)
         axes.legend(frameon=False)
     axes.set_ylim(bottom=0)
     return figure
@@ -57,7 +58,10 @@ def svg(figure: Figure) -> str:
     # Black means the page's text colour, so that the curves can be read on a dark page too. That of
     # texts is not written but SVG's default, which is therefore set for the whole.
     element = re.sub(r"#000000|\bblack\b", "currentColor", element)
-    return element.replace("<svg", '<svg fill="currentColor"', 1)
+    for colour, variable in ((_LINE, "--line-1"), (_SECOND, "--line-2")):
+        element = element.replace(colour, f"var({variable})")
+    told = html.escape(f"{figure.axes[0].get_ylabel()} by step")
+    return element.replace("<svg", f'<svg fill="currentColor" role="img" aria-label="{told}"', 1)
 
 
 def _figure(label: str) -> tuple[Figure, Axes]:

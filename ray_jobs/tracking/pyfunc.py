@@ -1,19 +1,29 @@
 """The registered model as MLflow loads it: texts and images in, embeddings out.
 
 MLflow keeps this file beside the checkpoint and runs it (models from code), so it imports nothing
-of this project but the library.
+of this project but the library, of which the model has a copy for machines without it.
 """
 
 import base64
 import binascii
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
-import rwkv_clip
+# MLflow puts the model's copy first. A library that is installed comes before it, because that may
+# have been built for this machine's GPU.
+_COPY = Path(__file__).resolve().with_name("code")
+sys.path = [entry for entry in sys.path if Path(entry).resolve() != _COPY]
+if find_spec("rwkv_clip") is None:
+    sys.path.append(str(_COPY))
+
+import rwkv_clip  # noqa: E402
 
 _PIECE = 64  # items that are embedded at once: a text of B/32 takes 4 MB meanwhile
 
@@ -22,11 +32,24 @@ class Item(BaseModel):
     """One input: a text or an image."""
 
     text: str | None = Field(None, description="a text")
-    image: str | None = Field(None, description="an encoded image file in base64")
+    image: str | None = Field(
+        None, description="an encoded image file (JPEG, PNG, WebP, ...): its bytes, or in base64"
+    )
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _bytes_in_base64(cls, image: Any) -> Any:
+        return base64.b64encode(image).decode() if isinstance(image, bytes) else image
 
 
 class EmbeddingModel(PythonModel):
-    """Embeds texts and images into the same space; all embeddings have length 1."""
+    """Embeds texts and images into the same space; all embeddings have length 1.
+
+    It takes a list of dicts, each with a `text` or an `image`, or a pandas DataFrame with the
+    columns `text`, `image` or both, one of which is null in each row; other columns are passed
+    over. An image is an encoded file: its bytes, or these in base64, as JSON wants them. The answer
+    is a list with a list of D floats for each item.
+    """
 
     def load_context(self, context: Any) -> None:
         """Load the checkpoint."""

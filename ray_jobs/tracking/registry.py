@@ -1,10 +1,14 @@
 """Models in MLflow's registry, and which of them is the champion."""
 
+import base64
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import requires, version
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,19 +18,22 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.logging_utils import MLFLOW_LOGGING_STREAM
+from packaging.requirements import Requirement
+from packaging.version import Version
+from PIL import Image
 
 import rwkv_clip
 from ray_jobs.storage import Storage
 from ray_jobs.tracking.runs import Tracker, current_store
 from ray_jobs.tracking.source import stored_model
 from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
+from rwkv_clip.ops import build_info
 
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 _NO_CHAMPION = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no model, no alias
 _WEIGHTS = "weights"  # the tag that holds their digest
-_EXAMPLE = [{"text": "a red heart"}, {"text": "a photo of a dog"}]
 
 
 @dataclass(frozen=True)
@@ -147,18 +154,20 @@ def _registered(client: MlflowClient, name: str, run_id: str, weights: str) -> M
 def _log_model(
     tracker: Tracker, storage: Storage, checkpoint: str, run_id: str, weights: str
 ) -> ModelVersion:
+    """Log and register a model that needs nothing but MLflow and what a package index has."""
     name = tracker.config.model_name
     with (
-        _local_copy(storage, checkpoint) as folder,
+        TemporaryDirectory() as folder,
         current_store(tracker.uri),
         mlflow.start_run(run_id=run_id),
     ):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc.py")),
-            artifacts={"checkpoint": str(folder)},
-            input_example=_EXAMPLE,
-            pip_requirements=[f"rwkv-clip=={rwkv_clip.__version__}"],
+            artifacts={"checkpoint": str(_local_checkpoint(storage, checkpoint, Path(folder)))},
+            code_paths=[str(_local_library(Path(folder)))],
+            input_example=_example(),
+            pip_requirements=_requirements(),
         )
         with _quietly():
             registered = mlflow.register_model(info.model_uri, name, tags={_WEIGHTS: weights})
@@ -176,15 +185,37 @@ def _quietly() -> Iterator[None]:
         MLFLOW_LOGGING_STREAM.enabled = before
 
 
-@contextmanager
-def _local_copy(storage: Storage, checkpoint: str) -> Iterator[Path]:
+def _local_checkpoint(storage: Storage, checkpoint: str, root: Path) -> Path:
     """The model's two files, without the optimizer's state."""
-    with TemporaryDirectory() as root:
-        folder = Path(root, "checkpoint")
-        folder.mkdir()
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            (folder / file).write_bytes(storage.read_bytes(f"{checkpoint}/{file}"))
-        yield folder
+    folder = root / "checkpoint"
+    folder.mkdir()
+    for file in (WEIGHTS_FILE, CONFIG_FILE):
+        (folder / file).write_bytes(storage.read_bytes(f"{checkpoint}/{file}"))
+    return folder
+
+
+def _local_library(root: Path) -> Path:
+    """The library with its compiled operator, which it lacks where a job was sent its code."""
+    package = Path(rwkv_clip.__file__).parent
+    folder = root / package.name
+    shutil.copytree(package, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    if (operator := build_info()["library"]) is not None:
+        shutil.copy(operator, folder)
+    return folder
+
+
+def _requirements() -> list[str]:
+    """What the library depends on, as it is here; the index has no builds such as 2.13.0+cpu."""
+    needed = map(Requirement, requires("rwkv-clip") or [])
+    names = [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return [f"{name}=={Version(version(name)).public}" for name in names]
+
+
+def _example() -> list[dict[str, str]]:
+    """A text and an image."""
+    png = BytesIO()
+    Image.new("RGB", (16, 16), "red").save(png, "PNG")
+    return [{"text": "a red square"}, {"image": base64.b64encode(png.getvalue()).decode()}]
 
 
 def _wins(

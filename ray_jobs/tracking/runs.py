@@ -1,10 +1,12 @@
 """A pipeline's runs in MLflow: one parent, and a child for each stage.
 
 Choices:
-- The storage remembers its runs (`tracking.json`), so a pipeline that was killed goes on in the
-  runs it began. Another configuration begins another parent; the stages it finds done are logged
-  there from their results. A stage of other data is another run: it must not go on in the old one's
-  curve, whose parameters MLflow does not let it change either.
+- The storage remembers its runs (`tracking/`), so a pipeline that was killed goes on in the runs it
+  began. Another configuration begins another parent; the stages it finds done are logged there from
+  their results. A stage of other data is another run: it must not go on in the old one's curve,
+  whose parameters MLflow does not let it change either.
+- Each run has a file of its own there, so stages and configurations that are at work on one storage
+  at the same time do not undo each other's notes.
 - A run ends as FINISHED, FAILED (an error, kept as the tag `error`) or KILLED, also by kill -9: a
   watcher process sees the driver's pipe end.
 - A pipeline does not start with an MLflow it cannot reach. Losing MLflow later costs no work: what
@@ -27,7 +29,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_TRACKING_URI
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.git_utils import get_git_commit
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_COMMIT,
@@ -38,12 +39,14 @@ from mlflow.utils.mlflow_tags import (
 
 from ray_jobs.storage import Storage, digest_of_json
 from ray_jobs.tracking.config import STORE_ERRORS, TrackingConfig, tracking_place
+from ray_jobs.tracking.machine import MachineMetrics
 from ray_jobs.tracking.metrics import StepMetrics
 from rwkv_clip import __version__
 
 logger = logging.getLogger(__name__)
 
-RECORD = "tracking.json"
+_NOTES = "tracking"
+_OLDER_NOTES = "tracking.json"  # of releases that kept all of a storage's in one file
 _PARAM_LIMIT = 5000
 _DIGEST_LIMIT = 36
 _MISSED = (
@@ -56,7 +59,6 @@ _PASSING = (
 )
 _CONTINUED = "continued.{}"  # tag: `code_version` of the latest start that took a run up
 _BATCH = 100
-_RECORDS = 32  # configurations of one storage that are remembered
 _NO_SUCH_RUN = "RESOURCE_DOES_NOT_EXIST"
 _REFUSALS = frozenset(  # by another error MLflow, or what it stands on, is away
     {
@@ -201,29 +203,28 @@ class Tracker:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `place` tells
         os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
         self.client = MlflowClient(tracking_uri=self.uri)
-        self._record = self._recall()
+        self._notes = _Notes(storage, self.uri, settings)
         try:
             self.experiment = self._experiment(place.artifacts)
-            if any(map(self._gone, _runs_of(self._record))):
-                self._record = self._fresh()
+            if any(map(self._gone, self._notes.runs())):
+                self._notes.forget()
         except (MlflowException, OSError) as error:
             raise TrackingError(
                 f"MLflow at {self.uri} cannot be used ({str(error).splitlines()[0]}); mend "
                 "tracking.uri or MLFLOW_TRACKING_URI, or set tracking to null"
             ) from error
         self._watcher: subprocess.Popen[str] | None = None
-        self._monitor: Any = None
+        self._monitor: MachineMetrics | None = None
 
     def __enter__(self) -> "Tracker":
-        self.parent = self._begin(self._record["parent"], self.name, None, must=True)
+        held = self._notes.parent()
+        self.parent = self._begin(held.get("run_id"), self.name, None, must=True)
         try:
-            self._record["parent"] = self.parent.run_id
-            self._remember()
-            if not self._record.get("told"):
+            if not held.get("complete"):
+                self._notes.note_parent(self.parent.run_id, complete=False)
                 self.parent.params(self.settings)
                 self.parent.json("config.json", self.settings)
-                self._record["told"] = self.parent.complete
-                self._remember()
+                self._notes.note_parent(self.parent.run_id, complete=self.parent.complete)
             self._start_monitor()
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -231,19 +232,14 @@ class Tracker:
         return self
 
     def _start_monitor(self) -> None:
-        if self.config.system_metrics_seconds is not None and self.parent.run_id is not None:
-            monitor: Any = SystemMetricsMonitor  # it is not typed
-            self._monitor = monitor(
-                self.parent.run_id,
-                sampling_interval=self.config.system_metrics_seconds,
-                resume_logging=True,
-                tracking_uri=self.uri,
-            )
-            self._monitor.start()
+        seconds, run_id = self.config.system_metrics_seconds, self.parent.run_id
+        if seconds is not None and run_id is not None:
+            self._monitor = MachineMetrics(run_id, seconds, self.uri)
+            self._monitor.start()  # type: ignore[no-untyped-call]
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
         if self._monitor is not None:
-            self._monitor.finish()
+            self._monitor.finish()  # type: ignore[no-untyped-call]
         self._end(self.parent, error)
         if self._watcher is not None and self._watcher.stdin is not None:
             self._watcher.stdin.close()
@@ -259,11 +255,11 @@ class Tracker:
 
     def logged(self, stage: str) -> bool:
         """Whether MLflow has all of a stage."""
-        return bool(self._record["stages"].get(stage, {}).get("complete"))
+        return bool(self._notes.stage(stage).get("complete"))
 
     def run_id(self, stage: str) -> str | None:
         """The id of a stage's run, if it has one."""
-        held: str | None = self._record["stages"].get(stage, {}).get("run_id")
+        held: str | None = self._notes.stage(stage).get("run_id")
         return held
 
     @contextmanager
@@ -277,30 +273,25 @@ class Tracker:
             of: the data that it is of, and the model, as JSON takes it; another one begins where
                 that has changed.
         """
-        stages, told = self._record["stages"], digest_of_json(of)
-        before = stages.get(name)
+        before, told = self._notes.stage(name), digest_of_json(of)
         # What releases noted that did not note this is taken for the same.
-        if stages.get(name, {}).get("of", told) != told:
-            del stages[name]
-        if self.logged(name):
-            if done:
-                yield StageRun(None, None)
-                return
-            del stages[name]
-        run = self._begin(self.run_id(name), name, self.parent.run_id)
-        stages[name] = {"run_id": run.run_id, "complete": False, "of": told}
+        same = before.get("of", told) == told
+        if same and before.get("complete") and done:
+            yield StageRun(None, None)
+            return
+        held = before.get("run_id") if same and not before.get("complete") else None
+        run = self._begin(held, name, self.parent.run_id)
+        noted = {"run_id": run.run_id, "complete": False, "of": told}
         try:
-            self._remember()
+            self._notes.note_stage(name, noted)
             yield run
         except BaseException as error:
             self._end(run, error)
-            if done and before is not None:  # the results that are there are still of that run
-                stages[name] = before
-                self._remember()
+            if done and before:  # the results that are there are still of that run
+                self._notes.note_stage(name, before)
             raise
         self._end(run, None)
-        stages[name]["complete"] = run.complete
-        self._remember()
+        self._notes.note_stage(name, {**noted, "complete": run.complete})
 
     def _experiment(self, artifacts: str | None) -> str:
         held = self.client.get_experiment_by_name(self.config.experiment)
@@ -314,28 +305,6 @@ class Tracker:
                 )
             return str(held.experiment_id)
         return str(self.client.create_experiment(self.config.experiment, artifacts))
-
-    def _recall(self) -> dict[str, Any]:
-        """What an earlier start of the same pipeline noted."""
-        fresh = self._fresh()
-        return next((one for one in self._records() if _same(one, fresh)), fresh)
-
-    def _fresh(self) -> dict[str, Any]:
-        settings = digest_of_json(self.settings)
-        return {"uri": self.uri, "settings": settings, "parent": None, "stages": {}}
-
-    def _records(self) -> list[dict[str, Any]]:
-        """What all configurations noted in this storage, the latest last."""
-        if not self.storage.exists(RECORD):
-            return []
-        held: dict[str, Any] = self.storage.read_json(RECORD)
-        records: list[dict[str, Any]] = held.get("records", [held])  # an older release's is alone
-        return records
-
-    def _remember(self) -> None:
-        # Read again: another command may have noted something meanwhile.
-        others = [one for one in self._records() if not _same(one, self._record)]
-        self.storage.write_json(RECORD, {"records": [*others, self._record][-_RECORDS:]})
 
     def _gone(self, run_id: str) -> bool:
         """Whether a run has been deleted; raises MlflowException where MLflow does not tell."""
@@ -421,15 +390,52 @@ class Tracker:
             self._watcher.stdin.flush()
 
 
-def _runs_of(record: Mapping[str, Any]) -> Iterator[str]:
-    """The ids of all runs that a record names."""
-    runs = [record["parent"], *(one["run_id"] for one in record["stages"].values())]
-    return filter(None, runs)
+class _Notes:
+    """What a storage remembers of the runs of one configuration in one tracking store."""
 
+    def __init__(self, storage: Storage, uri: str, settings: Mapping[str, Any]) -> None:
+        self._storage = storage
+        self._of = {"uri": uri, "settings": digest_of_json(settings)}
+        self._folder = f"{_NOTES}/{digest_of_json(self._of)[:16]}"
+        self._stages = f"{self._folder}/stages"
+        if not self.parent():
+            self._take_over()
 
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two records are of the same configuration in the same store."""
-    return all(one[key] == other[key] for key in ("uri", "settings"))
+    def parent(self) -> dict[str, Any]:
+        """Its `run_id`, and whether it is `complete`: has all settings; empty if there is none."""
+        return self._read(f"{self._folder}/parent.json")
+
+    def note_parent(self, run_id: str | None, *, complete: bool) -> None:
+        value = {**self._of, "run_id": run_id, "complete": complete}
+        self._storage.write_json(f"{self._folder}/parent.json", value)
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """Its `run_id`, whether that is `complete`, and what it is `of`; empty if there is none."""
+        return self._read(f"{self._stages}/{name}.json")
+
+    def note_stage(self, name: str, value: Mapping[str, Any]) -> None:
+        self._storage.write_json(f"{self._stages}/{name}.json", value)
+
+    def runs(self) -> list[str]:
+        """The ids of all runs."""
+        notes = [self.parent(), *map(self._read, self._storage.names(self._stages, ".json"))]
+        return [one["run_id"] for one in notes if one.get("run_id")]
+
+    def forget(self) -> None:
+        self._storage.delete(self._folder)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self._storage.read_json(name) if self._storage.exists(name) else {}
+        return found
+
+    def _take_over(self) -> None:
+        """Note what an older release did."""
+        held = self._read(_OLDER_NOTES)
+        for one in held.get("records", [held]):
+            if all(one.get(key) == value for key, value in self._of.items()):
+                for name, value in one["stages"].items():
+                    self.note_stage(name, value)
+                self.note_parent(one["parent"], complete=bool(one.get("told")))
 
 
 def _first_line(error: Exception) -> str:

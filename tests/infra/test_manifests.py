@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from ray.serve._private.common import DeploymentStatus
 
 import serve.metrics
 from serve.command import FEWER_HOPS
@@ -146,10 +147,12 @@ def expressions() -> list[str]:
 
 
 def test_the_dashboard_and_the_alerts_ask_for_metrics_that_there_are(monkeypatch):
-    told = "\n".join(
-        file.read_text()
-        for file in Path(ray.__file__).parent.glob("dashboard/modules/metrics/dashboards/*.py")
-    )
+    installed = Path(ray.__file__).parent
+    boards = installed.glob("dashboard/modules/metrics/dashboards/*.py")
+    told = "\n".join(file.read_text() for file in boards)
+    # Of what no dashboard of Ray's shows.
+    state = (installed / "serve/_private/deployment_state.py").read_text()
+    told += "\n".join(f"ray_{name}" for name in re.findall(r'"(serve_deployment_\w+)",', state))
     ours = set()
     for kind, suffixes in (("Counter", ["_total"]), ("Histogram", ["_bucket", "_sum", "_count"])):
 
@@ -162,6 +165,14 @@ def test_the_dashboard_and_the_alerts_ask_for_metrics_that_there_are(monkeypatch
     asked = {name for text in expressions() for name in NAME.findall(text)} - LABELS
     assert {name for name in asked if name.startswith("ray_rwkv_clip_")} <= ours
     assert [name for name in asked - ours if name not in told] == []
+
+
+def test_an_alert_tells_failing_deployments_from_those_that_change(gpu):
+    (rules,) = (one["spec"]["groups"][0]["rules"] for one in of_kind(gpu, "PrometheusRule"))
+    (asked,) = (one["expr"] for one in rules if one["alert"] == "EndpointUnhealthy")
+    least = int(re.search(r"ray_serve_deployment_status\{.*\}\) < (\d+)$", asked)[1])
+    told = {status.name for status in DeploymentStatus if status.to_numeric() < least}
+    assert told == {"DEPLOY_FAILED", "UNHEALTHY"}
 
 
 def test_the_dashboard_has_no_two_panels_in_one_place():

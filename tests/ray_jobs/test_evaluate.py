@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ray_jobs.encoding import TextsError, named_metrics
+from ray_jobs.encoding import TextsError
 from ray_jobs.evaluate import (
     Evaluation,
     EvaluationConfig,
@@ -68,7 +68,7 @@ def run(storage: Storage, seed: int) -> tuple[EvaluationResult, dict[str, float]
         expected = retrieval(
             model.encode_image(images), model.encode_text(texts), np.arange(WITHOUT, PAIRS)
         )
-    return found, named_metrics(expected)
+    return found, expected.metrics()
 
 
 Found = tuple[EvaluationResult, dict[str, float]]

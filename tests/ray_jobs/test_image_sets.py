@@ -1,6 +1,7 @@
 """Labelled images in folders and Parquet files, classified as the library classifies them."""
 
 import json
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,20 @@ from ray_jobs.classification import (
     labelled,
     open_sets,
 )
-from ray_jobs.encoding import named_metrics
-from ray_jobs.evaluate import Evaluation, EvaluationConfig
-from ray_jobs.retrieval import CaptionedConfig, captioned
+from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult, _add_search
+from ray_jobs.image_sets import ImageSet
+from ray_jobs.retrieval import CaptionedConfig, RetrievalScore, captioned
 from ray_jobs.sources import SourceError
+from ray_jobs.sources.base import Unit
 from ray_jobs.storage import Storage
 from ray_jobs.training.config import ModelConfig
-from rwkv_clip.evaluation import classify, retrieval, zero_shot_classifier
+from rwkv_clip.evaluation import (
+    classify,
+    retrieval,
+    retrieval_ranks,
+    top_k,
+    zero_shot_classifier,
+)
 from rwkv_clip.model import create_model, load_checkpoint, save_checkpoint
 from tests.ray_jobs.small import TRAIN
 
@@ -295,6 +303,7 @@ def test_captions_of_any_number_are_searched_as_the_library_does(storage, tmp_pa
     images = [image for _, image in pictures(0)]
     captions = [[f"caption {at} {n}" for n in range(1 + at % 3)] for at in range(len(images))]
     images.insert(3, b"no image")
+    captions[5].append(" ")
     captions.insert(3, ["a caption of nothing"])
     path = tmp_path / "captioned.parquet"
     pq.write_table(pa.table({"image": images, "caption": captions}), path, row_group_size=7)
@@ -304,6 +313,7 @@ def test_captions_of_any_number_are_searched_as_the_library_does(storage, tmp_pa
     result = Evaluation(config, storage, "model", None, "captioned").run()
     (score,) = result.retrieval
     del images[3], captions[3]
+    captions[5].pop()
     assert (score["images"], score["left_out"]) == (len(images), 1)
     model = load_checkpoint(storage.path("model")).eval()
     texts = [f"a photo of {text}." for some in captions for text in some]
@@ -312,11 +322,76 @@ def test_captions_of_any_number_are_searched_as_the_library_does(storage, tmp_pa
         transform = rwkv_clip.image_transform(model.config)
         image_emb = model.encode_image(transform.batch(images).pixels)
         text_emb = model.encode_text(rwkv_clip.tokenize(texts, model.config.context_length))
-        expected = named_metrics(retrieval(image_emb, text_emb, owner))
-    assert score["captions"] == len(texts)
+        expected = retrieval(image_emb, text_emb, owner).metrics()
+    assert score["captions"] == len(texts) == len(owner)
     assert score["found"] == pytest.approx(expected)
     assert result.metrics["own_text_to_image_recall_at_10"] == pytest.approx(
         expected["text_to_image_recall_at_10"]
     )
     written = storage.read_json("captioned/sets/clip_benchmark/own-retrieval.json")
     assert written["task"] == "zeroshot_retrieval"
+    check_examples(result, image_emb, text_emb, owner, captions)
+
+
+def check_examples(
+    result: EvaluationResult,
+    image_emb: torch.Tensor,
+    text_emb: torch.Tensor,
+    owner: np.ndarray[Any, Any],
+    captions: list[list[str]],
+) -> None:
+    """The queries, of a file whose fourth row holds no image, are evenly spread and right."""
+    texts = [text for some in captions for text in some]
+    asked = np.linspace(0, len(texts) - 1, 12).round().astype(int).tolist()
+    names = [f"captioned.parquet:{row}" for row in range(len(captions) + 1) if row != 3]
+    ranks = retrieval_ranks(image_emb, text_emb, owner).text_to_image
+    nearest = top_k(text_emb, image_emb, 5).indices
+    assert [(one["text"], one["id"], one["rank"], one["nearest"]) for one in result.examples] == [
+        (
+            texts[at],
+            names[owner[at]],
+            int(ranks[at]),
+            [names[found] for found in nearest[at].tolist()],
+        )
+        for at in asked
+    ]
+
+
+def test_examples_are_of_the_first_set_and_of_pairs_before_all():
+    result = EvaluationResult({}, 0.0, [], "model", "0", {})
+    for name in ("first", "second"):
+        score = RetrievalScore(name, 1, 0, 1, {}, {}, [{"id": name}])
+        _add_search(result, score, "0")
+    assert result.examples == [{"id": "first"}]
+    assert all("examples" not in one for one in result.retrieval)
+
+
+def test_blank_captions_are_none(tmp_path):
+    path = tmp_path / "captioned.parquet"
+    captions = [["a", "", None], [" \n"], None]
+    pq.write_table(pa.table({"image": [b"1", b"2", b"3"], "caption": captions}), path)
+    images = captioned(CaptionedConfig(path=str(path)), "set")
+    (units,) = images.units
+    assert [values for _, values, _ in images.read(units)] == [["a"], [], []]
+
+
+def test_of_a_few_images_only_the_units_are_read(tmp_path, monkeypatch):
+    folder = labelled(LabelledConfig(path=str(write_folder(tmp_path / "set", 0))), "set")
+    file = write_parquet(tmp_path / "set.parquet")
+    parquet = labelled(LabelledConfig(path=str(file), unit_rows=5), "set")
+    images = [image for _, image in pictures(0)]
+    read: list[Unit] = []
+    original = ImageSet.read
+
+    def spied(self: ImageSet, units: Sequence[Unit]) -> Iterator[tuple[str, list[str], bytes]]:
+        read.extend(units)
+        return original(self, units)
+
+    monkeypatch.setattr(ImageSet, "read", spied)
+    found = folder.images_of({"blue_square/003.png", "red_square/017.png", "no/such.png"})
+    assert found == {"blue_square/003.png": images[3], "red_square/017.png": images[17]}
+    assert len(read) == 2
+    read.clear()
+    found = parquet.images_of({"set.parquet:3", "set.parquet:12", "set.parquet:99"})
+    assert found == {"set.parquet:3": images[3], "set.parquet:12": images[12]}
+    assert [unit.first for unit in read] == [0, 10]

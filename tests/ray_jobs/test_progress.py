@@ -1,6 +1,9 @@
 """The progress line, as a terminal and a log get it."""
 
 import io
+import os
+import pty
+import termios
 
 import pytest
 
@@ -39,6 +42,16 @@ def test_a_line_that_is_rewritten_fits_the_terminal(monkeypatch, at_once, column
     assert "\n" not in "".join(rewritten)
     assert last.startswith("train: done, 5,120 pairs in ")
     assert last.endswith("pairs/s\x1b[K\n"), "the end of a stage is told in full"
+
+
+def test_a_line_fits_the_terminal_where_standard_output_is_a_file(monkeypatch, at_once):
+    monkeypatch.setenv("COLUMNS", "80")
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 40))
+    with os.fdopen(terminal, "w") as stream, os.fdopen(reader, "rb", buffering=0) as screen:
+        Progress("train", 147_456, "pairs", stream=stream).update(2560, "loss 4.300")
+        line = screen.read(4096).decode()
+    assert len(line.removesuffix("\x1b[K")) == 1 + 39
 
 
 def test_the_loss_of_a_training_can_be_seen_in_80_columns(monkeypatch):

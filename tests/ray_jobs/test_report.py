@@ -7,20 +7,22 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from ray_jobs.caption import CaptionResult
 from ray_jobs.classification import ClassificationScore
-from ray_jobs.evaluate import EvaluationResult
+from ray_jobs.evaluate import EvaluationResult, OpenedSets
 from ray_jobs.ingest import Manifest, Part
 from ray_jobs.pairs import pair_table
-from ray_jobs.pipeline import _draw, _scores
+from ray_jobs.pipeline import _draw
 from ray_jobs.report import Report, StageTime, collect, examples, render
 from ray_jobs.report.collect import data_uri
 from ray_jobs.report.figures import loss_figure, rate_figure, validation_figure
-from ray_jobs.retrieval import RetrievalScore
+from ray_jobs.retrieval import CaptionedConfig, RetrievalConfig, RetrievalScore, captioned
 from ray_jobs.storage import Storage
+from ray_jobs.summary import scores
 from ray_jobs.synthesis.describer import Describing
 from ray_jobs.synthesize import SynthesisResult
 from ray_jobs.tracking.runs import StageRun
@@ -38,6 +40,9 @@ RECALLS = {
         "median_rank": 21.0,
     }.items()
 }
+
+
+NO_SETS = OpenedSets([], [])
 
 
 def picture(red: int) -> bytes:
@@ -97,7 +102,7 @@ def evaluation() -> EvaluationResult:
     probe = ClassificationScore(
         "pets", "linear_probe", 90, 0, 37, 0.5, 0.9, 0.7, "mean_per_class", None, {}
     )
-    found = RetrievalScore("flickr30k", 1000, 1, 5000, RECALLS, {})
+    found = asdict(RetrievalScore("flickr30k", 1000, 1, 5000, RECALLS, {}, []))
     query = {"id": "p1", "text": WEB, "nearest": ["p0", "p1"], "similarity": [0.5, 0.4]}
     return EvaluationResult(
         {"pairs": 4, **RECALLS},
@@ -107,7 +112,7 @@ def evaluation() -> EvaluationResult:
         "0",
         {},
         [asdict(shot), asdict(probe)],
-        [asdict(found)],
+        [found],
     )
 
 
@@ -121,7 +126,7 @@ def training() -> TrainResult:
         for record in history
     ]
     last = "train/step-000000002"
-    return TrainResult(last, 2, 3, 6.0, history, validations, last)
+    return TrainResult(last, 2, 3, 6.0, history, validations, last, 1, 2)
 
 
 def whole_report(storage: Storage, manifest: Manifest) -> Report:
@@ -142,7 +147,7 @@ def whole_report(storage: Storage, manifest: Manifest) -> Report:
             refusals={"unsupported": 1},
             retried=2,
             alternatives=0,
-            incidents=[INCIDENT],
+            incidents=[INCIDENT, INCIDENT],
             seconds=5.0,
             model="a-language-model",
             prompt="3",
@@ -153,7 +158,7 @@ def whole_report(storage: Storage, manifest: Manifest) -> Report:
         baseline_texts="with web text alone",
         registered="models:/rwkv-clip/1: the first one",
         peak_memory=7_300_000_000,
-        examples=examples(storage, manifest, found),
+        examples=examples(storage, manifest, NO_SETS, found),
         **collect(storage, manifest, synthesized=True),
     )
 
@@ -172,11 +177,11 @@ def text_of(page: str) -> str:
 def test_samples_show_their_sources_and_what_the_guard_said(page):
     assert page.count('class="sample"') == 4
     seen = text_of(page)
-    assert "✓ kept a red square, number 0" in seen
-    assert "✓ kept at attempt 2 a red square, number 1" in seen
-    assert "✗ refused: unsupported (bicycle) a square" in seen
-    assert "refused a red bicycle web text buy" in seen
-    assert "✗ refused: none: empty red, square" in seen
+    assert "✓ kept description a red square, number 0" in seen
+    assert "✓ kept at attempt 2 description a red square, number 1" in seen
+    refused = "✗ refused: unsupported (bicycle) refused a red bicycle in its place a square"
+    assert f"{refused} web text buy" in seen
+    assert "✗ refused: none: empty in its place red, square" in seen
     assert "tags red, square" in seen
     assert "caption none" in seen
 
@@ -192,18 +197,49 @@ def test_what_the_models_wrote_is_counted(page):
     assert "fallback: unsupported 1 25.0 %" in seen
     assert "a-vision-model captioned 4 pairs" in seen
     assert "none: image 1 25.0 %" in seen
-    assert seen.count("engine died: out of memory") == 2
+    anew = "An engine was started anew; the work in hand was done again: engine died: out of memory"
+    assert seen.count(anew) == 1
+    twice = (
+        "Engines were started anew 2 times; the work in hand was done again: engine died: out of"
+    )
+    assert twice in seen
 
 
 def test_scores_are_shown_for_each_set_and_task(page):
     seen = text_of(page)
-    assert "Text to image 12.5 % 25.0 % 37.5 % 21 with web text alone 12.5 %" in seen
+    assert "by chance it is among the first ten in 0.25 % of the queries" in seen
+    assert "text to image 12.5 % 25.0 % 37.5 % 21 with web text alone 12.5 %" in seen
     assert "margin, points +0.0 +0.0 +0.0" in seen
-    assert "flickr30k image to text 1,000, 1 left out 5,000 12.5 % 25.0 % 37.5 % 21" in seen
-    assert "cifar10 zero shot 100, 2 left out 10 50.0 % 87.5 % 62.5 %" in seen
-    assert "pets linear probe 90 37 50.0 % 90.0 % 70.0 %" in seen
-    assert seen.count("class names are not those of the published numbers") == 1
+    flickr = "flickr30k 5,000 captions of 1,000 images (1 left out); R@1 by chance 0.10 %"
+    assert f"{flickr} text to image 12.5 % 25.0 % 37.5 % 21" in seen
+    cifar = "cifar10 100 images (2 left out) of 10 classes; by chance 10.00 %"
+    unpublished = "the class names are not those of the published numbers"
+    assert f"{cifar}; {unpublished} zero shot 50.0 % 87.5 % 62.5 %" in seen
+    pets = "pets 90 images of 37 classes; by chance 2.70 %"
+    assert f"{pets} linear probe 50.0 % 90.0 % 70.0 %" in seen
+    assert re.findall(r'class="big">([\d.]+)', page) == "37.5 37.5 12.5 12.5 50.0 70.0".split()
     assert seen.count("R@1, R@5 and R@10 are the shares of queries") == 1
+
+
+def test_the_first_lines_tell_the_main_score(storage, manifest):
+    report = whole_report(storage, manifest)
+    found = replace(evaluation(), metrics={}, chance=0.0)
+    by = "with web text alone"
+
+    def page_of(evaluated: EvaluationResult | None) -> str:
+        return text_of(render(replace(report, evaluation=evaluated, examples=())))
+
+    learnt = "A model learnt from 4 pairs of image and text in 6.0 s."
+    for evaluated, told in (
+        (evaluation(), f"ten results in 37.5 % of the queries (by chance 0.25 %; {by} 37.5 %)."),
+        (found, f"at the first place in 12.5 % of the queries (by chance 0.10 %; {by} 12.5 %)."),
+        (
+            replace(found, retrieval=[]),
+            f"cifar10, it finds the class of 50.0 % (by chance 10.00 %; {by} 50.0 %).",
+        ),
+    ):
+        assert re.search(rf"{learnt} (In|Of) [\w ,]* {re.escape(told)} models:", page_of(evaluated))
+    assert f"{learnt} models:" in page_of(None)
 
 
 def surpassed() -> EvaluationResult:
@@ -224,16 +260,16 @@ def test_sets_have_the_margin_over_the_baseline_where_no_pairs_are_searched(stor
     by = "with web text alone"
     margin = "margin, points +5.0 +5.0 +5.0"
     for direction in ("text to image", "image to text"):
-        recalls = f"flickr30k {direction} 1,000, 1 left out 5,000 12.5 % 25.0 % 37.5 % 21"
+        recalls = f"{direction} 12.5 % 25.0 % 37.5 % 21"
         assert f"{recalls} {by} 7.5 % 20.0 % 32.5 % {margin}" in seen
-    classified = "cifar10 zero shot 100, 2 left out 10 50.0 % 87.5 % 62.5 %"
+    classified = "zero shot 50.0 % 87.5 % 62.5 %"
     assert f"{classified} {by} 45.0 % 82.5 % 57.5 % {margin}" in seen
     assert seen.count("margin") == 3, "the baseline has no linear probe of pets"
     assert seen.count("R@1, R@5 and R@10 are the shares of queries") == 1
 
 
 def test_the_terminal_has_all_scores_with_the_margin_over_the_baseline():
-    (first, *_, chance) = lines = _scores(evaluation(), surpassed())
+    (first, *_, chance) = lines = scores(evaluation(), surpassed())
     assert first.split() == "text to image R@1 12.5 % R@5 25.0 % R@10 37.5 %".split()
     assert chance.split() == "by chance R@10 0.2 %".split()
     at = next(at for at, line in enumerate(lines) if line.startswith("flickr30k text to image"))
@@ -249,11 +285,15 @@ def test_the_terminal_has_all_scores_with_the_margin_over_the_baseline():
 
 def test_training_its_validation_and_its_cost_are_shown(page):
     seen = text_of(page)
-    assert "2 steps of 32 pairs in 6.0 s; loss 2.500" in seen
-    assert "25.0 % of the time was spent waiting for data; 3 samples could not be decoded" in seen
+    guessing = "where guessing gives 3.466"  # the logarithm of 32
+    assert f"2 steps of 32 pairs in 6.0 s. The loss ends at 2.500, {guessing}" in seen
+    waiting = "25.0 % of the time was spent waiting for data"
+    left_out = "3 samples without a readable image or a text to train on were left out"
+    skipped = "and 1 steps that had no others were skipped"
+    assert f"{waiting}; {left_out}, {skipped}. 2 checkpoints were not validated" in seen
     assert "the one registered is train/step-000000002" in seen
     assert page.count("<svg") == 3
-    assert "train 6.0 s 10.7 pairs/s" in seen
+    assert "train 6.0 s 10.7 pairs/s together 6.0 s" in seen
     assert "at most 7.3 GB of memory" in seen
     assert "train 4 2 3 7 no text, 1 unreadable" in seen
 
@@ -269,9 +309,12 @@ def test_the_curves_take_the_colour_of_the_page_for_what_is_black(page):
     curves = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     for curve in curves:
         # Texts have no style of their own: they are filled as the whole is.
-        assert curve.startswith('<svg fill="currentColor"')
+        assert curve.startswith('<svg fill="currentColor" role="img" aria-label="')
         assert not re.search(r"#000000|black", curve)
+        assert "stroke: var(--line-1)" in curve
     assert len(curves) == 3
+    for colour in ("--line-1", "--line-2"):
+        assert len(re.findall(f"{colour}: #", page)) == 2, "of a light page, and of a dark one"
 
 
 @pytest.mark.parametrize("figure", [loss_figure, rate_figure, validation_figure])
@@ -310,36 +353,72 @@ def test_texts_are_compared_before_and_after(page):
     assert re.search(r"web text 4 \d\.\d", seen)
     assert re.search(r"caption 3 2\.0", seen)
     assert re.search(r"description 4 \d\.\d", seen)
+    assert "Texts before and after synthesis Of all 4 pairs." in seen
+
+
+def test_texts_that_were_not_all_read_are_told(storage, manifest):
+    report = whole_report(storage, manifest)
+    (part,) = manifest.parts
+    large = replace(manifest, parts=(part, replace(part, name="part-00001", rows=100_000)))
+    seen = text_of(render(replace(report, data=[large], synthesis=None)))
+    assert "Texts Of the first 4 pairs." in seen
 
 
 def test_search_examples_are_pictures_and_mark_the_right_one(page):
     assert page.count('class="query"') == 1
     assert re.findall(r"[✓✗] 0\.\d\d", text_of(page)) == ["✗ 0.50", "✓ 0.40"]
     assert page.count("the right one") == 1
-    pictures = re.findall(r'src="data:image/png;base64,[^"]+"', page)
+    pictures = re.findall(r'src="data:image/webp;base64,[^"]+"', page)
     assert len(pictures) == 4 + 1 + 2
 
 
+def test_without_pairs_the_queries_are_of_the_first_captioned_set(storage, manifest, tmp_path):
+    images = [picture(red) for red in (0, 50, 100, 150)]
+    columns = {"image": images, "caption": ["a", "b", "c", "d"]}
+    pq.write_table(pa.table(columns), tmp_path / "set.parquet", row_group_size=2)
+    test = CaptionedConfig(path=str(tmp_path / "set.parquet"))
+    config = RetrievalConfig(name="flickr30k", test=test)
+    sets = OpenedSets([], [(config, captioned(test, "set"))])
+    query = {"id": "set.parquet:1", "text": "b", "similarity": [0.5, 0.4, 0.3], "rank": 2}
+    query["nearest"] = ["set.parquet:3", "set.parquet:1", "set.parquet:9"]
+    found = replace(evaluation(), metrics={}, chance=0.0, examples=[query])
+    (shown,) = shown_queries = examples(storage, None, sets, found)
+    assert shown.wanted == data_uri(images[1])
+    gone = data_uri(b"")
+    assert shown.found == [
+        (data_uri(images[3]), 0.5, False),
+        (data_uri(images[1]), 0.4, True),
+        (gone, 0.3, False),
+    ]
+    report = whole_report(storage, manifest)
+    page = render(replace(report, evaluation=found, examples=shown_queries))
+    assert "Queries taken evenly from flickr30k, not chosen" in text_of(page)
+    assert page.count("the right one") == 1
+    assert examples(storage, None, sets, replace(found, examples=[])) == []
+
+
 def test_a_query_that_was_missed_tells_the_place_of_its_picture(storage, manifest):
-    told = "its picture is at place 1,234"
+    told = "its image is at place 1,234"
 
     def page_of(**changes: Any) -> str:
         found = evaluation()
         found.examples[0].update(changes)
         report = whole_report(storage, manifest)
-        return text_of(render(replace(report, examples=examples(storage, manifest, found))))
+        return text_of(
+            render(replace(report, examples=examples(storage, manifest, NO_SETS, found)))
+        )
 
     missed = {"id": "p2", "rank": 1234}
     assert told in page_of(**missed)
-    assert "its picture is" not in page_of(rank=2)
-    assert "its picture is" not in page_of(id="p2")  # which an older release did not note
+    assert "its image is" not in page_of(rank=2)
+    assert "its image is" not in page_of(id="p2")  # which an older release did not note
 
 
 def test_an_image_that_cannot_be_decoded_is_an_empty_square():
     noise = io.BytesIO()
     Image.effect_noise((256, 256), 90).save(noise, "JPEG")
     for data in (noise.getvalue()[:4000], b"no image"):
-        assert data_uri(data).startswith("data:image/png;base64,")
+        assert data_uri(data).startswith("data:image/webp;base64,")
 
 
 def test_a_run_without_anything_but_training_has_a_page_too(storage, manifest):

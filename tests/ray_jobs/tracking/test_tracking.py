@@ -1,15 +1,18 @@
 """Runs in a real MLflow store, and a registry whose champion has to be beaten."""
 
 import base64
+import json
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -19,15 +22,17 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ray_jobs.evaluate import scored_on
-from ray_jobs.storage import Storage, StorageConfig
+from ray_jobs.storage import Storage, StorageConfig, digest_of_json
 from ray_jobs.tracking import Tracker, TrackingConfig, TrackingError
 from ray_jobs.tracking.config import tracking_place
+from ray_jobs.tracking.machine import MachineMetrics
 from ray_jobs.tracking.metrics import StepMetrics
 from ray_jobs.tracking.registry import CHAMPION, champion_of, crown, register
 from ray_jobs.tracking.runs import StageRun, current_store
 from rwkv_clip import __version__, load_checkpoint, tokenize
 from rwkv_clip.model import create_model, save_checkpoint
 from rwkv_clip.model.config import named_config
+from rwkv_clip.ops import build_info
 from rwkv_clip.transforms import image_transform
 
 SETTINGS: dict[str, Any] = {"train": {"batch": 8, "data": {"texts": {"caption": 1.0}}}}
@@ -187,7 +192,7 @@ def test_work_on_other_data_gets_a_run_of_its_own(storage):
     assert client.get_run(mended).data.params["data_digest"] == "good"
 
 
-def test_another_configuration_is_another_run(storage, monkeypatch):
+def test_another_configuration_is_another_run(storage):
     def parent(**settings: Any) -> str:
         with tracker(storage, **settings) as tracked:
             assert tracked.parent.run_id is not None
@@ -196,15 +201,44 @@ def test_another_configuration_is_another_run(storage, monkeypatch):
     first = parent()
     other = parent(seed=1)
     assert other != first
-    (_, record) = storage.read_json("tracking.json")["records"]
     assert (parent(), parent(seed=1)) == (first, other), "each goes on in its own"
-    storage.write_json("tracking.json", record)  # as older releases noted the last one alone
-    assert (parent(seed=1), parent() == first) == (other, False)
     MlflowClient(tracking_uri=store(storage)).delete_run(other)
-    assert parent(seed=1) != other
-    monkeypatch.setattr("ray_jobs.tracking.runs._RECORDS", 2)
-    parent(seed=2)
-    assert len(storage.read_json("tracking.json")["records"]) == 2
+    assert parent(seed=1) not in (first, other)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["one", "several"])
+def test_runs_that_an_older_release_noted_go_on(storage, alone):
+    with tracker(storage) as tracked, tracked.stage("train") as run:
+        pass
+    record = {
+        **{"uri": tracked.uri, "settings": digest_of_json(SETTINGS), "told": True},
+        **{"parent": tracked.parent.run_id, "stages": {"train": {"run_id": run.run_id}}},
+    }
+    storage.delete("tracking")
+    other = {**record, "settings": "of another configuration"}
+    storage.write_json("tracking.json", record if alone else {"records": [other, record]})
+    with tracker(storage) as again, again.stage("train") as taken_up:
+        pass
+    assert (again.parent.run_id, taken_up.run_id) == (tracked.parent.run_id, run.run_id)
+
+
+def test_stages_and_configurations_that_run_at_the_same_time_note_all_their_runs(storage):
+    with (
+        tracker(storage) as first,
+        tracker(storage) as second,
+        tracker(storage, seed=1) as other,
+        first.stage("synthesis") as describing,
+        second.stage("train") as training,
+        other.stage("train") as elsewhere,
+    ):
+        pass
+    for settings, runs_of in (
+        ({}, {"synthesis": describing.run_id, "train": training.run_id}),
+        ({"seed": 1}, {"train": elsewhere.run_id}),
+    ):
+        again = tracker(storage, **settings)
+        assert {name: again.run_id(name) for name in runs_of} == runs_of
+        assert all(map(again.logged, runs_of))
 
 
 def test_a_killed_process_leaves_runs_that_say_so(storage):
@@ -299,6 +333,31 @@ def test_metrics_that_were_lost_while_mlflow_was_away_arrive_later(monkeypatch):
     assert "training goes on" in told[0]
     metrics.catch_up(RECORDS)
     assert client.steps == [1, 2, 3, 4, 5]
+
+
+def test_the_machine_is_watched_on_after_mlflow_was_away(storage, monkeypatch):
+    away, back = threading.Event(), threading.Event()
+    get_run, log_batch = MlflowClient.get_run, MlflowClient.log_batch
+
+    def get_once_it_is_back(client: MlflowClient, run_id: str) -> Any:
+        if not away.is_set():
+            away.set()
+            raise MlflowException("it is away")
+        return get_run(client, run_id)
+
+    def log(client: MlflowClient, run_id: str, metrics: Any = (), **others: Any) -> None:
+        log_batch(client, run_id, metrics, **others)
+        if any(metric.key.startswith("system/") for metric in metrics):
+            back.set()
+
+    with tracker(storage) as tracked:
+        monitor = MachineMetrics(tracked.parent.run_id, 0.05, tracked.uri)
+        monkeypatch.setattr(MlflowClient, "get_run", get_once_it_is_back)
+        monkeypatch.setattr(MlflowClient, "log_batch", log)
+        monitor.start()
+        assert back.wait(300)
+        monitor.finish()
+    assert "system/cpu_utilization_percentage" in runs(storage)["a run"].data.metrics
 
 
 @pytest.fixture
@@ -452,18 +511,14 @@ def test_the_registered_model_embeds_as_the_checkpoint_does(storage, checkpoint,
         loaded = mlflow.pyfunc.load_model(found.uri)
     png = picture()
     asked = [{"text": "a dog"}, {"image": base64.b64encode(png).decode()}, {"text": "a cat"}]
-    vectors = loaded.predict(asked)
-    model = load_checkpoint(storage.path(checkpoint))
-    with torch.inference_mode():
-        texts = model.encode_text(tokenize(["a dog", "a cat"], model.config.context_length))
-        pixels = image_transform(model.config)(png)[None]
-        image_embedding = model.encode_image(pixels)
-    expected = torch.stack([texts[0], image_embedding[0], texts[1]])
-    torch.testing.assert_close(torch.tensor(vectors), expected, rtol=0, atol=1e-5)
+    expected = embedded(storage, checkpoint)
+    close = partial(torch.testing.assert_close, expected=expected, rtol=0, atol=1e-5)
+    close(torch.tensor(loaded.predict(asked)))
+    rows = {"id": [1, 2, 3], "text": ["a dog", None, "a cat"], "image": [None, png, None]}
+    close(torch.tensor(loaded.predict(pd.DataFrame(rows))))
     pieces = type(loaded.unwrap_python_model())._embed.__globals__
     monkeypatch.setitem(pieces, "_PIECE", 2)
-    in_pieces = torch.tensor(loaded.predict(asked))
-    torch.testing.assert_close(in_pieces, expected, rtol=0, atol=1e-5)
+    close(torch.tensor(loaded.predict(asked)))
     files = [path.suffix for path in Path(storage.path("mlflow/artifacts")).rglob("*")]
     assert ".safetensors" in files
     assert not {".pkl", ".pt", ".pickle"} & set(files)
@@ -472,8 +527,48 @@ def test_the_registered_model_embeds_as_the_checkpoint_does(storage, checkpoint,
     signature = loaded.metadata.signature
     assert "image: string (optional), text: string (optional)" in str(signature.inputs)
     assert "Array(double)" in str(signature.outputs)
-    assert [list(item) for item in loaded.input_example] == [["text"], ["text"]]
+    assert [list(item) for item in loaded.input_example] == [["text"], ["image"]]
     assert len(loaded.predict(loaded.input_example)) == 2
+
+
+ELSEWHERE = """
+import json, sys
+# As where nobody has installed the library: without the checkout that the environment has.
+kept = [one for one in sys.meta_path if "__editable__" not in getattr(one, "__module__", "")]
+sys.meta_path = kept
+import mlflow
+model = mlflow.pyfunc.load_model(sys.argv[1])
+from rwkv_clip.ops import build_info
+print(json.dumps([build_info()["library"], model.predict(json.loads(sys.argv[2]))]))
+"""
+
+
+def test_the_registered_model_works_where_the_library_is_not_installed(
+    storage, checkpoint, tmp_path
+):
+    found = registered(storage, checkpoint, 0.25)
+    with current_store(store(storage)):
+        folder = mlflow.artifacts.download_artifacts(found.uri, dst_path=str(tmp_path / "model"))
+    needed = Path(folder, "requirements.txt").read_text().split()
+    assert {"torch", "safetensors", "mlflow"} < {name.partition("==")[0] for name in needed}
+    assert not [one for one in needed if "rwkv" in one or "+" in one], "what no index has"
+    asked = [{"text": "a dog"}, {"image": base64.b64encode(picture()).decode()}, {"text": "a cat"}]
+    command = [sys.executable, "-c", ELSEWHERE, folder, json.dumps(asked)]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    library, vectors = json.loads(answer.stdout)
+    assert library == (build_info()["library"] and str(Path(folder, "code/rwkv_clip/_C.so")))
+    expected = embedded(storage, checkpoint)
+    torch.testing.assert_close(torch.tensor(vectors), expected, rtol=0, atol=1e-5)
+
+
+def embedded(storage: Storage, checkpoint: str) -> torch.Tensor:
+    """Of a text, the picture and another text, by the library."""
+    model = load_checkpoint(storage.path(checkpoint))
+    with torch.inference_mode():
+        texts = model.encode_text(tokenize(["a dog", "a cat"], model.config.context_length))
+        image = model.encode_image(image_transform(model.config)(picture())[None])
+    return torch.stack([texts[0], image[0], texts[1]])
 
 
 def picture() -> bytes:
