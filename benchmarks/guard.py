@@ -22,7 +22,7 @@ from _common import verdict
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from ray_jobs.beside import DESCRIPTIONS, Beside
-from ray_jobs.ingest import Manifest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.storage import Storage
 
 LIMIT = 0.02

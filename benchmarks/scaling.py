@@ -32,7 +32,8 @@ from PIL import Image  # noqa: E402
 
 from ray_jobs.caption import CaptionConfig, caption  # noqa: E402
 from ray_jobs.cluster import RayConfig, connected  # noqa: E402
-from ray_jobs.ingest import IngestConfig, Manifest, ingest  # noqa: E402
+from ray_jobs.ingest import IngestConfig, ingest  # noqa: E402
+from ray_jobs.ingestion.manifest import Manifest  # noqa: E402
 from ray_jobs.storage import Storage  # noqa: E402
 from ray_jobs.train import train  # noqa: E402
 from ray_jobs.training.config import TrainConfig  # noqa: E402

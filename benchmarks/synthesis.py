@@ -23,7 +23,8 @@ from statistics import median
 from _common import header, machine, row, verdict
 
 from ray_jobs.cluster import RayConfig, connected
-from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.models import resolve_model
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis import cpu

@@ -23,7 +23,7 @@ from ray_jobs import job
 from ray_jobs.beside import written
 from ray_jobs.encoding import EncoderConfig, ImageEncoder, fetch_checkpoint, vectors
 from ray_jobs.execution import arrange
-from ray_jobs.ingest import Manifest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.pairs import TextColumn
 from ray_jobs.progress import Progress
 from ray_jobs.storage import Storage

@@ -36,7 +36,7 @@ from ray_jobs.encoding import (
     with_text,
 )
 from ray_jobs.image_sets import ImageSet
-from ray_jobs.ingest import Manifest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.pairs import TextColumn
 from ray_jobs.retrieval import (
     RetrievalConfig,

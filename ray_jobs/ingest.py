@@ -11,30 +11,21 @@ Choices:
 - A part with a record is done. So a run may be killed at any moment and started again; it writes
   the same bytes to the same names. A record knows what it was made from, and a run with another
   configuration is refused instead of mixed in.
-- A duplicate id loses to the first row with that id, in the order of the units. Equality is that
-  of 64-bit hashes, 16 bytes a row in the driver: among 400 million ids the chance that a single
-  row is dropped wrongly is 0.4 %. Duplicates' parts are rewritten without them; dropping is by id,
-  so to do it twice changes nothing.
-- Two texts are near duplicates when they have the same set of words, whatever the order, case,
-  punctuation and numbers; texts of fewer than four words are not compared.
+- A duplicate id loses to the first row with that id, in the order of the units. Duplicates' parts
+  are rewritten without them; dropping is by id, so to do it twice changes nothing.
 """
 
-import hashlib
 import json
 import logging
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -42,47 +33,24 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from ray_jobs import job
 from ray_jobs.execution import arrange, work_items
-from ray_jobs.pairs import (
-    PAIR_SCHEMA,
-    RejectedRowError,
-    RowLimits,
-    clean_text,
-    make_pair,
-    pair_table,
-    rejected_table,
-)
+from ray_jobs.ingestion.duplicates import Drop, DuplicateSearch, digest_of
+from ray_jobs.ingestion.manifest import IngestError, Manifest, Part, manifest_name, part_name
+from ray_jobs.ingestion.parts import PartWriter, Record
+from ray_jobs.pairs import RowLimits
 from ray_jobs.progress import Progress
 from ray_jobs.room import Need, warn_without_room
-from ray_jobs.sources import (
-    Raw,
-    Rejected,
-    Source,
-    SourceConfig,
-    SourceError,
-    Unit,
-    open_source,
-)
+from ray_jobs.sources import Source, SourceConfig, SourceError, Unit, open_source
 from ray_jobs.storage import Storage, digest_of_json
 from rwkv_clip.config import BaseConfig
-from rwkv_clip.descriptions.words import UNSPACED
 
 logger = logging.getLogger(__name__)
 
-_TEXTS = [name for name in PAIR_SCHEMA.names if name != "image"]
-# Of images: a row group of large ones ends before `row_group_rows`, because whoever reads or writes
-# one holds all of it, and Arrow joins no more than 2 GB of a column.
-_GROUP_BYTES = 64_000_000
 _EARLY_ROWS = 1000  # from here on a share of rejected rows means something
 _EARLY_PARTS = 3  # with too many of them; one may be a broken file, whichever comes first
-_EXAMPLES = 3  # a reason
-_TOLD = 500  # characters, of what was wrong with a row
 _ATTEMPTS = 3  # to read a unit whose file cannot be reached
-_MIN_WORDS = 4
-_WORD = re.compile(rf"([{UNSPACED}]+)|([^\W\d_{UNSPACED}]+)")
 # Fields of the configuration that decide how a run goes, but not which rows come out.
 _RUNTIME = frozenset({"max_rejected_share", "cpus_per_task", "hang_seconds"})
 _REASONS = 3  # that an error names
-_CHUNK = 1 << 24
 # What is looked for, in this order: the column of the keys, the reason, and the configuration's
 # switch for dropping it.
 _DUPLICATES: dict[str, tuple[str, str | None]] = {
@@ -90,17 +58,9 @@ _DUPLICATES: dict[str, tuple[str, str | None]] = {
     "image": ("duplicate_image", "drop_duplicate_images"),
     "text": ("near_duplicate_text", "drop_near_duplicate_texts"),
 }
-_KEYS_SCHEMA = pa.schema([(name, pa.uint64()) for name in ("id", "image", "text")])
-
-Hashes = npt.NDArray[np.uint64]
-
 SUMMARY = "read a source's pairs into the storage, setting aside what cannot be used"
 configure = job.configure
 run = partial(job.run_stage, "ingest")
-
-
-class IngestError(RuntimeError):
-    """Ingestion cannot go on, or what it made cannot be used."""
 
 
 class LimitsConfig(BaseConfig):
@@ -146,77 +106,6 @@ class IngestConfig(BaseConfig):
         return digest_of_json({"format": self.source.format, "source": source, **chosen})
 
 
-@dataclass(frozen=True)
-class Part:
-    """A file of pairs.
-
-    Attributes:
-        name: its stem, which every later stage keeps: `part-00000`.
-        path: the Parquet file's name in the storage.
-        row_groups: rows in each row group, in order.
-        bytes: the Parquet file's size.
-        digest: over all that is in it, in its order.
-    """
-
-    name: str
-    path: str
-    rows: int
-    row_groups: tuple[int, ...]
-    bytes: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The pairs of a data set.
-
-    Attributes:
-        name: the data set's, such as `train`.
-        parts: in the order of the units; a part without a row is left out.
-        rejected: rows that could not be used, by reason, dropped duplicates included.
-        duplicates: rows that repeat an earlier one's `id`, `image` or (nearly) `text`, whether or
-            not they were dropped.
-        config_digest: of the configuration that made it.
-        data_digest: over all pairs in their order: ids, images and texts.
-    """
-
-    name: str
-    parts: tuple[Part, ...]
-    rejected: dict[str, int]
-    duplicates: dict[str, int]
-    config_digest: str
-    data_digest: str
-
-    @classmethod
-    def from_storage(cls, storage: Storage, name: str = "train") -> "Manifest":
-        """Read the manifest of a data set; raises IngestError if there is none."""
-        try:
-            value = storage.read_json(_manifest_name(name))
-        except FileNotFoundError as error:
-            raise IngestError(
-                f"{storage.child_uri(_manifest_name(name))} does not exist: the data set {name!r} "
-                "was not ingested to its end; run ingest"
-            ) from error
-        parts = tuple(
-            Part(**{**part, "row_groups": tuple(part["row_groups"])}) for part in value.pop("parts")
-        )
-        value.pop("rows"), value.pop("bytes")
-        return cls(parts=parts, **value)
-
-    @property
-    def rows(self) -> int:
-        return sum(part.rows for part in self.parts)
-
-    @property
-    def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
-
-    def save(self, storage: Storage) -> None:
-        """Write it where `from_storage` finds it."""
-        value = {**asdict(self), "rows": self.rows, "bytes": self.bytes}
-        storage.write_json(_manifest_name(self.name), value)
-
-
 def ingest(config: IngestConfig, storage: Storage, name: str = "train") -> Manifest:
     """Bring a source's pairs into the storage; goes on where an earlier run stopped.
 
@@ -227,64 +116,12 @@ def ingest(config: IngestConfig, storage: Storage, name: str = "train") -> Manif
         IngestError: too many rows cannot be used, or the storage holds the data set from another
             configuration.
     """
-    if not storage.exists(_manifest_name(name)):
+    if not storage.exists(manifest_name(name)):
         return _Ingestion(config, storage, name).run()
     manifest = Manifest.from_storage(storage, name)
     if manifest.config_digest != config.digest():
         raise _mismatch(storage, name, "was ingested with another configuration or version")
     return manifest
-
-
-@dataclass
-class _Record:
-    """What is known of a part without opening it; a small JSON document.
-
-    Attributes:
-        config: digest of the configuration that the part was made with.
-        unit: what it was made from.
-        rows, row_groups, bytes, digest: as in Part.
-        rejected: rows of the unit that could not be used, by reason.
-        examples: a few of them, by reason.
-        dropped: rows taken out when all parts were there, because they repeat others.
-        drop_digest: over these; empty if there are none.
-    """
-
-    config: str
-    unit: dict[str, Any]
-    rows: int
-    row_groups: list[int]
-    bytes: int
-    digest: str
-    rejected: dict[str, int]
-    examples: dict[str, list[str]]
-    dropped: dict[str, int] = field(default_factory=dict)
-    drop_digest: str = ""
-
-    @property
-    def accepted(self) -> int:
-        """Rows before duplicates were taken out: those of the keys."""
-        return self.rows + sum(self.dropped.values())
-
-    @property
-    def seen(self) -> int:
-        return self.accepted + sum(self.rejected.values())
-
-
-@dataclass(frozen=True)
-class _Drop:
-    """Rows of a part that repeat earlier ones: hashes of their ids, and the earlier ones' parts."""
-
-    reason: str
-    ids: Hashes
-    owners: npt.NDArray[np.int64]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"reason": self.reason, "ids": self.ids.tolist(), "owners": self.owners.tolist()}
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "_Drop":
-        ids, owners = value["ids"], value["owners"]
-        return cls(value["reason"], np.array(ids, np.uint64), np.array(owners, np.int64))
 
 
 class _Ingestion:
@@ -294,12 +131,12 @@ class _Ingestion:
         self.config, self.storage, self.name = config, storage, name
         self.config_digest = config.digest()
         self.source = open_source(config.source)
-        self.records: dict[int, _Record] = {}
+        self.records: dict[int, Record] = {}
         # Kept up to date, because counting the records anew after each would take their square.
         self.seen = 0
         self.rejected: Counter[str] = Counter()
         self.bad_parts = 0
-        self.writer = _PartWriter(
+        self.writer = PartWriter(
             storage, name, config.limits.row_limits(), config.row_group_rows, self.config_digest
         )
 
@@ -339,7 +176,7 @@ class _Ingestion:
                 "kept; when it can be reached, start the same command again"
             ) from error
 
-    def _find_records(self, units: Sequence[Unit]) -> dict[int, _Record]:
+    def _find_records(self, units: Sequence[Unit]) -> dict[int, Record]:
         """The records of parts that are complete; raises IngestError if they do not fit."""
         there = {
             name for kind in ("pairs", "keys") for name in self.storage.names(f"{kind}/{self.name}")
@@ -356,7 +193,7 @@ class _Ingestion:
         ]
         with ThreadPoolExecutor(16) as pool:
             paths = [self.writer.path("pairs", index, ".json") for index in done]
-            found = [_Record(**value) for value in pool.map(self.storage.read_json, paths)]
+            found = [Record(**value) for value in pool.map(self.storage.read_json, paths)]
         for index, record in zip(done, found, strict=True):
             if record.config != self.config_digest:
                 problem = "was begun with another configuration or version"
@@ -367,7 +204,7 @@ class _Ingestion:
             raise _mismatch(self.storage, self.name, problem)
         return dict(zip(done, found, strict=True))
 
-    def _add(self, index: int, record: _Record) -> None:
+    def _add(self, index: int, record: Record) -> None:
         self.records[index] = record
         self.seen += record.seen
         self.rejected.update(record.rejected)
@@ -392,9 +229,10 @@ class _Ingestion:
 
     def _drop_duplicates(self) -> dict[str, int]:
         """Take out duplicates across parts; how many rows repeat an earlier one, by kind."""
-        search = _DuplicateSearch(self.storage, self.name, self.records)
+        rows = {index: record.accepted for index, record in self.records.items()}
+        search = DuplicateSearch(self.storage, self.name, rows)
         counts: dict[str, int] = {}
-        drops: dict[int, list[_Drop]] = {}
+        drops: dict[int, list[Drop]] = {}
         for column, (reason, switch) in _DUPLICATES.items():
             drop = switch is None or getattr(self.config, switch)
             counts[column], found = search.find(column, reason, drop)
@@ -405,11 +243,11 @@ class _Ingestion:
         self._rewrite(drops)
         return counts
 
-    def _rewrite(self, drops: Mapping[int, Sequence[_Drop]]) -> None:
+    def _rewrite(self, drops: Mapping[int, Sequence[Drop]]) -> None:
         items = [
             {"index": index, "drops": json.dumps([drop.to_dict() for drop in found])}
             for index, found in drops.items()
-            if self.records[index].drop_digest != _drop_digest(found)
+            if self.records[index].drop_digest != digest_of(found)
         ]
         if not items:
             return
@@ -420,7 +258,7 @@ class _Ingestion:
 
     def _run(
         self, items: Sequence[Mapping[str, Any]], task: Callable[[Any], dict[str, Any]]
-    ) -> Iterator[tuple[int, _Record]]:
+    ) -> Iterator[tuple[int, Record]]:
         """Work on the cluster, an item a task; records in the order in which they are done."""
         if not items:
             return
@@ -432,7 +270,7 @@ class _Ingestion:
             for row in dataset.iter_rows():
                 if row["error"]:
                     raise IngestError(row["error"])
-                yield int(row["index"]), _Record(**json.loads(row["record"]))
+                yield int(row["index"]), Record(**json.loads(row["record"]))
         except ExecutionTimeoutError as error:
             raise IngestError(
                 f"no part was done in {self.config.hang_seconds:g} s. What is done is kept: free "
@@ -480,7 +318,7 @@ class _Ingestion:
             rejected.update(record.dropped)
         parts = tuple(
             Part(
-                name=_part_name(index),
+                name=part_name(index),
                 path=self.writer.path("pairs", index),
                 rows=record.rows,
                 row_groups=tuple(record.row_groups),
@@ -500,259 +338,22 @@ class _Ingestion:
         )
 
 
-@dataclass(frozen=True)
-class _PartWriter:
-    """Writes parts; what a task needs to know besides its unit."""
-
-    storage: Storage
-    name: str
-    limits: RowLimits
-    row_group_rows: int
-    config_digest: str
-
-    def path(self, folder: str, index: int, end: str = ".parquet") -> str:
-        return f"{folder}/{self.name}/{_part_name(index)}{end}"
-
-    def write(self, index: int, unit: Unit, source: Source) -> _Record:
-        """Read a unit and write its part, the record last."""
-        for end in (".parquet", "-duplicates.parquet"):
-            # What is rejected may be that of another configuration whose pairs were deleted.
-            self.storage.delete(self.path("rejected", index, end))
-        reading = _Reading(self.limits)
-        pairs = reading.pairs(source.read(unit))
-        row_groups = self._write_pairs(
-            self.path("pairs", index), _tables(pairs, self.row_group_rows)
-        )
-        if reading.rejected:
-            table = rejected_table([asdict(row) for row in reading.rejected])
-            self.storage.write_table(self.path("rejected", index), table)
-        self.storage.write_table(self.path("keys", index), reading.keys())
-        record = _Record(
-            config=self.config_digest,
-            unit=unit.as_dict(),
-            rows=sum(row_groups),
-            row_groups=row_groups,
-            bytes=self.storage.size(self.path("pairs", index)),
-            digest=reading.content.hexdigest(),
-            rejected=reading.reasons(),
-            examples=reading.examples(),
-        )
-        self.storage.write_json(self.path("pairs", index, ".json"), asdict(record))
-        return record
-
-    def drop(self, index: int, drops: Sequence[_Drop]) -> _Record:
-        """Take duplicates out of a part. May be repeated after a crash between any two writes."""
-        path = self.path("pairs", index)
-        explained = self.path("rejected", index, "-duplicates.parquet")
-        if not self.storage.exists(explained):
-            # Before the part is rewritten, because afterwards nobody knows the ids.
-            ids = self.storage.read_table(path, ["id"])["id"].to_pylist()
-            self.storage.write_table(explained, _explain(index, ids, drops))
-        dropped = {key for one in drops for key in one.ids.tolist()}
-        content = _Content()
-
-        def kept() -> Iterator[dict[str, Any]]:
-            for pair in self.storage.rows(path):
-                if hash_of(pair["id"].encode()) not in dropped:
-                    content.add(pair, hash_of(pair["image"]))
-                    yield pair
-
-        row_groups = self._write_pairs(path, _tables(kept(), self.row_group_rows))
-        record = replace(
-            _Record(**self.storage.read_json(self.path("pairs", index, ".json"))),
-            rows=sum(row_groups),
-            row_groups=row_groups,
-            bytes=self.storage.size(path),
-            digest=content.hexdigest(),
-            dropped={one.reason: len(one.ids) for one in drops},
-            drop_digest=_drop_digest(drops),
-        )
-        self.storage.write_json(self.path("pairs", index, ".json"), asdict(record))
-        return record
-
-    def _write_pairs(self, path: str, tables: Iterable[pa.Table]) -> list[int]:
-        """Write a file of pairs, each table a row group; how many rows each has."""
-        row_groups = []
-        with (
-            self.storage.writing(path) as stream,
-            # A dictionary of images would be built in vain.
-            pq.ParquetWriter(stream, PAIR_SCHEMA, compression="zstd", use_dictionary=False) as file,
-        ):
-            for table in tables:
-                file.write_table(table, row_group_size=self.row_group_rows)
-                row_groups.append(len(table))
-        return row_groups
-
-
-class _Reading:
-    """A unit while it is read: what became of its rows."""
-
-    def __init__(self, limits: RowLimits) -> None:
-        self.limits = limits
-        self.content = _Content()
-        self.rejected: list[Rejected] = []
-        self._seen: set[int] = set()
-        self._keys: list[tuple[int, int, int]] = []
-
-    def pairs(self, rows: Iterable[Raw | Rejected]) -> Iterator[dict[str, Any]]:
-        """The pairs among the rows; the others are taken note of."""
-        for row in rows:
-            if isinstance(row, Rejected):
-                self._reject(row.id, row.origin, row.reason, row.detail)
-                continue
-            try:
-                yield self._pair(row)
-            except RejectedRowError as error:
-                self._reject(row.get("id"), row.get("origin"), error.reason, error.detail)
-
-    def keys(self) -> pa.Table:
-        """Hashes of the pairs' ids, images and texts."""
-        columns = np.array(self._keys, np.uint64).reshape(-1, 3).T
-        return pa.table([pa.array(column) for column in columns], schema=_KEYS_SCHEMA)
-
-    def reasons(self) -> dict[str, int]:
-        return dict(Counter(row.reason for row in self.rejected).most_common())
-
-    def examples(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for row in self.rejected:
-            examples = found.setdefault(row.reason, [])
-            if len(examples) < _EXAMPLES:
-                examples.append(": ".join(filter(None, (row.origin or row.id, row.detail))))
-        return found
-
-    def _reject(self, *values: object) -> None:
-        # What was found may be as broken as it likes; Arrow takes whole strings only.
-        self.rejected.append(Rejected(*(clean_text(value, _TOLD) for value in values)))
-
-    def _pair(self, raw: Raw) -> dict[str, Any]:
-        pair = make_pair(raw, self.limits)
-        key = hash_of(pair["id"].encode())
-        if key in self._seen:
-            raise RejectedRowError("duplicate_id", "the first one is in the same part")
-        self._seen.add(key)
-        image = hash_of(pair["image"])
-        self.content.add(pair, image)
-        self._keys.append((key, image, hash_of_words(pair["web_text"])))
-        return pair
-
-
-class _DuplicateSearch:
-    """Looks for rows that repeat an earlier one, a column of the keys at a time."""
-
-    def __init__(self, storage: Storage, name: str, records: Mapping[int, _Record]) -> None:
-        self.storage, self.name = storage, name
-        self.parts = np.array(sorted(records), np.int64)
-        sizes = [records[part].accepted for part in self.parts.tolist()]
-        self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self.left = np.ones(self.starts[-1], bool)  # rows that are not dropped yet
-
-    def find(self, column: str, reason: str, drop: bool) -> tuple[int, dict[int, _Drop]]:
-        """How many rows repeat an earlier one, and if they shall be dropped, which, by part."""
-        hashes = self._load(column)
-        later, first = later_duplicates(hashes, self.left)
-        if not drop or len(later) == 0:
-            return len(later), {}
-        self.left[later] = False
-        del hashes
-        ids = self._load("id")[later]
-        places, owners = (np.searchsorted(self.starts, at, "right") - 1 for at in (later, first))
-        found = {}
-        there, begins = np.unique(places, return_index=True)  # `later`, and so they, go up
-        for place, begin, end in zip(there, begins, [*begins[1:], len(places)], strict=True):
-            here = slice(begin, end)
-            found[int(self.parts[place])] = _Drop(reason, ids[here], self.parts[owners[here]])
-        return len(later), found
-
-    def _load(self, column: str) -> Hashes:
-        hashes = np.empty(self.starts[-1], np.uint64)
-
-        def read(place: int) -> None:
-            path = f"keys/{self.name}/{_part_name(int(self.parts[place]))}.parquet"
-            rows = slice(self.starts[place], self.starts[place + 1])
-            hashes[rows] = self.storage.read_table(path, [column])[column].to_numpy()
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(read, range(len(self.parts))))
-        return hashes
-
-
-def later_duplicates(
-    hashes: Hashes, considered: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows whose hash an earlier considered row has too, and the first such row of each.
-
-    A hash of 0 equals nothing. Besides a sorted copy of the hashes, only the duplicates' places
-    are held.
-    """
-    values = hashes[considered]
-    values.sort()
-    repeated = np.unique(values[1:][values[1:] == values[:-1]])
-    del values
-    repeated = repeated[repeated != 0]
-    chunks = []
-    for start in range(0, len(hashes), _CHUNK) if len(repeated) else ():
-        chunk = hashes[start : start + _CHUNK]
-        place = np.minimum(np.searchsorted(repeated, chunk), len(repeated) - 1)
-        hit = (repeated[place] == chunk) & considered[start : start + _CHUNK]
-        chunks.append(start + np.flatnonzero(hit))
-    rows = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
-    _, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
-    firsts = rows[first[group]]
-    later = rows != firsts
-    return rows[later], firsts[later]
-
-
-def hash_of(data: bytes) -> int:
-    """64 bits."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def hash_of_words(text: str) -> int:
-    """64 bits over the set of the text's words; 0 if there are too few to compare.
-
-    In scripts without spaces, pairs of neighbouring characters stand for words; two characters
-    count as one.
-    """
-    found = _WORD.findall(text.casefold())
-    runs = {run for run, _ in found if run}
-    words = {word for _, word in found if word}
-    if len(words) + len(set().union(*runs)) / 2 < _MIN_WORDS:
-        return 0
-    words.update(run[at : at + 2] for run in runs for at in range(max(1, len(run) - 1)))
-    return hash_of(" ".join(sorted(words)).encode())
-
-
-def _tables(pairs: Iterable[dict[str, Any]], rows: int) -> Iterator[pa.Table]:
-    """Tables of so many rows, or with about _GROUP_BYTES of images; the last of what is left."""
-    some: list[dict[str, Any]] = []
-    size = 0
-    for pair in pairs:
-        some.append(pair)
-        size += len(pair["image"])
-        if len(some) == rows or size >= _GROUP_BYTES:
-            yield pair_table(some)
-            some, size = [], 0
-    if some:
-        yield pair_table(some)
-
-
 def _read_unit(
-    batch: Mapping[str, npt.NDArray[Any]], source: Source, writer: _PartWriter
+    batch: Mapping[str, npt.NDArray[Any]], source: Source, writer: PartWriter
 ) -> dict[str, Any]:
     """A task: make one part."""
     unit = Unit(**json.loads(str(batch["unit"][0])))
     return _answer(int(batch["index"][0]), unit.name, lambda at: writer.write(at, unit, source))
 
 
-def _drop_rows(batch: Mapping[str, npt.NDArray[Any]], writer: _PartWriter) -> dict[str, Any]:
+def _drop_rows(batch: Mapping[str, npt.NDArray[Any]], writer: PartWriter) -> dict[str, Any]:
     """A task: take duplicates out of one part."""
-    drops = [_Drop.from_dict(value) for value in json.loads(str(batch["drops"][0]))]
+    drops = [Drop.from_dict(value) for value in json.loads(str(batch["drops"][0]))]
     index = int(batch["index"][0])
-    return _answer(index, _part_name(index), lambda at: writer.drop(at, drops))
+    return _answer(index, part_name(index), lambda at: writer.drop(at, drops))
 
 
-def _answer(index: int, name: str, work: Callable[[int], _Record]) -> dict[str, Any]:
+def _answer(index: int, name: str, work: Callable[[int], Record]) -> dict[str, Any]:
     """The record of some work, or what went wrong, as a value: Ray would wrap an exception."""
     record, problem = "", ""
     for attempt in range(_ATTEMPTS):
@@ -772,56 +373,11 @@ def _answer(index: int, name: str, work: Callable[[int], _Record]) -> dict[str, 
     return {"index": [index], "record": [record], "error": [problem]}
 
 
-def _explain(index: int, ids: Iterable[str], drops: Sequence[_Drop]) -> pa.Table:
-    """The rejected rows for what is dropped from a part."""
-    keys = [(identity, hash_of(identity.encode())) for identity in ids]
-    rows = []
-    for one in drops:
-        owners = dict(zip(one.ids.tolist(), one.owners.tolist(), strict=True))
-        rows += [
-            {
-                "id": identity,
-                "origin": _part_name(index),
-                "reason": one.reason,
-                "detail": f"the first one is in {_part_name(owners[key])}",
-            }
-            for identity, key in keys
-            if key in owners
-        ]
-    return rejected_table(rows)
-
-
 def _mismatch(storage: Storage, name: str, problem: str) -> IngestError:
     return IngestError(
         f"{storage.child_uri(f'pairs/{name}')} {problem}. Choose another storage or name, or "
         f"delete pairs/{name}, keys/{name} and rejected/{name} in {storage.uri}"
     )
-
-
-def _manifest_name(name: str) -> str:
-    return f"pairs/{name}/manifest.json"
-
-
-def _part_name(index: int) -> str:
-    return f"part-{index:05d}"
-
-
-class _Content:
-    """A digest over pairs, in their order."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, pair: Mapping[str, Any], image: int) -> None:
-        """Take up a pair; `image` is the hash of its image."""
-        self._hash.update(json.dumps([image, *(pair[name] for name in _TEXTS)]).encode())
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
-
-
-def _drop_digest(drops: Sequence[_Drop]) -> str:
-    return digest_of_json([[one.reason, one.ids.tolist()] for one in drops])
 
 
 if __name__ == "__main__":

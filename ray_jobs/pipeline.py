@@ -29,7 +29,8 @@ from ray_jobs.cluster import RayConfig, connected, full_disk
 from ray_jobs.embed import EmbedConfig, EmbedError, embed
 from ray_jobs.encoding import TextsError, check_texts
 from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult, OpenedSets
-from ray_jobs.ingest import IngestConfig, IngestError, Manifest, ingest
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.ingestion.manifest import IngestError, Manifest
 from ray_jobs.memory import PeakMemory
 from ray_jobs.progress import Progress
 from ray_jobs.report import (

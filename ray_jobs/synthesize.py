@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from ray_jobs import job
 from ray_jobs.beside import CAPTIONS, Beside
-from ray_jobs.ingest import Manifest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.room import warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.chunks import tables

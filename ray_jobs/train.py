@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray_jobs import job
 from ray_jobs.beside import written
 from ray_jobs.encoding import check_texts
-from ray_jobs.ingest import Manifest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.room import Need, warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles

@@ -14,7 +14,7 @@ from PIL import Image
 from ray_jobs.beside import DESCRIPTIONS, Beside, lay_over, written
 from ray_jobs.caption import CaptionResult
 from ray_jobs.evaluate import EvaluationResult, OpenedSets
-from ray_jobs.ingest import Manifest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.report.texts import TextStatistics, text_statistics
 from ray_jobs.storage import Storage
 from ray_jobs.synthesize import SynthesisResult

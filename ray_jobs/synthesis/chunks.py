@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_jobs.beside import Beside, lay_over
-from ray_jobs.ingest import Manifest, Part
+from ray_jobs.ingestion.manifest import Manifest, Part
 from ray_jobs.storage import Storage
 
 _ROW_GROUP = 4096  # of a sealed table: what a reader of a few rows reads at least

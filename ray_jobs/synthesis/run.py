@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from ray_jobs.beside import Beside, written
 from ray_jobs.execution import arrange, work_items
-from ray_jobs.ingest import Manifest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.models import ModelError, check_model
 from ray_jobs.progress import Progress
 from ray_jobs.storage import Storage

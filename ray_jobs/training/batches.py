@@ -31,7 +31,7 @@ import ray.data
 
 from ray_jobs.beside import Beside, lay_over, written
 from ray_jobs.execution import arrange, work_items
-from ray_jobs.ingest import Manifest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.training.plan import DataPlan, RowAddress, Rows, Window
 from rwkv_clip.images import ImageDecodeError

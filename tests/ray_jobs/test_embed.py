@@ -13,7 +13,8 @@ import rwkv_clip
 from ray_jobs.beside import CAPTIONS, DESCRIPTIONS, Beside
 from ray_jobs.embed import EmbedConfig, EmbedError, embed, vectors_folder
 from ray_jobs.encoding import matrix
-from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.pipeline import PipelineConfig, run_stage
 from ray_jobs.storage import Storage
 from ray_jobs.tracking import TrackingConfig

@@ -17,7 +17,8 @@ from ray_jobs.evaluate import (
     OpenedSets,
     scored_on,
 )
-from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.pipeline import PipelineConfig, pipeline, run_stage
 from ray_jobs.storage import Storage
 from ray_jobs.tracking.source import ModelSourceError, stored_model

@@ -19,16 +19,11 @@ from PIL import Image
 from ray.data.exceptions import ExecutionTimeoutError
 
 from ray_jobs import ingest as module
-from ray_jobs.ingest import (
-    IngestConfig,
-    IngestError,
-    Manifest,
-    hash_of,
-    hash_of_words,
-    ingest,
-    later_duplicates,
-)
-from ray_jobs.pairs import PAIR_SCHEMA, REJECTED_SCHEMA, pair_table
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.ingestion.duplicates import hash_of, hash_of_words, later_duplicates
+from ray_jobs.ingestion.manifest import IngestError, Manifest
+from ray_jobs.ingestion.parts import Reading
+from ray_jobs.pairs import PAIR_SCHEMA, REJECTED_SCHEMA, RowLimits, pair_table
 from ray_jobs.sources import Rejected, SourceError, Unit
 from ray_jobs.sources.base import UnreachableError
 from ray_jobs.storage import Storage
@@ -338,7 +333,7 @@ def test_ids_that_differ_at_their_end_alone_are_told_apart(
 
 def test_what_steers_a_terminal_is_not_quoted() -> None:
     odd = Rejected("1", "u.jsonl row 0", "bad_row", "http\x1b]0;owned\x07\x1b[2J\n\u202efine")
-    reading = module._Reading(module.RowLimits())
+    reading = Reading(RowLimits())
     assert list(reading.pairs([odd, {"id": "\x1b[1m", "origin": "a\x9b", "image": b"x"}])) == []
     assert reading.examples()["bad_row"] == [
         r"u.jsonl row 0: http\x1b]0;owned\x07\x1b[2J\n\u202efine"

@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from ray_jobs.embed import EmbedResult
 from ray_jobs.embed import embed as embed_pairs
-from ray_jobs.ingest import Manifest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.pipeline import PipelineConfig, pipeline, run_stage
 from ray_jobs.storage import Storage
 from ray_jobs.synthesize import SynthesisError

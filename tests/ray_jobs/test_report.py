@@ -14,7 +14,7 @@ from PIL import Image
 from ray_jobs.caption import CaptionResult
 from ray_jobs.classification import ClassificationScore
 from ray_jobs.evaluate import EvaluationResult, OpenedSets
-from ray_jobs.ingest import Manifest, Part
+from ray_jobs.ingestion.manifest import Manifest, Part
 from ray_jobs.pairs import pair_table
 from ray_jobs.pipeline import _draw
 from ray_jobs.report import Report, StageTime, collect, examples, render

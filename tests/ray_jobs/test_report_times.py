@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs.ingest import IngestConfig, Manifest, Part
+from ray_jobs.ingest import IngestConfig
+from ray_jobs.ingestion.manifest import Manifest, Part
 from ray_jobs.pipeline import PipelineConfig, _Pipeline, run_stage
 from ray_jobs.report import StageTime, StageTimes
 from ray_jobs.storage import Storage

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.train import TrainResult, train
 from ray_jobs.training.config import TrainConfig

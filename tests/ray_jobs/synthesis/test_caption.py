@@ -17,7 +17,8 @@ from PIL import Image
 from ray_jobs.beside import CAPTIONS, DESCRIPTIONS, Beside
 from ray_jobs.beside import written as beside_tables
 from ray_jobs.caption import CaptionConfig, caption
-from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.pairs import pair_table
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis import run

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.describer import Describing
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError, SynthesisResult, synthesize

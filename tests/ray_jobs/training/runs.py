@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from ray_jobs.ingest import Manifest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.train import TrainResult, train
 from ray_jobs.training.batches import PairFiles

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from ray.train import Checkpoint, ReportedCheckpoint, ReportedCheckpointStatus
 
 from ray_jobs.encoding import TextsError
-from ray_jobs.ingest import IngestConfig, Manifest, ingest
+from ray_jobs.ingest import IngestConfig, ingest
+from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.storage import Storage
 from ray_jobs.train import TrainError, TrainResult, check_room, total_steps, train
 from ray_jobs.training.batches import PairFiles
