@@ -3,7 +3,9 @@
 import _thread
 import os
 import pickle
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,6 +78,15 @@ def test_a_large_file_whose_sending_fails_anywhere_is_not_there(
     assert storage(s3).size("large") == 12_000_000
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """An interrupt is one, also in the processes that tests are shared out to."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_does_not_publish_half_of_a_large_file(
     s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
