@@ -108,7 +108,7 @@ def embed(config: EmbedConfig, storage: Storage, source: "ModelSource") -> Embed
     }
     record, claim = f"{folder}/manifest.json", f"{folder}/run.json"
     # What an older release did not note is taken for the same.
-    held = {**identity, **storage.read_json(claim)} if storage.exists(claim) else identity
+    held = {**identity, **(storage.find_json(claim) or {})}
     if held != identity:
         if not config.replace:
             raise EmbedError(
@@ -118,8 +118,8 @@ def embed(config: EmbedConfig, storage: Storage, source: "ModelSource") -> Embed
         for file in storage.names(folder, recursive=True):
             if file != claim:  # which goes last, so that a run killed here is known by it
                 storage.delete(file)
-    if storage.exists(record):
-        return EmbedResult(**storage.read_json(record)["result"], resumed=True)
+    if (done := storage.find_json(record)) is not None:
+        return EmbedResult(**done["result"], resumed=True)
     storage.write_json(claim, identity)
     checkpoint = source.publish(storage, f"{folder}/model")
     started = time.monotonic()

@@ -230,10 +230,9 @@ class Evaluation:
         self._place = f"{folder}/{name or 'sets'}"
         self._record = f"{self._place}/result.json"
         self.held: EvaluationResult | None = None
-        if storage.exists(self._record):
-            found = storage.read_json(self._record)
-            if found["run"] == self.identity:
-                self.held = EvaluationResult(**found["result"])
+        found = storage.find_json(self._record)
+        if found is not None and found["run"] == self.identity:
+            self.held = EvaluationResult(**found["result"])
 
     def run(self) -> EvaluationResult:
         """Embed and score, if that is not done; Ray must be initialised.

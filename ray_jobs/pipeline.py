@@ -614,7 +614,7 @@ class _Pipeline:
         """The most memory of this run and earlier ones, which may have done most of the work."""
         if self.config.ray.running():
             return 0
-        held = self.storage.read_json(_MEMORY) if self.storage.exists(_MEMORY) else {}
+        held = self.storage.find_json(_MEMORY) or {}
         peak = max(memory.peak, int(held.get("peak_bytes", 0)))
         self.storage.write_json(_MEMORY, {"peak_bytes": peak})
         if self.tracker is not None:

@@ -233,6 +233,13 @@ class Storage:
         except ValueError as error:
             raise ValueError(f"{self.child_uri(name)} is not JSON: {error}") from error
 
+    def find_json(self, name: str) -> Any:
+        """As `read_json`; None if there is no such file."""
+        try:
+            return self.read_json(name)
+        except FileNotFoundError:
+            return None
+
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
         """Write a Parquet file, compressed with zstd."""
         with self.writing(name) as stream:

@@ -238,7 +238,7 @@ def _trainer(
 def _claim(storage: Storage, folder: str, identity: Mapping[str, Any]) -> None:
     """Note whose run the folder holds; refuse to go on with another's."""
     name = f"{folder}/run.json"
-    noted = storage.read_json(name) if storage.exists(name) else None
+    noted = storage.find_json(name)
     held = identity if noted is None else _completed(noted, identity)
     if told := _differences(held, identity):
         raise TrainError(

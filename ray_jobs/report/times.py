@@ -68,8 +68,6 @@ class StageTimes:
         return spent
 
     def _all(self) -> dict[str, Any]:
-        if not self.storage.exists(_FILE):
-            return {}
         # An older release noted bare numbers, which may be the times of stages that were skipped.
-        found: dict[str, Any] = self.storage.read_json(_FILE)
+        found: dict[str, Any] = self.storage.find_json(_FILE) or {}
         return {name: value for name, value in found.items() if isinstance(value, dict)}

@@ -107,7 +107,7 @@ class TaskRun:
         """Note whose tables the folder holds; refuse to mix them with others."""
         folder = self.beside.folder
         record = f"{folder}/run.json"
-        held = self.storage.read_json(record) if self.storage.exists(record) else None
+        held = self.storage.find_json(record)
         if held == self.identity:
             return
         if held is not None and self.storage.names(folder, suffix=".parquet", recursive=True):
@@ -126,7 +126,7 @@ class TaskRun:
             if not left[part]:
                 seal(self.storage, self.beside, chunks)
         record = f"{self.beside.folder}/record.json"
-        earlier = self.storage.read_json(record) if self.storage.exists(record) else {}
+        earlier = self.storage.find_json(record) or {}
         effort = Effort(**{"incidents": [], "seconds": 0.0, "engine_seconds": 0.0, **earlier})
         if not todo:
             return effort

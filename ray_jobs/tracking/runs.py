@@ -425,7 +425,7 @@ class _Notes:
         self._storage.delete(self._folder)
 
     def _read(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self._storage.read_json(name) if self._storage.exists(name) else {}
+        found: dict[str, Any] = self._storage.find_json(name) or {}
         return found
 
     def _take_over(self) -> None:

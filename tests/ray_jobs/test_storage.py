@@ -105,6 +105,18 @@ def test_an_interrupt_does_not_publish_half_of_a_large_file(
     assert place.size("large") == 22_000_000
 
 
+def test_json_that_is_not_there_is_none_and_what_is_no_json_is_told(
+    s3: Server, tmp_path: Path
+) -> None:
+    for place in (storage(s3), Storage.at(tmp_path)):
+        assert place.find_json("folder/record.json") is None
+        place.write_json("folder/record.json", {"rows": 1})
+        assert place.find_json("folder/record.json") == {"rows": 1}
+        place.write_bytes("folder/record.json", b"{")
+        with pytest.raises(ValueError, match="is not JSON"):
+            place.find_json("folder/record.json")
+
+
 def test_what_waits_to_be_sent_is_not_in_memory(s3: Server) -> None:
     place = storage(s3)
     with place.writing("large") as stream:
