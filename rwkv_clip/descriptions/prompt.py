@@ -21,7 +21,7 @@ from typing import Any
 from rwkv_clip.descriptions.sources import Sources
 
 # Part of a description's lineage: change it with every change of what models are sent.
-PROMPT_VERSION = "describe-1"
+PROMPT_VERSION = "describe-2"
 CAPTION_PROMPT_VERSION = "caption-1"
 
 SOURCE_TOKENS = 100

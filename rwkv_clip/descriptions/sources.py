@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rwkv_clip.descriptions.page import without_page
+
 MAX_TEXT = 400
 MAX_TAGS = 32
 MAX_TAG = 60
@@ -63,7 +65,8 @@ class Sources:
 
     def __post_init__(self) -> None:
         clean = object.__setattr__  # the dataclass is frozen
-        clean(self, "web_text", clean_source(_text("web_text", self.web_text), MAX_TEXT))
+        web_text = clean_source(_text("web_text", self.web_text), MAX_TEXT)
+        clean(self, "web_text", without_page(web_text))
         if self.caption is not None:
             caption = clean_source(_text("caption", self.caption), MAX_TEXT)
             clean(self, "caption", caption or None)
