@@ -4,6 +4,8 @@ Choices:
 - Only web texts go through this: a caption or a tag that has a price or a page number tells of
   what is in the image. What is taken away is no source any more, so the guard refuses a
   description that says it.
+- Phrases go only where nothing hangs on them: without "click here", the rest of such an advert
+  would pass for a description.
 - A hashtag is a word with a mark. It stays as words where the text does not say them already,
   unless it is a call for attention.
 """
@@ -17,12 +19,15 @@ _AMOUNT = r"\d{1,12}(?:[.,]\d{1,3}){0,4}"
 _AROUND = re.compile(
     rf"{_SIGN}\s?{_AMOUNT}"
     r"|#\d{4,}\b|\((?:pack|lot) of \d{1,5}\)"
-    r"|^(?:buy\b|(?:(?:re|fwd?): ?){1,9})"
+    r"|^(?:buy\b(?! now)|(?:(?:re|fwd?): ?){1,9})"
     r"|\b(?:"  # few places to look at begin here
     r"\d{2,5}(?:\s?[x×]\s?\d{2,5}){1,2}(?:\s?(?:px|pixels?|[cm]?m|in|inch(?:es)?))?\b"
     r"|(?:480|720|1080|1440|2160)[pi]\b|(?:full |ultra )?hd\b|(?:png|jpe?g|svg|psd|eps)\b"
     r"|page \d{1,5}(?: of \d{1,5})?\b|untitled(?:[-_ ]?\d{1,5})?\b|(?:by )?user[-_ ]?\d{3,}\b"
     r"|(?:top )?\d{1,4}\+? best\b(?! friend)|top \d{1,4}\b|sale!"
+    r"|free download\b|click to (?:enlarge|zoom|view)\b"
+    r"|(?:royalty[- ]free )?stock (?:photo|image|vector|illustration)s?\b"
+    r"|in stock\b(?! market)|ships (?:in|within) \d{1,3} ?(?:h|hours?|days?)\b"
     rf"|(?:usd|eur|gbp)\s?{_AMOUNT}|{_AMOUNT}\s?(?:{_SIGN}|(?:usd|eur|gbp)\b)"
     r")",
     re.IGNORECASE,
@@ -39,7 +44,7 @@ _EDGES = " -–—|,;:/"
 
 
 def without_page(web_text: str) -> str:
-    """A web text without prices, sizes in pixels, page and user numbers, and hashtags' marks."""
+    """A web text without offers, sizes in pixels, page and user numbers, and hashtags' marks."""
     said = _AROUND.sub(" ", web_text)
     if "#" in said:
         letters = _letters(_HASHTAG.sub(" ", said))

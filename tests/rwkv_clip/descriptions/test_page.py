@@ -28,6 +28,9 @@ from rwkv_clip.descriptions.page import without_page
         ("Sheep #cute #followme #like4like", "Sheep cute"),
         ("Sunset #LakeComo #golden_hour #nofilter", "Sunset Lake Como golden hour"),
         ("#桜 京都", "桜 京都"),
+        ("a red fox | Royalty-free stock photo", "a red fox"),
+        ("wine glass in stock, ships in 24 h", "wine glass"),
+        ("Free download ant ... click to enlarge", "ant ..."),
         ("72x72", ""),
     ],
 )
@@ -43,7 +46,7 @@ def test_what_the_page_put_there_is_gone(web_text, left):
         "keycap: # and C#, a #1 foam hand",
         "a shopping page boy, an HDMI cable and 5 dollars",
         "2 x 4 beams, a pack of 7 wolves, V8 engine, 1920s car",
-        "a re-used buyer's bag",
+        "buy now, a re-used buyer's bag on the stock exchange, in stock market news",
     ],
 )
 def test_what_may_be_in_the_image_stays(web_text):
