@@ -148,7 +148,10 @@ class _Ingestion:
             self.storage.delete_unfinished(f"{kind}/{self.name}")
         units = self._units()
         if not units:
-            raise IngestError(f"the {self.config.source.kind} source is empty: it lists no units")
+            raise IngestError(
+                f"the {self.config.source.kind} source is empty: no file that {self.name}_data."
+                "source.path means has a row"
+            )
         for index, record in self._find_records(units).items():
             self._add(index, record)
         self._read(units)
@@ -375,8 +378,8 @@ def _answer(index: int, name: str, work: Callable[[int], Record]) -> dict[str, A
 
 def _mismatch(storage: Storage, name: str, problem: str) -> IngestError:
     return IngestError(
-        f"{storage.child_uri(f'pairs/{name}')} {problem}. Choose another storage or name, or "
-        f"delete pairs/{name}, keys/{name} and rejected/{name} in {storage.uri}"
+        f"{storage.child_uri(f'pairs/{name}')} {problem}. Choose another storage, or delete "
+        f"pairs/{name}, keys/{name} and rejected/{name} in {storage.uri}"
     )
 
 

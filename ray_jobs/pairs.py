@@ -177,8 +177,8 @@ def one_text(value: object, limit: int) -> str:
 def clean_tags(tags: object) -> list[str]:
     """The distinct, non-empty tags in their order; a text is split at commas and bars.
 
-    Bytes are a text in UTF-8, as in `clean_text`. A list's brackets and quotes, as JSON and Python
-    write them, are no part of its tags.
+    Bytes are a text in UTF-8, as in `clean_text`. A text may be a list as JSON has it, or as Python
+    writes it, whose brackets and quotes are no part of its tags.
     """
     if isinstance(tags, bytes | bytearray | memoryview):
         tags = bytes(tags).decode("utf-8", "replace")
@@ -187,11 +187,13 @@ def clean_tags(tags: object) -> list[str]:
         tags = whole.replace("|", ",").split(",")
         if whole.startswith("[") and whole.endswith("]"):
             tags = [tag.strip("[]'\" ") for tag in tags]
+            with suppress(ValueError, RecursionError):
+                tags = json.loads(whole)
     if not isinstance(tags, Sequence) and hasattr(tags, "tolist"):
         tags = tags.tolist()
     if not isinstance(tags, Sequence):
         return []
-    cleaned = (clean_text(tag, 100) for tag in tags[:200])
+    cleaned = (one_text(tag, 100) for tag in tags[:200])
     return list(dict.fromkeys(tag for tag in cleaned if tag))
 
 

@@ -125,8 +125,9 @@ class ColumnsConfig(BaseConfig):
         for name, theirs in wanted.items():
             needed = name == required or name in self.model_fields_set
             if theirs not in found and needed and name in decided:
-                close = difflib.get_close_matches(theirs, found, n=1)
-                meant = f" (did you mean {close[0]!r}?)" if close else ""
+                folded = {name.casefold(): name for name in found}
+                close = difflib.get_close_matches(theirs.casefold(), folded, n=1)
+                meant = f" (did you mean {folded[close[0]]!r}?)" if close else ""
                 raise SourceError(
                     f"source.columns.{name}: {where} has no column {theirs!r}{meant}; it has "
                     f"{', '.join(sorted(found)) or 'none'}"

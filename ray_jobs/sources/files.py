@@ -3,7 +3,7 @@
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
@@ -198,7 +198,9 @@ def _find(
             raise SourceError(f"source.path: {base} does not exist{_here(base)}")
         prefix = root.rstrip("/") + "/"
         below = _there(filesystem, [prefix + name for name in usual if path == base])
-        below = below or filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        count = len(below)
+        if not below:
+            below, count = _below(filesystem, root, tuple(suffixes))
     except OSError as error:
         raise SourceError(f"source.path: {base} cannot be listed: {error}") from error
     wanted = path.removeprefix(base).lstrip("/")
@@ -207,7 +209,7 @@ def _find(
         hidden = ()
     # What the file system calls the folder may lack a part of its URI, such as the host.
     start = base.rstrip("/") if "://" in base else root.rstrip("/")
-    named = ((info, _label(info, prefix, suffixes)) for info in below)
+    named = ((info, info.path.removeprefix(prefix)) for info in below)
     files = [
         File(name_below(start, label), label, info.size)
         for info, label in named
@@ -220,7 +222,7 @@ def _find(
     if not files:
         raise SourceError(
             f"source.path: {path} holds no file that ends in {' or '.join(suffixes)} "
-            f"({len(below):,} other files and folders)"
+            f"({count:,} other files and folders)"
         )
     return sorted(files, key=lambda file: file.uri)
 
@@ -228,6 +230,36 @@ def _find(
 def _real(uri: str) -> str:
     """The same for all links to a file: `latest` beside the folder that it leads to."""
     return uri if "://" in uri else os.path.realpath(uri)
+
+
+def _below(
+    filesystem: pafs.FileSystem, root: str, suffixes: tuple[str, ...]
+) -> tuple[list[pafs.FileInfo], int]:
+    """What is below a folder, of this machine's only the files that end so; how much there is."""
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        below = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        return below, len(below)
+    paths = list(_walk(root))
+    ending = [path for path in paths if path.lower().endswith(suffixes)]
+    for path in ending:
+        if os.fsencode(path) != path.encode("utf-8", "replace"):
+            raise SourceError(
+                f"source.path: {root} has a file whose name is not UTF-8, "
+                f"{os.fsencode(os.path.relpath(path, root))!r}; rename it"
+            )
+    return filesystem.get_file_info(ending), len(paths)
+
+
+def _walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """All paths below a folder. Links that lead in a circle, which Arrow follows, are not."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield entry.path
+            if entry.is_dir():
+                yield from _walk(entry.path, above | {real})
 
 
 def _there(filesystem: pafs.FileSystem, paths: Sequence[str]) -> list[pafs.FileInfo]:
@@ -271,19 +303,6 @@ def _any_of(part: str) -> str:
     others = part[1] in "!^"
     characters = re.sub(r"([][^&|~\\])", r"\\\1", part[2 if others else 1 : -1])
     return f"(?!/)[{'^' * others}{characters}]"
-
-
-def _label(info: pafs.FileInfo, prefix: str, suffixes: Sequence[str]) -> str:
-    """A file's name below a folder; empty if it is not UTF-8, which other files' may be."""
-    try:
-        return str(info.path).removeprefix(prefix)
-    except UnicodeDecodeError as error:
-        if not error.object.lower().endswith(tuple(map(str.encode, suffixes))):
-            return ""
-        name = error.object.removeprefix(prefix.encode())
-        raise SourceError(
-            f"source.path: {prefix} has a file whose name is not UTF-8, {name!r}; rename it"
-        ) from error
 
 
 def _here(path: str) -> str:

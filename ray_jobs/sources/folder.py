@@ -219,7 +219,7 @@ _S3_FORBIDDEN = re.compile(
 _EXPLAINED = {
     "no_image": "there is no such file",
     "image_forbidden": "may not be read",
-    "outside_folder": "leads out of the folder of the list",
+    "outside_folder": "is no name below the folder of the list with forward slashes, or a link out",
     "image_too_large": f"over {MAX_FILE_BYTES:,} bytes",
 }
 

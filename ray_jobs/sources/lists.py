@@ -120,15 +120,31 @@ _Seen = dict[str, set[type]]
 
 
 def _columns(unit: Unit, s3: S3Config) -> tuple[_Seen, bool]:
-    """The columns of a unit's file of lines, or of its beginning; and whether these are all."""
+    """The columns of a unit's file of lines, or of its beginning; and whether these are all.
+
+    Raises:
+        SourceError: none of its rows can be read.
+    """
     if _kind(unit.path) in ("csv", "tsv"):
-        return _untold(_header(unit, s3)), True
+        try:
+            return _untold(_header(unit, s3)), True
+        except _BrokenFileError as error:
+            raise SourceError(f"source.path: {unit.path} {error}") from error
     # From the file's beginning, so that all its units are read alike.
     rows = read_list(Unit(unit.path), None, s3)
     seen: _Seen = {}
+    problems = []
     for _, row in islice(rows, _SAMPLE_ROWS):
-        for name, value in () if isinstance(row, Rejected) else row.items():
+        if isinstance(row, Rejected):
+            problems.append(row.detail)
+            continue
+        for name, value in row.items():
             seen.setdefault(name, set()).add(type(value))
+    if problems and not seen:
+        raise SourceError(
+            f"source.path: no row of {unit.path} can be read, the first one: {problems[0]}. Takes "
+            "lines of UTF-8, each a JSON object"
+        )
     return seen, next(rows, None) is None
 
 
@@ -224,11 +240,8 @@ def _read_csv(unit: Unit, s3: S3Config) -> Iterator[tuple[int, Mapping[str, Any]
 
 
 def _header(unit: Unit, s3: S3Config) -> list[str]:
-    """The names in the first line of a unit's file; empty if that is none, or cannot be read."""
-    try:
-        first = next(iter(_Records(_lines(unit, s3, 0), unit.path)), None)
-    except _BrokenFileError:
-        return []
+    """The names in the first line of a unit's file, if it is one; raises _BrokenFileError."""
+    first = next(iter(_Records(_lines(unit, s3, 0), unit.path)), None)
     return first if isinstance(first, list) else []
 
 
@@ -365,19 +378,23 @@ def _row_starts(whole: Unit, config: FilesConfig) -> list[tuple[int, int | None,
                 start, count = counted.position, 0
     except _BrokenFileError:
         return [*starts, (len(starts) * config.unit_rows, None, start)]
+    if isinstance(counted, _Counted) and counted.blank:
+        return []
     return [*starts, (len(starts) * config.unit_rows, count, start)] if count else starts
 
 
 class _Counted:
-    """Lines, and as `position` where the next one begins, in bytes."""
+    """Lines; as `position` where the next one begins, in bytes; whether all were `blank`."""
 
     def __init__(self, lines: Iterator[bytes]) -> None:
         self.position = 0
+        self.blank = True
         self._lines = lines
 
     def __iter__(self) -> Iterator[bytes]:
         for line in self._lines:
             self.position += len(line)
+            self.blank = self.blank and not _text(line).strip()
             yield line
 
 

@@ -435,8 +435,9 @@ def _place(unit: Unit, columns: Sequence[str], s3: S3Config) -> tuple[object, ..
 
 
 def image_bytes(value: object) -> object:
-    """An image's bytes, out of the struct if there is one."""
-    return value.get("bytes") if isinstance(value, Mapping) else value
+    """An image's bytes, out of the struct if there are some: one with a path alone is told so."""
+    inner = value.get("bytes") if isinstance(value, Mapping) else None
+    return value if inner is None else inner
 
 
 def id_text(value: object) -> object:

@@ -361,6 +361,9 @@ class Downloader:
         if response.status not in _REDIRECTS:
             return await self._content(response)
         target = response.headers.get("Location", "")
+        if not target:
+            told = f"HTTP {response.status} without a Location"
+            raise DownloadError("download_failed", told)
         try:
             return self._checked(str(url.join(URL(target))))
         except ValueError as error:
@@ -453,7 +456,9 @@ class Downloader:
         if url.scheme not in ("http", "https") or not host:
             raise DownloadError("download_refused", f"{text[:80]!r} is no http or https URL")
         if not self.config.allow_private and not addresses.may_be_public(host):
-            raise DownloadError("download_refused", f"{host} is a private address")
+            raise DownloadError(
+                "download_refused", f"{host} is a private address (source.allow_private)"
+            )
         return url.with_user(None)
 
 
@@ -478,7 +483,8 @@ class _PublicResolver(AbstractResolver):
             return found
         public = [result for result in found if addresses.is_public(result["host"])]
         if not public:
-            raise DownloadError("download_refused", f"{host} has private addresses only")
+            told = f"{host} has private addresses only (source.allow_private)"
+            raise DownloadError("download_refused", told)
         return public
 
     async def close(self) -> None:

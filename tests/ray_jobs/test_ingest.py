@@ -403,7 +403,7 @@ def test_a_run_that_hangs_tells_what_helps(
 
 def test_a_source_without_rows_is_an_error(storage: Storage, tmp_path: Path) -> None:
     write(tmp_path / "data", [])
-    with pytest.raises(IngestError, match="the parquet source is empty"):
+    with pytest.raises(IngestError, match="parquet source is empty: no file that train_data"):
         ingest(config(tmp_path / "data"), storage)
     write(tmp_path / "data", [pair(1, image=b"")])
     with pytest.raises(IngestError, match=r"no row could be used.*no_image"):

@@ -167,11 +167,12 @@ def test_texts_are_what_arrow_takes(text: object, clean: str) -> None:
     [
         ("dog, cat | dog,,", ["dog", "cat"]),
         (np.array(["dog", "cat"]), ["dog", "cat"]),
-        (("dog", None, 3), ["dog"]),
+        (("dog", None, 3, math.nan, True), ["dog", "3"]),
         (json.loads('{"dog": 1}'), []),
         (b"dog, caf\xe9|dog", ["dog", "caf"]),
         ("['dog', 'guide dog']", ["dog", "guide dog"]),
         ('["dog", "cat"]', ["dog", "cat"]),
+        (r'["caf\u00e9, bar", "\"x\"", 3]', ["café, bar", '"x"', "3"]),
         ("[dog], [cat]", ["dog", "cat"]),
         (None, []),
     ],

@@ -16,6 +16,7 @@ import pytest
 from pyarrow.fs import FileSystem, LocalFileSystem
 from pydantic import TypeAdapter
 
+from ray_jobs.pairs import RejectedRowError, RowLimits, make_pair
 from ray_jobs.sources import (
     Rejected,
     Source,
@@ -108,6 +109,14 @@ def test_a_file_is_found_once_and_in_either_case(tmp_path: Path, png: Png) -> No
     assert len(rows_of(source(tmp_path / "v1/a.PARQUET"))) == 1
 
 
+def test_links_that_lead_in_a_circle_are_not_followed(tmp_path: Path, png: Png) -> None:
+    write(tmp_path / "a/z.parquet", pairs(png, 1))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a/b").symlink_to(tmp_path / "b")
+    (tmp_path / "b/a").symlink_to(tmp_path / "a")
+    assert [unit.label for unit in source(tmp_path).units()] == ["a/z.parquet"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "name", "fits"),
     [
@@ -164,7 +173,8 @@ def test_hugging_face_images_are_structs(tmp_path: Path, png: Png) -> None:
     rows = rows_of(source(tmp_path, "hf_parquet"))
     assert rows[0]["image"] == png(1)
     assert rows[0]["web_text"] == "one"
-    assert rows[1]["image"] is None
+    with pytest.raises(RejectedRowError, match=r"no_image: .*'path': 'b.png'"):
+        make_pair(rows[1], RowLimits())
 
 
 def test_the_published_yfcc15m_is_read(tmp_path: Path, png: Png) -> None:

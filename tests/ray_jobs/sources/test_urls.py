@@ -155,6 +155,9 @@ class Handler(BaseHTTPRequestHandler):
     def give_redirect(self) -> None:
         self.give(302, Location="/ok/after-redirect")
 
+    def give_astray(self) -> None:
+        self.give(302)
+
     def give_loop(self) -> None:
         self.give(301, Location="/loop")
 
@@ -359,6 +362,7 @@ def test_names_that_nobody_answers_for_hold_up_no_other(tmp_path: Path, server: 
         ("/short", "download_failed", "ClientPayloadError", 2),
         ("/later", "download_failed", "HTTP 429 .*Retry-After 3600 s", 1),
         ("/loop", "download_failed", "more than 3 redirects", 4),
+        ("/astray", "download_failed", "HTTP 302 without a Location", 1),
         ("/tofile", "download_refused", "'file:///etc/passwd' is no http", 1),
         ("/html", "download_not_image", "image/png, 17 bytes: b'<html>", 1),
         ("/huge", "download_too_large", "Content-Length 200,", 1),
@@ -446,7 +450,7 @@ def test_a_unit_of_hosts_that_are_gone_is_no_outage_after_one_that_was_not(
 def test_names_are_resolved_to_public_addresses_only(tmp_path: Path, server: Server) -> None:
     url = server.url("/ok").replace("127.0.0.1", "localhost")
     (refused,) = download(tmp_path, [url], allow_private=False)
-    assert "localhost has private addresses only" in refused.detail
+    assert "localhost has private addresses only (source.allow_private)" in refused.detail
     assert server.asked.total() == 0
     (row,) = download(tmp_path, [url])
     assert row["image"] == server.image
