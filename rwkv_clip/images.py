@@ -34,6 +34,8 @@ _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 _RUN_LENGTHS = (1, 2)  # how BMPs tell that they are compressed
+_PILLOW_LACKS = "Unsupported BMP compression"  # as its error begins: of JPEG and PNG within
+_COMPRESSED_BMP = "is a compressed BMP; save it as a PNG"
 
 
 class HeaderError(OSError):
@@ -86,13 +88,18 @@ def open_image(data: Encoded, formats: Sequence[str] | None = None) -> Image.Ima
         Exception: whatever a broken header leads Pillow to.
     """
     file = _Header(data)
-    image = Image.open(file, formats=list(formats) if formats is not None else None)
+    try:
+        image = Image.open(file, formats=list(formats) if formats is not None else None)
+    except OSError as error:
+        if str(error).startswith(_PILLOW_LACKS):
+            raise CodingError(_COMPRESSED_BMP) from error
+        raise
     file.bounded = False
     if image.format in ("JPEG", "MPO"):
         _check_scans(file.getvalue(), image.width * image.height)
     if image.format in ("BMP", "DIB") and image.info.get("compression") in _RUN_LENGTHS:
         # Pillow decodes these in Python, a pixel at a time.
-        raise CodingError("is a compressed BMP; save it as a PNG")
+        raise CodingError(_COMPRESSED_BMP)
     return image
 
 

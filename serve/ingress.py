@@ -180,7 +180,10 @@ class Ingress:
 
         async def answer(request: Request) -> Response:
             _check_encoding(request)
+            request.state.coming = True
             async with self.bodies.read(request) as body:
+                request.state.coming = False
+                _check_sent(request, body.content)
                 asked = parse_request(shape, body.content)
                 reader = Reader(self.config.limits, self.fetcher, body.count)
                 return await self.towers.through_one_model(
@@ -234,12 +237,7 @@ class Ingress:
             async with asyncio.timeout(self.config.request_seconds):
                 return await answer(request)
         except TimeoutError:
-            raise ApiError(
-                503,
-                "timeout",
-                f"there is no answer within {self.config.request_seconds:g} seconds; send fewer "
-                "items, or send it again later",
-            ) from None
+            raise _late(request, self.config.request_seconds) from None
 
     def _check_ending(self) -> None:
         """Raise ApiError where no more requests are taken."""
@@ -280,6 +278,33 @@ def _check_encoding(request: Request) -> None:
             "encoded_body",
             "Content-Encoding: bodies are taken as they are alone; send it without compression",
         )
+
+
+def _check_sent(request: Request, content: bytes) -> None:
+    """Raise ApiError for a body that Serve's proxy has lost.
+
+    It leaves what comes with an offer to speak HTTP/2 to whoever takes the offer, and nobody does.
+    """
+    if not content and "upgrade" in request.headers:
+        raise ApiError(
+            400,
+            "lost_body",
+            "Upgrade: the body was lost with this header; have the client speak HTTP/1.1 alone, as "
+            "Java's does with version(HTTP_1_1)",
+        )
+
+
+def _late(request: Request, seconds: float) -> ApiError:
+    """Why there is no answer in time."""
+    if getattr(request.state, "coming", False):
+        return ApiError(
+            408, "slow_body", f"the body has not come within {seconds:g} seconds; send it faster"
+        )
+    return ApiError(
+        503,
+        "timeout",
+        f"there is no answer within {seconds:g} seconds; send fewer items, or send it again later",
+    )
 
 
 async def _page(_: Request) -> Response:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import codecs
 import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def parse_request(shape: type[Request], body: bytes) -> Request:
     """A request from JSON; raises ApiError that names the key."""
     _check_pieces(body)
     try:
-        return shape.model_validate_json(body)
+        return shape.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         raise invalid(error) from None
 
@@ -190,7 +191,7 @@ def invalid(error: ValidationError) -> ApiError:
     """What is wrong with a request, without what it holds."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     if first["type"] == "json_invalid":
-        return ApiError(400, "invalid_json", f"the body is no JSON: {first['msg']}")
+        return ApiError(400, "invalid_json", f"the body is no JSON in UTF-8: {first['msg']}")
     param = ".".join(map(str, first["loc"]))
     return ApiError(400, "invalid_request", f"{param or 'the body'}: {first['msg']}", param)
 
@@ -264,11 +265,12 @@ class Reader:
         if isinstance(item, str):
             like_uri = _LIKE_DATA_URI.match(item[:256])
             return await self.picture(item, at) if like_uri else self.text(item)
-        if isinstance(item, list | int):
+        if not isinstance(item, dict) or item.get("type") not in ("text", "image_url"):
             raise ApiError(
                 400,
                 "invalid_item",
-                "is token ids; the model has a tokenizer of its own, send text",
+                "is neither a text nor a part of type text or image_url; the model has a tokenizer "
+                "of its own, so send a text for token ids",
             )
         try:
             part = _PART.validate_python(item)
@@ -369,7 +371,12 @@ class Reader:
         try:
             return base64.b64decode(_SPACE.sub("", url), validate=True)
         except (binascii.Error, ValueError):
-            raise ApiError(400, "invalid_base64", "is an image whose base64 is broken") from None
+            raise ApiError(
+                400,
+                "invalid_base64",
+                "is an image whose base64 is broken; that is of A-Z, a-z, 0-9, + and /, with = at "
+                "the end where its length asks for it",
+            ) from None
 
 
 def read_header(data: bytes, limits: LimitsConfig) -> Header:

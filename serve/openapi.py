@@ -169,12 +169,13 @@ class Operation:
     errors: tuple[int, ...] = ()
 
 
-_OF_BODIES = (400, 404, 413, 415)
+_OF_BODIES = (400, 404, 408, 413, 415)
 _OF_V1 = (429, 500, 503)
 _ERRORS = {
     400: "The request, or an item of it, cannot be read",
     401: "No key of this server was shown",
     404: "It is not served here",
+    408: "The body has not come in time",
     413: "The request asks for more than may be asked for",
     415: "The body, or an image in it, is of a type that is not taken",
     429: "Too much is under way; Retry-After says when to send it again",

@@ -27,7 +27,13 @@ async function ask(path, body) {
   const told = parsed(text);
   if (!answer.ok || !Array.isArray(told?.data)) throw new Error(complaint(answer, text, told));
   find("#key").hidden = true;
+  if (told.model) tellModel(told.model, told.model_version);
   return told;
+}
+
+// With each answer, since another model may be served by then.
+function tellModel(name, version) {
+  find("#model").textContent = `${name}, version ${version}`;
 }
 
 function parsed(text) {
@@ -71,6 +77,7 @@ async function work(panel, task) {
   } catch (error) {
     if (latest.get(panel) !== task) return;
     say(panel, error.message);
+    find(".found", panel).hidden = true; // it was for something else
     if (find("#key").hidden) return;
     again = () => work(panel, task);
     find("#key-value").focus();
@@ -95,6 +102,7 @@ async function search(input) {
   });
   return () => {
     find("#results").replaceChildren(...shown);
+    find("#results").hidden = false;
     if (shown.length < 2) return shown.length ? "One result" : "Nothing was found.";
     return `${shown.length} results, the nearest first`;
   };
@@ -263,7 +271,7 @@ find("#key").addEventListener("submit", async (event) => {
 async function about() {
   try {
     const [model] = (await ask("v1/models")).data;
-    find("#model").textContent = `${model.id}, version ${model.version}`;
+    tellModel(model.id, model.version);
   } catch (error) {
     const place = find("#key").hidden ? "#model" : "#key .status";
     find(place).textContent = error.message;

@@ -187,9 +187,9 @@ def bmp(compression: int) -> bytes:
     return b"BM" + pack("<IHHI", at + len(pixels), 0, 0, at) + header + palette + pixels
 
 
-def test_a_bmp_that_python_would_decode_is_refused():
+def test_a_bmp_that_python_would_decode_or_pillow_cannot_is_refused():
     with open_image(bmp(0)) as image:
         np.testing.assert_array_equal(np.asarray(image), np.full((1, 8), 7))
-    for compression in (1, 2):
+    for compression in (1, 2, 4, 5):
         with pytest.raises(HeaderError, match="is a compressed BMP; save it as a PNG"):
             open_image(bmp(compression))

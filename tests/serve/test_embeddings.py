@@ -127,12 +127,15 @@ def test_a_bad_item_is_named_and_costs_no_other(client, model, name):
         ({"input": "x", "model": "other"}, 404, "model"),
         ({"input": ["x"] * 201}, 413, "input"),
         ({"input": [{"type": "audio"}]}, 400, "input.0"),
+        ({"input": [1.5]}, 400, "input.0"),
+        ({"input": [{"type": "words " * 1000}]}, 400, "input.0"),
     ],
 )
 def test_a_bad_request_is_told_by_its_key(client, body, status, param):
     answer = client.post("/v1/embeddings", json=body)
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["param"] == param
+    assert len(answer.content) < 500  # nothing of the request comes back
 
 
 def test_bodies_that_are_no_json_or_too_large(client):
@@ -205,6 +208,11 @@ def test_json_of_too_many_pieces_is_not_read(shape, body, monkeypatch):
     with pytest.raises(ApiError) as refused:
         parse_request(shape, body)
     assert (refused.value.status, refused.value.code) == (413, "too_many_pieces")
+
+
+def test_json_may_begin_with_a_byte_order_mark():
+    body = json.dumps({"input": "a"}).encode("utf-8-sig")
+    assert parse_request(EmbeddingsRequest, body).input == "a"
 
 
 def test_texts_and_long_lists_are_read_whatever_they_hold():

@@ -1,10 +1,11 @@
 """What clients of HTTP may rely on, whatever they ask for."""
 
+import asyncio
 import gzip
 import json
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from urllib.parse import urlsplit
 
 import httpx
@@ -190,6 +191,40 @@ def test_a_server_that_ends_is_not_ready(ray_cluster, monkeypatch):
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ending")
         assert answer.headers["retry-after"] == "1"
     assert client.get("/healthz").status_code == 200
+
+
+def test_a_body_that_does_not_come_is_told_so(ray_cluster, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    config = ServeFile.model_validate({"serve": {"model": "somewhere", "request_seconds": 0.1}})
+    made = Ingress.__bases__[0](config, None, None, None, None, keyed=False)
+    transport = httpx.ASGITransport(made.__serve_build_asgi_app__())
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b'{"input": '
+        await asyncio.Event().wait()
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.post("/v1/embeddings", content=endless())
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "slow_body")
+    assert (made.ongoing, made.bodies.held) == (0, 0)
+
+
+def test_a_body_that_an_offer_of_http2_has_lost_is_told_so(endpoint):
+    """As Java's client offers it; what comes with its header is gone when Serve reads on."""
+    place = urlsplit(endpoint)
+    body = b'{"input": "x"}'
+    head = (
+        f"POST /v1/embeddings HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: {len(body)}\r\n"
+        "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    )
+    with socket.create_connection((place.hostname, place.port)) as connection:
+        connection.sendall(head.encode() + b"\r\n" + body)
+        with connection.makefile("rb") as file:
+            content = file.read().partition(b"\r\n\r\n")[2]
+    assert json.loads(content)["error"]["code"] == "lost_body"
 
 
 def test_a_burst_is_told_in_openais_language_that_it_is_too_much(endpoint):

@@ -42,11 +42,14 @@ def blank(size: tuple[int, int], kind: str = "PNG") -> bytes:
     ("image", "status", "told"),
     [
         (of_scans(101), 400, "is an image that has 101 scans, more than the 100"),
-        (bmp(1), 415, "is an image that is a compressed BMP; save it as a PNG; supported formats"),
+        *[
+            (bmp(kind), 415, "is an image that is a compressed BMP; save it as a PNG; supported")
+            for kind in (1, 4)
+        ],
         (blank((1, 65_536)), 413, "is an image of more than 65,535 pixels on a side"),
         (blank((65_536, 1)), 413, "is an image of more than 65,535 pixels on a side"),
     ],
-    ids=["scans", "BMP", "high", "wide"],
+    ids=["scans", "BMP of runs", "BMP of a JPEG", "high", "wide"],
 )
 def test_an_image_that_takes_too_long_is_refused_at_its_header(image, status, told):
     with pytest.raises(ApiError) as refused:

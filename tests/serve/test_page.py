@@ -299,6 +299,23 @@ def test_an_answer_of_another_shape_is_told_as_what_it_is(page):
         page.until(lambda said=said: page.status() == said)
 
 
+def test_what_is_told_is_of_the_last_answer(page):
+    """Nothing that was found before stays for what fails, nor a model that is served no more."""
+    page.search("a red heart")
+    page.answer("() => Promise.reject(new TypeError())")
+    page.one("#words").send_keys("s", Keys.ENTER)
+    page.until(lambda: page.status() == "The server cannot be reached.")
+    assert not page.one("#results").is_displayed()
+    page.answer(
+        """async () => Response.json({
+          data: [{ id: "kept", score: 0.5 }], model: "another", model_version: "2" })"""
+    )
+    page.one("#words").send_keys(Keys.ENTER)
+    page.until(lambda: page.one("#results").is_displayed())
+    assert page.status() == "One result"
+    assert page.one("#model").text == "another, version 2"
+
+
 def test_long_labels_and_texts_stay_within_a_narrow_page(page, tmp_path):
     long = "https://example.com/" + "path/" * 20
     page.answer(
