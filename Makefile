@@ -47,6 +47,10 @@ endif
 		$(BIN)/python -m pip install $(QUIET) --no-deps --requirement requirements/torch-cuda.txt; }
 	@touch $@
 
+# A PyTorch for CUDA may be there for want of another: kernels that nobody asked for take minutes.
+ifeq ($(LOCK),requirements/cpu.txt)
+$(VENV)/.project: export RWKV_CLIP_CUDA ?= 0
+endif
 $(VENV)/.project: $(VENV)/.packages $(SOURCES)
 	$(BIN)/python -m pip install $(QUIET) --no-deps --no-build-isolation --editable .
 	@touch $@

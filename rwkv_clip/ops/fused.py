@@ -300,11 +300,15 @@ def _by_mixture(a: Tensor, b: Tensor) -> Tensor:
     return a.view(-1, n, R).transpose(0, 1)
 
 
+# Negative padding cuts: a slice of T - 1 tokens would have an exported program refuse T = 2, the
+# one length at which they are one.
+
+
 def _shift_text(x: Tensor, head_size: int) -> Tensor:
     B, T, C = x.shape
     halves = x.view(B, T, C // head_size, 2, head_size // 2)
-    before = F.pad(halves[:, :-1, :, 0], (0, 0, 0, 0, 1, 0))
-    after = F.pad(halves[:, 1:, :, 1], (0, 0, 0, 0, 0, 1))
+    before = F.pad(halves[:, :, :, 0], (0, 0, 0, 0, 1, -1))
+    after = F.pad(halves[:, :, :, 1], (0, 0, 0, 0, -1, 1))
     return torch.stack([before, after], dim=3).view(B, T, C)
 
 
@@ -312,10 +316,10 @@ def _shift_image(x: Tensor, head_size: int, grid: tuple[int, int]) -> Tensor:
     B, T, C = x.shape
     rows, columns = grid
     quarters = x.view(B, rows, columns, C // head_size, 4, head_size // 4)
-    left = F.pad(quarters[:, :, :-1, :, 0], (0, 0, 0, 0, 1, 0))
-    right = F.pad(quarters[:, :, 1:, :, 1], (0, 0, 0, 0, 0, 1))
-    upper = F.pad(quarters[:, :-1, :, :, 2], (0, 0, 0, 0, 0, 0, 1, 0))
-    lower = F.pad(quarters[:, 1:, :, :, 3], (0, 0, 0, 0, 0, 0, 0, 1))
+    left = F.pad(quarters[:, :, :, :, 0], (0, 0, 0, 0, 1, -1))
+    right = F.pad(quarters[:, :, :, :, 1], (0, 0, 0, 0, -1, 1))
+    upper = F.pad(quarters[:, :, :, :, 2], (0, 0, 0, 0, 0, 0, 1, -1))
+    lower = F.pad(quarters[:, :, :, :, 3], (0, 0, 0, 0, 0, 0, -1, 1))
     return torch.stack([left, right, upper, lower], dim=4).view(B, T, C)
 
 

@@ -99,6 +99,12 @@ def test_importing_the_package_imports_nothing_heavy():
     run_without(("torch", "numpy", *REST, *FOREIGN), "import rwkv_clip; rwkv_clip.__version__")
 
 
+def test_model_and_images_import_without_pytorchs_compiler():
+    """It takes a process longer to import than PyTorch itself."""
+    program = "import rwkv_clip.model, rwkv_clip.transforms"
+    run_without(("torch._dynamo", "torch._inductor"), program)
+
+
 def test_what_holds_no_model_imports_where_pytorch_and_mlflow_are_absent():
     served = "serve.ingress, serve.index"
     handed_out = "ray_jobs.ingest, ray_jobs.synthesis.captioner, ray_jobs.training.batches"

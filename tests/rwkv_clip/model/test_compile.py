@@ -1,7 +1,8 @@
-"""Both encoders trace whole: compiled, with dynamic batches, and exported."""
+"""Both encoders trace whole: compiled, with dynamic batches, exported, and ahead of time."""
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +40,52 @@ def test_the_default_compiler_takes_an_encoder(tiny, tiny_io):
 
 
 @pytest.mark.parametrize(("tower", "inputs"), [("image_model", "image"), ("text_model", "text")])
-def test_encoders_export_with_a_dynamic_batch(tower, inputs, tiny, tiny_io):
+def test_encoders_export_with_a_dynamic_batch(tower, inputs, tiny, tiny_io, tmp_path):
     encoder = getattr(tiny, tower)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(encoder, (tiny_io[inputs],), dynamic_shapes=({0: batch},))
-    torch.testing.assert_close(program.module()(tiny_io[inputs][:3]), encoder(tiny_io[inputs][:3]))
+    torch.export.save(program, tmp_path / "encoder.pt2")
+    loaded = torch.export.load(tmp_path / "encoder.pt2").module()
+    for rows in (1, 2, 3):
+        x = tiny_io[inputs][:rows]
+        torch.testing.assert_close(loaded(x), encoder(x))
+
+
+def test_the_text_encoder_exports_for_every_length(tiny):
+    encoder = tiny.text_model
+    tokens = torch.randint(1, 500, (3, 9))
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(encoder, (tokens,), dynamic_shapes=(sizes,)).module()
+    for T in (1, 2, 3, 9):
+        torch.testing.assert_close(program(tokens[:2, :T]), encoder(tokens[:2, :T]))
+
+
+@pytest.mark.parametrize(("tower", "inputs"), [("image_model", "image"), ("text_model", "text")])
+def test_another_batch_is_not_compiled_again(tower, inputs, tiny, tiny_io):
+    encoder = getattr(tiny, tower)
+    graphs = CompileCounter()
+    compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend=graphs)
+    x = tiny_io[inputs]
+    for rows in (4, 2, 3, 7):
+        batch = x[torch.arange(rows) % len(x)]
+        torch.testing.assert_close(compiled(batch), encoder(batch))
+    assert graphs.frame_count == 1
+
+
+# C++ takes its time to compile.
+@pytest.mark.chaos
+@pytest.mark.parametrize(("tower", "inputs"), [("image_model", "image"), ("text_model", "text")])
+def test_encoders_compile_ahead_of_time(tower, inputs, tiny, tiny_io, tmp_path):
+    encoder = getattr(tiny, tower)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(encoder, (tiny_io[inputs],), dynamic_shapes=({0: batch},))
+        path = str(tmp_path / "encoder.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
+        compiled = torch._inductor.aoti_load_package(path)
+        for rows in (1, 2, 3):
+            x = tiny_io[inputs][:rows]
+            torch.testing.assert_close(compiled(x), encoder(x), atol=1e-5, rtol=1e-4)
 
 
 def test_the_whole_model_exports(tiny, tiny_io):

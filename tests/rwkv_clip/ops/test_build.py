@@ -54,6 +54,16 @@ def test_a_compile_that_fails_says_what_the_compiler_said_and_keeps_the_old_libr
     assert [path.name for path in library.parent.iterdir()] == ["_C.so"]
 
 
+def test_what_is_compiled_is_shown_and_a_failure_stands_alone(sources, tmp_path, capsys):
+    (sources / "a_warning.cpp").write_text("#warning of no interest\n")
+    (sources / "broken.cpp").write_text("this is not C++\n")
+    with pytest.raises(_build.BuildError) as failed:
+        _build.build(tmp_path / "out", cuda=False, work_dir=tmp_path / "work")
+    assert "compile broken.cpp.o" in capsys.readouterr().out
+    assert "this is not" in str(failed.value)
+    assert "of no interest" not in str(failed.value)
+
+
 def test_two_builds_at_once_both_end_well(sources, tmp_path):
     built = []
     work = tmp_path / "work"
