@@ -9,9 +9,10 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -22,11 +23,16 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from ray._private import ray_logging
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_jobs.storage import Storage
+from rwkv_clip.cli import CommandError
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.quiet import QUIET
+from rwkv_clip.signals import heeding
 
 logger = logging.getLogger(__name__)
 
+_ANSWER_SECONDS = 20
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _NO_SPACE = os.strerror(errno.ENOSPC)
 # A worker takes 1 to 2 % of a core even when it has nothing to do, so idle ones are ended when ten
 # seconds have passed without a task.
@@ -57,37 +63,81 @@ def connected(config: RayConfig) -> Iterator[Path]:
 
     A connection that this process has already is used, and stays. Meanwhile SIGTERM ends the block
     as an interrupt does.
+
+    Raises:
+        CommandError: nobody answers at the cluster's address.
     """
     if ray.is_initialized():
         yield _logs()
         return
     quieten()
-    before = signal.signal(signal.SIGTERM, _terminated)
-    if address := config.running():
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    else:
-        os.environ.update({**QUIET, **_FEW_IDLE, **os.environ})
-        ray.init(
-            "local",  # without an address Ray would join whatever `ray start` began on this machine
-            num_cpus=config.num_cpus,
-            include_dashboard=False,
-            object_store_memory=int(config.object_store_gb * 1e9),
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    signal.signal(signal.SIGTERM, _terminated)  # again: Ray has put a handler there that aborts
-    quieten()
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    with _ended_by_sigterm() as heed:
+        if address := config.running():
+            _check_answer(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            os.environ.update({**QUIET, **_FEW_IDLE, **os.environ})
+            ray.init(
+                "local",  # without an address Ray would join what `ray start` began on this machine
+                num_cpus=config.num_cpus,
+                include_dashboard=False,
+                object_store_memory=int(config.object_store_gb * 1e9),
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        heed()  # again: Ray has put a handler there that aborts
+        quieten()
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        try:
+            with _native_talk_in(_logs()):
+                yield _logs()
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[Callable[[], None]]:
+    """SIGTERM ends the block, and with it the program; gives what `heeding` does."""
+    status = 128 + signal.SIGTERM  # as shells tell it
+    ended = False
+
+    def end(*_: object) -> NoReturn:
+        nonlocal ended
+        ended = True
+        sys.exit(status)
+
+    with heeding({signal.SIGTERM: end}) as heed:
+        try:
+            yield heed
+        except (SystemExit, KeyboardInterrupt):
+            if ended:  # where it meets a `ray.get`, Ray makes a status of 1 of it
+                sys.exit(status)
+            raise
+
+
+def _check_answer(address: str) -> None:
+    """Raise CommandError where nobody listens: Ray would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdecimal():  # auto, and Ray's client
+        return
     try:
-        with _native_talk_in(_logs()):
-            yield _logs()
-    finally:
-        ray.shutdown()
-        signal.signal(signal.SIGTERM, before)
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise CommandError(
+            f"ray.address, or RAY_ADDRESS: nobody answers at {address} ({error}); start that "
+            "cluster, or leave the address out for one of this program's own"
+        ) from error
 
 
-def _terminated(*_: object) -> NoReturn:
-    sys.exit(128 + signal.SIGTERM)  # as shells tell it
+def unwritable(error: BaseException, storage: Storage) -> str | None:
+    """What to do about an error of a storage that nothing can be written to; None for others."""
+    refused = isinstance(error, OSError) and error.errno in _REFUSED
+    if not refused or not storage.is_local or storage.path() not in str(error):
+        return None
+    return (
+        f"storage.uri: {storage.uri} cannot be written: {error}. Give this user the right to, or "
+        "choose another folder"
+    )
 
 
 def full_disk(error: BaseException, storage: str) -> str | None:

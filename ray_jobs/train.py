@@ -8,7 +8,9 @@ last checkpoint when it is started again; one that ended returns its result at o
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -149,19 +151,29 @@ def train(
         check_texts(validation, config.validation.text, "train.validation.text")
         validator = Validator(config.validation, validation, folder)
     check_room(config)
-    result = _trainer(config, storage, task, validator).fit()
+    with interruptible():
+        result = _trainer(config, storage, task, validator).fit()
     _raise_if_not_finite(storage, folder, result.checkpoint)
     score = validator.score if validator else None
     return _conclude(storage, folder, identity, result.checkpoint, score)
 
 
 def data_identity(storage: Storage, name: str) -> dict[str, Any]:
-    """What tells a data set, with the texts beside it, from any other."""
-    there = {one.kind: one.manifest_file for one in written(storage, name)}
-    return {
-        "data_digest": Manifest.from_storage(storage, name).data_digest,
-        **{kind: storage.read_json(file)["run"] for kind, file in there.items()},
-    }
+    """What tells a data set, with the texts beside it, from any other.
+
+    Raises:
+        TrainError: the texts beside it were made for another one.
+    """
+    digest = Manifest.from_storage(storage, name).data_digest
+    runs = {}
+    for one in written(storage, name):
+        runs[one.kind] = run = storage.read_json(one.manifest_file)["run"]
+        if run.get("data_digest", digest) != digest:
+            raise TrainError(
+                f"{storage.child_uri(one.folder)} belongs to other pairs than {name} has now; "
+                "delete that folder and make it again"
+            )
+    return {"data_digest": digest, **runs}
 
 
 def is_trained(storage: Storage, folder: str = FOLDER) -> bool:
@@ -199,6 +211,23 @@ def check_room(config: TrainConfig) -> None:
             then="validations wait until training ends, and most checkpoints have none; give "
             f"fewer {key}, or {less}",
         )
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """An interrupt in the block raises KeyboardInterrupt, and those after it are heeded as before.
+
+    Ray Train puts a handler of its own there and leaves it: an interrupt ends it by SystemExit with
+    a status of 1, and what comes later in this process cannot be interrupted.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if before is not None and signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
 
 
 def _trainer(

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -22,6 +22,7 @@ from ray.serve.schema import DeploymentStatusOverview
 
 from rwkv_clip.config import add_config_options, config_from_args
 from rwkv_clip.quiet import QUIET
+from rwkv_clip.signals import heeding
 from serve.app import build, http_options
 from serve.config import ServeConfig, ServeFile
 from serve.towers import Handle
@@ -66,8 +67,29 @@ def run(args: argparse.Namespace) -> int:
         _tell(f"rwkv-clip serve: {error}")
         return 2
     stop = threading.Event()
+
+    def interrupted(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    # Programs that stop others may send SIGTERM to the process and to its group.
+    handlers = {signal.SIGINT: interrupted, signal.SIGTERM: lambda *_: stop.set()}
+    with heeding(handlers) as heed:
+        return _serve(config, application, stop, heed)
+
+
+def _serve(
+    config: ServeFile,
+    application: serve.Application,
+    stop: threading.Event,
+    heed: Callable[[], None],
+) -> int:
+    """Serve until `stop`, with Ray, after whose start `heed` is called; the exit status.
+
+    An interrupt after `stop` ends it at once.
+    """
     address = os.environ.get("RAY_ADDRESS")
-    _heed_signals(stop)
     # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
     fewer_hops()
     _quieten()
@@ -83,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     except SystemExit:  # what SIGTERM does until Ray has started
         ray.shutdown()
         return 0
-    _heed_signals(stop)  # again: Ray has put handlers of its own in their place, which abort
+    heed()  # again: Ray has put handlers of its own in their place, which abort
     shared = bool(serve.status().proxies)  # with what others serve
     deployed = False
     try:
@@ -126,19 +148,6 @@ def run(args: argparse.Namespace) -> int:
         finally:
             ray.shutdown()
     return 0
-
-
-def _heed_signals(stop: threading.Event) -> None:
-    """Let SIGINT and SIGTERM set an event, and a second SIGINT raise KeyboardInterrupt."""
-
-    def interrupted(*_: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    signal.signal(signal.SIGINT, interrupted)
-    # Programs that stop others may send this one to the process and to its group.
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
 
 def _quieten() -> None:

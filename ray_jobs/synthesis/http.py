@@ -241,7 +241,8 @@ def http_stream(
         batch_size=1,
         num_cpus=config.cpus,
         compute=ray.data.ActorPoolStrategy(
-            size=config.clients, max_tasks_in_flight_per_actor=at_a_time
+            size=config.clients,
+            max_tasks_in_flight_per_actor=at_a_time,
+            max_concurrent_calls_per_actor=at_a_time,
         ),
-        max_concurrency=at_a_time,
     )

@@ -205,7 +205,8 @@ def python_stream(
         num_cpus=config.cpus,
         num_gpus=config.gpus or None,
         compute=ray.data.ActorPoolStrategy(
-            size=config.workers, max_tasks_in_flight_per_actor=at_a_time
+            size=config.workers,
+            max_tasks_in_flight_per_actor=at_a_time,
+            max_concurrent_calls_per_actor=at_a_time,
         ),
-        max_concurrency=at_a_time,
     )

@@ -1,6 +1,7 @@
 """What a connection to Ray does to this process."""
 
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from ray_jobs.cluster import RayConfig, quieten
+from ray_jobs.cluster import RayConfig, connected, quieten, unwritable
+from ray_jobs.storage import Storage
+from rwkv_clip.cli import CommandError
 
 
 def test_rays_own_words_are_kept_from_the_terminal_and_nobody_elses():
@@ -54,3 +57,51 @@ with connected(RayConfig(address=sys.argv[1])):
         text=True,
     )
     assert (answer.returncode, answer.stdout) == (143, "tidied up\n"), answer.stderr
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_job_that_is_terminated_while_it_waits_for_ray_says_so_too():
+    program = """
+import os, signal, sys, threading
+import ray
+from ray_jobs.cluster import RayConfig, connected
+
+@ray.remote(num_cpus=0)
+def end(process):
+    os.kill(process, signal.SIGTERM)
+    threading.Event().wait()
+
+with connected(RayConfig(address=sys.argv[1])):
+    ray.get(end.remote(os.getpid()))
+"""
+    address = ray.get_runtime_context().gcs_address
+    answer = subprocess.run(
+        [sys.executable, "-c", program, address],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 143, answer.stderr
+
+
+def test_where_nobody_answers_that_is_told_and_signals_are_heeded_as_before(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with (
+        pytest.raises(CommandError, match=r"nobody answers at 127\.0\.0\.1:1 "),
+        connected(RayConfig(address="127.0.0.1:1")),
+    ):
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_storage_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    storage = Storage.at(tmp_path / "file" / "folder")
+    with pytest.raises(OSError, match="Not a directory") as caught:
+        storage.write_json("run.json", {})
+    told = unwritable(caught.value, storage)
+    assert told is not None
+    assert "storage.uri" in told
+    assert unwritable(caught.value, Storage.at(tmp_path / "other")) is None
+    assert unwritable(FileNotFoundError(f"no {storage.path()}"), storage) is None

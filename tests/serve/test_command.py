@@ -179,8 +179,10 @@ def test_sigterm_while_ray_starts_ends_it(checkpoint, tmp_path, monkeypatch, sig
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr("ray.init", init)
+    before = signal.getsignal(signal.SIGTERM)
     file = config_file(tmp_path, model=str(checkpoint), port=free_port())
     assert main(["serve", "--config", str(file)]) == 0
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import signal
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,14 @@ from ray_jobs.encoding import TextsError
 from ray_jobs.ingest import IngestConfig, ingest
 from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.storage import Storage
-from ray_jobs.train import TrainError, TrainResult, check_room, total_steps, train
+from ray_jobs.train import (
+    TrainError,
+    TrainResult,
+    check_room,
+    interruptible,
+    total_steps,
+    train,
+)
 from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.checkpoint import RunState, checkpoint_name
 from ray_jobs.training.loop import NonFiniteLossError, is_validating
@@ -147,6 +156,24 @@ def test_a_run_without_anything_to_learn_from_names_the_pairs_and_the_weights(ow
     with pytest.raises(TrainError, match=told):  # after one epoch
         train(config, own_storage)
     assert not own_storage.exists("train/result.json")
+
+
+def test_texts_of_other_pairs_are_told_before_the_work(own_storage):
+    held = {"run": {"data_digest": "of other pairs"}, "result": {}}
+    own_storage.write_json("descriptions/train/manifest.json", held)
+    with pytest.raises(TrainError, match=r"descriptions/train belongs to other pairs.*delete"):
+        train(config_of(), own_storage)
+
+
+def test_an_interrupt_is_one_during_training_and_after_it():
+    def fit() -> None:
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(1))  # as Ray Train does
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        fit()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_state_of_another_version_is_read():
