@@ -200,34 +200,19 @@ def score_set(
     names = class_names_of(config, found, test)
     labels = list(names)
     class_names = list(names.values())
-    published = None
-    if config.is_known:
-        published = dataset_spec(config.name).has_class_names(class_names)
-        if not published:
-            logger.warning(
-                "%s: the class names are not those of the published numbers", config.name
-            )
     images, targets = matrix(table["image_embedding"]), _indices(_labels(table), labels)
     classes = _classes(config, class_names, encoder, storage, checkpoint)
     metric = dataset_spec(config.name).metric if config.is_known else "top1"
+    published = _published(config, class_names)
 
     def told(task: str, result: ClassificationResult, benchmark: Any) -> ClassificationScore:
+        counts = (len(table), test.rows - len(table), len(labels))
+        accuracies = (result.top1, result.top5, result.mean_per_class)
+        written = benchmark_result(
+            benchmark, dataset=config.name, model="RWKV-CLIP", pretrained=checkpoint
+        )
         return ClassificationScore(
-            config.name,
-            task,
-            len(table),
-            test.rows - len(table),
-            len(labels),
-            result.top1,
-            result.top5,
-            result.mean_per_class,
-            metric,
-            published,
-            asdict(
-                benchmark_result(
-                    benchmark, dataset=config.name, model="RWKV-CLIP", pretrained=checkpoint
-                )
-            ),
+            config.name, task, *counts, *accuracies, metric, published, asdict(written)
         )
 
     zero_shot = classify(images, classes, targets)
@@ -320,6 +305,16 @@ def class_names_of(
     if repeated := [name for name, times in Counter(names.values()).items() if times > 1]:
         logger.warning("%s: several classes are named %r", config.name, repeated[0])
     return names
+
+
+def _published(config: ClassificationConfig, class_names: Sequence[str]) -> bool | None:
+    """Whether the names are those of the published numbers; None if there are no such numbers."""
+    if not config.is_known:
+        return None
+    published = dataset_spec(config.name).has_class_names(class_names)
+    if not published:
+        logger.warning("%s: the class names are not those of the published numbers", config.name)
+    return published
 
 
 def _numbered(found: set[str], names: int) -> list[str]:

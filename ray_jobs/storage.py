@@ -116,7 +116,8 @@ class Storage:
         self.config = config
         if "://" not in config.uri:
             # A relative folder means the driver's, wherever the worker that gets this runs.
-            self.config = config.model_copy(update={"uri": str(Path(config.uri).resolve())})
+            folder = Path(config.uri).expanduser().resolve()
+            self.config = config.model_copy(update={"uri": str(folder)})
 
     @classmethod
     def at(cls, uri: str | Path) -> "Storage":
@@ -250,6 +251,12 @@ class Storage:
         with self.filesystem.open_input_file(self.path(name)) as stream:
             return pq.read_table(stream, columns=columns)
 
+    @contextmanager
+    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file to read parts of; each read asks for all that it takes at once."""
+        with self.filesystem.open_input_file(self.path(name)) as stream:
+            yield pq.ParquetFile(stream, pre_buffer=True)
+
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
         """The rows of a Parquet file, of which only a row group or so is in memory."""
         with self.filesystem.open_input_file(self.path(name)) as stream:
@@ -263,8 +270,7 @@ class Storage:
 
     def read_rows(self, name: str, columns: list[str], first: int, rows: int) -> pa.Table:
         """Some rows of a Parquet file; only the row groups that hold them are read."""
-        with self.filesystem.open_input_file(self.path(name)) as stream:
-            file = pq.ParquetFile(stream, pre_buffer=True)
+        with self.parquet(name) as file:
             groups, begin, skipped = [], 0, 0
             for group in range(file.num_row_groups):
                 end = begin + file.metadata.row_group(group).num_rows

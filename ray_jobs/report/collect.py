@@ -148,9 +148,10 @@ def examples(
 def _texts(storage: Storage, manifest: Manifest, synthesized: bool) -> pa.Table:
     """The first pairs' texts, with what synthesis wrote."""
     tables, rows = [], 0
+    beside = written(storage, manifest.name)
     for part in manifest.parts:
         table = storage.read_table(part.path, columns=_TEXTS)
-        table = lay_over(storage, table, written(storage, manifest.name), part.name, 0, _TEXTS)
+        table = lay_over(storage, table, beside, part.name, 0, _TEXTS)
         if synthesized:
             file = Beside(DESCRIPTIONS, manifest.name).part_file(part.name)
             described = storage.read_table(file, columns=_WRITTEN)
@@ -196,10 +197,13 @@ def _pictures(storage: Storage, manifest: Manifest, ids: Sequence[str]) -> dict[
     for part in manifest.parts:
         if len(found) == len(set(ids)):
             break
-        there = storage.read_table(part.path, columns=["id"])["id"]
-        for position in pc.indices_nonzero(pc.is_in(there, wanted)).to_pylist():
-            (row,) = storage.read_rows(part.path, ["id", "image"], position, 1).to_pylist()
-            found[row["id"]] = data_uri(row["image"])
+        with storage.parquet(part.path) as file:
+            there = np.flatnonzero(pc.is_in(file.read(["id"])["id"], wanted))
+            groups = np.searchsorted(np.cumsum(part.row_groups), there, side="right")
+            for group in np.unique(groups):  # of which one is in memory
+                rows = file.read_row_group(group, ["id", "image"])
+                rows = rows.filter(pc.is_in(rows["id"], wanted))
+                found |= {row["id"]: data_uri(row["image"]) for row in rows.to_pylist()}
     return found
 
 

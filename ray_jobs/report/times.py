@@ -3,6 +3,9 @@
 Noted in the storage as soon as a stage ends, by a pipeline or by the stage's own command, also when
 it fails; a stage that finds its work done adds nothing. What a killed process had done is not known
 and not counted.
+
+Each work has a file of its own, so stages that are at work on one storage at the same time do not
+undo each other's notes.
 """
 
 import time
@@ -13,7 +16,7 @@ from typing import Any
 
 from ray_jobs.storage import Storage, digest_of_json
 
-_FILE = "times.json"
+_OLDER_FILE = "times.json"  # of releases that kept all of a storage's in one file
 
 
 @dataclass
@@ -53,21 +56,27 @@ class StageTimes:
                 self._add(name, key, time.perf_counter() - start, finished=False)
             raise
         if work.resumed:
-            work.seconds = self._all().get(name, {}).get(key, {}).get("seconds", 0.0)
+            work.seconds = self._noted(name, key)["seconds"]
         else:
             work.seconds = self._add(name, key, time.perf_counter() - start, finished=True)
 
     def _add(self, name: str, key: str, seconds: float, *, finished: bool) -> float:
         """Note an attempt; what was spent until the work was finished is its time."""
-        times = self._all()
-        there = times.get(name, {})
-        held = {"seconds": 0.0, "unfinished": 0.0, **there.get(key, {})}
-        spent: float = held["unfinished"] + seconds
+        held = self._noted(name, key)
+        spent = held["unfinished"] + seconds
         now = {"seconds": spent, "unfinished": 0.0} if finished else {"unfinished": spent}
-        self.storage.write_json(_FILE, {**times, name: {**there, key: {**held, **now}}})
+        self.storage.write_json(_file(name, key), {**held, **now})
         return spent
 
-    def _all(self) -> dict[str, Any]:
-        # An older release noted bare numbers, which may be the times of stages that were skipped.
-        found: dict[str, Any] = self.storage.find_json(_FILE) or {}
-        return {name: value for name, value in found.items() if isinstance(value, dict)}
+    def _noted(self, name: str, key: str) -> dict[str, float]:
+        """Seconds that the work took until it was finished, and those of attempts since."""
+        found = self.storage.find_json(_file(name, key))
+        if found is None:
+            older = (self.storage.find_json(_OLDER_FILE) or {}).get(name)
+            # Bare numbers are of a still older one, and may be times of stages that were skipped.
+            found = older.get(key) if isinstance(older, dict) else None
+        return {"seconds": 0.0, "unfinished": 0.0, **(found or {})}
+
+
+def _file(name: str, key: str) -> str:
+    return f"times/{name.replace(' ', '-')}/{key[:16]}.json"

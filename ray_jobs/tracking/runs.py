@@ -5,8 +5,6 @@ Choices:
   began. Another configuration begins another parent; the stages it finds done are logged there from
   their results. A stage of other data is another run: it must not go on in the old one's curve,
   whose parameters MLflow does not let it change either.
-- Each run has a file of its own there, so stages and configurations that are at work on one storage
-  at the same time do not undo each other's notes.
 - A run ends as FINISHED, FAILED (an error, kept as the tag `error`) or KILLED, also by kill -9: a
   watcher process sees the driver's pipe end.
 - A pipeline does not start with an MLflow it cannot reach. Losing MLflow later costs no work: what
@@ -41,12 +39,11 @@ from ray_jobs.storage import Storage, digest_of_json
 from ray_jobs.tracking.config import STORE_ERRORS, TrackingConfig, tracking_place
 from ray_jobs.tracking.machine import MachineMetrics
 from ray_jobs.tracking.metrics import StepMetrics
+from ray_jobs.tracking.notes import Notes
 from rwkv_clip import __version__
 
 logger = logging.getLogger(__name__)
 
-_NOTES = "tracking"
-_OLDER_NOTES = "tracking.json"  # of releases that kept all of a storage's in one file
 _PARAM_LIMIT = 5000
 _DIGEST_LIMIT = 36
 _MISSED = (
@@ -203,7 +200,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `place` tells
         os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
         self.client = MlflowClient(tracking_uri=self.uri)
-        self._notes = _Notes(storage, self.uri, settings)
+        self._notes = Notes(storage, self.uri, settings)
         try:
             self.experiment = self._experiment(place.artifacts)
             if any(map(self._gone, self._notes.runs())):
@@ -388,54 +385,6 @@ class Tracker:
         if self._watcher.stdin is not None and self._watcher.poll() is None:
             self._watcher.stdin.write(f"{verb} {run_id}\n")
             self._watcher.stdin.flush()
-
-
-class _Notes:
-    """What a storage remembers of the runs of one configuration in one tracking store."""
-
-    def __init__(self, storage: Storage, uri: str, settings: Mapping[str, Any]) -> None:
-        self._storage = storage
-        self._of = {"uri": uri, "settings": digest_of_json(settings)}
-        self._folder = f"{_NOTES}/{digest_of_json(self._of)[:16]}"
-        self._stages = f"{self._folder}/stages"
-        if not self.parent():
-            self._take_over()
-
-    def parent(self) -> dict[str, Any]:
-        """Its `run_id`, and whether it is `complete`: has all settings; empty if there is none."""
-        return self._read(f"{self._folder}/parent.json")
-
-    def note_parent(self, run_id: str | None, *, complete: bool) -> None:
-        value = {**self._of, "run_id": run_id, "complete": complete}
-        self._storage.write_json(f"{self._folder}/parent.json", value)
-
-    def stage(self, name: str) -> dict[str, Any]:
-        """Its `run_id`, whether that is `complete`, and what it is `of`; empty if there is none."""
-        return self._read(f"{self._stages}/{name}.json")
-
-    def note_stage(self, name: str, value: Mapping[str, Any]) -> None:
-        self._storage.write_json(f"{self._stages}/{name}.json", value)
-
-    def runs(self) -> list[str]:
-        """The ids of all runs."""
-        notes = [self.parent(), *map(self._read, self._storage.names(self._stages, ".json"))]
-        return [one["run_id"] for one in notes if one.get("run_id")]
-
-    def forget(self) -> None:
-        self._storage.delete(self._folder)
-
-    def _read(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self._storage.find_json(name) or {}
-        return found
-
-    def _take_over(self) -> None:
-        """Note what an older release did."""
-        held = self._read(_OLDER_NOTES)
-        for one in held.get("records", [held]):
-            if all(one.get(key) == value for key, value in self._of.items()):
-                for name, value in one["stages"].items():
-                    self.note_stage(name, value)
-                self.note_parent(one["parent"], complete=bool(one.get("told")))
 
 
 def _first_line(error: Exception) -> str:

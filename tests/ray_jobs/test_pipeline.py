@@ -87,7 +87,7 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
         crowned.append(champion_of(client, "rwkv-clip"))
         return embed_pairs(*args)
 
-    monkeypatch.setattr("ray_jobs.pipeline.embed", embed_after_a_look)
+    monkeypatch.setattr("ray_jobs.stages.embed", embed_after_a_look)
     first = pipeline(config, storage)
     assert crowned == [None], "endpoints follow the champion, and its vectors shall be there"
     assert first.evaluation is not None
@@ -110,7 +110,8 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
     names = ["RWKV-CLIP", "baseline", "baseline-evaluation", "evaluation", "train"]
     assert runs_of(client) == names
 
-    took = storage.read_json("times.json")
+    (ingested,) = storage.names("times/ingest-train")
+    took = storage.read_json(ingested)
 
     storage.delete("evaluation/test/result.json")
     champion = crown_another(storage, tmp_path / "rival")
@@ -136,7 +137,7 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
         raise MlflowException("it is away")
 
     monkeypatch.setattr("ray_jobs.evaluate.open_sets", open_none)
-    monkeypatch.setattr("ray_jobs.pipeline.register", away)
+    monkeypatch.setattr("ray_jobs.stages.register", away)
     capsys.readouterr()
     third = pipeline(config, storage)
     assert third.train.resumed
@@ -152,7 +153,7 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
     assert embedded_by(storage) == champion
     page = storage.read_bytes("report.html").decode()
     assert "with web text alone" in page
-    assert storage.read_json("times.json")["ingest train"] == took["ingest train"]
+    assert storage.read_json(ingested) == took
     rows = re.findall(r"<tr><td>([\w-]+)</td><td>[\d.]+ s", page)
     assert rows == ["ingest", "train", "evaluation", "baseline", "baseline-evaluation"]
     assert "<td>register</td>" in after_second, "as it took when the model was registered"
@@ -174,9 +175,9 @@ def test_a_stage_alone_needs_the_texts_that_the_configuration_asks_for(tmp_path,
     engine = {"engine": {"kind": "http", "url": "http://127.0.0.1:9/v1", "model": "m"}}
     path = config_file(tmp_path, tracking=None, captioning=engine, synthesis=engine)
     begun: list[str] = []
-    for method in ("_describe", "_train"):
+    for method in ("describe", "train", "embed"):
         note = partial(lambda name, *_: begun.append(name), method)
-        monkeypatch.setattr(f"ray_jobs.pipeline._Pipeline.{method}", note)
+        monkeypatch.setattr(f"ray_jobs.stages.Stages.{method}", note)
 
     def run(stage: str, *changes: str) -> None:
         run_stage(load_config(PipelineConfig, path, changes), storage, stage)
@@ -184,18 +185,22 @@ def test_a_stage_alone_needs_the_texts_that_the_configuration_asks_for(tmp_path,
     storage = Storage.at(tmp_path / "storage")
     Manifest("train", (), {}, {}, "config", "data").save(storage)
     storage.write_json("captions/train/run.json", {})  # begun and killed
-    for stage in ("synthesize", "train"):
+    of_train = ("embed.data=train", "embed.text=caption")
+    for stage in ("synthesize", "train", "embed"):
         with pytest.raises(SynthesisError, match=r"captions .* not finished; run caption first"):
-            run(stage)
+            run(stage, *of_train)
     storage.write_json("captions/train/manifest.json", {})
-    with pytest.raises(SynthesisError, match=r"descriptions .* run synthesize first"):
-        run("train")
+    for stage, text in (("train", "caption"), ("embed", "description")):
+        with pytest.raises(SynthesisError, match=r"descriptions .* run synthesize first"):
+            run(stage, *of_train, f"embed.text={text}")
     assert not begun
+    run("embed", *of_train)
+    run("embed", "embed.data=test", "embed.text=description")
     run("synthesize")
     run("train", "synthesis=null")
     storage.write_json("descriptions/train/manifest.json", {})
     run("train")
-    assert begun == ["_describe", "_train", "_train"]
+    assert begun == ["embed", "embed", "describe", "train", "train"]
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from ray_jobs.classification import ClassificationScore
 from ray_jobs.evaluate import EvaluationResult, OpenedSets
 from ray_jobs.ingestion.manifest import Manifest, Part
 from ray_jobs.pairs import pair_table
-from ray_jobs.pipeline import _draw
 from ray_jobs.report import Report, StageTime, collect, examples, render
 from ray_jobs.report.collect import data_uri
 from ray_jobs.report.figures import loss_figure, rate_figure, validation_figure
 from ray_jobs.retrieval import CaptionedConfig, RetrievalConfig, RetrievalScore, captioned
-from ray_jobs.storage import Storage
+from ray_jobs.stages import _draw
+from ray_jobs.storage import Storage, _Local
 from ray_jobs.summary import scores
 from ray_jobs.synthesis.describer import Describing
 from ray_jobs.synthesize import SynthesisResult
@@ -58,10 +58,10 @@ def written(number: int, **changes: Any) -> dict[str, Any]:
     return {**empty, **row, "description_source": "llm", "attempts": 1, **changes}
 
 
-@pytest.fixture
-def storage(tmp_path: Any) -> Storage:
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """Four pairs with descriptions: kept, kept at the second attempt, refused, without sources."""
-    storage = Storage.at(tmp_path)
+    storage = Storage.at(tmp_path_factory.mktemp("report"))
     pairs = [
         {"id": f"p{at}", "image": picture(50 * at), "web_text": WEB, "caption": "a square"}
         for at in range(3)
@@ -88,7 +88,7 @@ def storage(tmp_path: Any) -> Storage:
     return storage
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def manifest() -> Manifest:
     part = Part("part-00000", "pairs/train/part-00000.parquet", 4, (4,), 1000, "0")
     duplicates = {"id": 0, "image": 2, "text": 3}
@@ -163,7 +163,7 @@ def whole_report(storage: Storage, manifest: Manifest) -> Report:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(storage: Storage, manifest: Manifest) -> str:
     return render(whole_report(storage, manifest))
 
@@ -395,6 +395,30 @@ def test_without_pairs_the_queries_are_of_the_first_captioned_set(storage, manif
     assert "Queries taken evenly from flickr30k, not chosen" in text_of(page)
     assert page.count("the right one") == 1
     assert examples(storage, None, sets, replace(found, examples=[])) == []
+
+
+def test_a_part_is_opened_once_for_all_of_its_pictures(tmp_path, monkeypatch):
+    storage, opened = Storage.at(tmp_path), list[str]()
+
+    def open_input_file(filesystem: Any, path: str) -> Any:
+        opened.append(path)
+        return super(_Local, filesystem).open_input_file(path)
+
+    pairs = [{"id": f"p{at}", "image": picture(9 * at), "web_text": WEB} for at in range(20)]
+    parts = []
+    for at, groups in ((0, (4, 4, 2)), (10, (4, 4, 2)), (20, ())):
+        part = Part(f"part-{at}", f"pairs/train/{at}.parquet", sum(groups), groups, 1, "0")
+        storage.write_table(part.path, pair_table(pairs[at : at + 10]), row_group_size=4)
+        parts.append(part)
+    monkeypatch.setattr(_Local, "open_input_file", open_input_file, raising=False)
+    shown = (0, 3, 9, 14, 18)
+    query = {"id": "p0", "text": WEB, "similarity": [0.5] * len(shown)}
+    query["nearest"] = [f"p{at}" for at in shown]
+    manifest = Manifest("train", tuple(parts), {}, {}, "0", "0")
+    found = replace(evaluation(), examples=[query])
+    (example,) = examples(storage, manifest, NO_SETS, found)
+    assert [told for told, _, _ in example.found] == [data_uri(pairs[at]["image"]) for at in shown]
+    assert opened == [storage.path(part.path) for part in parts[:2]]
 
 
 def test_a_query_that_was_missed_tells_the_place_of_its_picture(storage, manifest):

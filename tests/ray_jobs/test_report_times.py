@@ -1,15 +1,18 @@
 """The report's times: of work that was done, and not of looking whether it was."""
 
 import itertools
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ray_jobs.ingest import IngestConfig
 from ray_jobs.ingestion.manifest import Manifest, Part
-from ray_jobs.pipeline import PipelineConfig, _Pipeline, run_stage
+from ray_jobs.pipeline import PipelineConfig, run_stage
 from ray_jobs.report import StageTime, StageTimes
-from ray_jobs.storage import Storage
+from ray_jobs.stages import Stages
+from ray_jobs.storage import Storage, digest_of_json
 
 SECONDS = 8.0
 
@@ -62,9 +65,27 @@ def test_a_time_that_cannot_be_noted_does_not_hide_what_went_wrong(storage, monk
     fail(storage)
 
 
-def test_what_an_older_release_noted_is_left_aside(storage):
+def test_stages_that_end_at_the_same_time_lose_no_note_of_each_other(storage, monkeypatch):
+    write, ends = storage.write_json, iter([partial(work, Storage(storage.config), of="other")])
+
+    def write_after_another(*note: Any) -> None:
+        next(ends, lambda: None)()
+        write(*note)
+
+    monkeypatch.setattr(storage, "write_json", write_after_another)
+    assert work(storage) > 0
+    assert work(storage, of="other", resumed=True) == SECONDS
+
+
+def test_what_older_releases_noted_counts_unless_a_stage_may_have_been_skipped(storage):
+    older = {digest_of_json("data"): {"seconds": 3.0, "unfinished": 2.0}}
+    storage.write_json("times.json", {"ingest": 0.02, "embed": older})
+    assert work(storage, resumed=True) == 3.0
+    assert work(storage) == 2.0 + SECONDS
+    assert work(storage, resumed=True) == 2.0 + SECONDS
+    assert work(storage, of="other data", resumed=True) == 0.0
     storage.write_json("times.json", {"ingest": 0.02, "embed": 0.1})
-    assert work(storage, resumed=True) == 0.0
+    assert work(storage, of="other data", resumed=True) == 0.0
 
 
 def ingest_100(config: IngestConfig, storage: Storage, name: str) -> Manifest:
@@ -76,8 +97,8 @@ def ingest_100(config: IngestConfig, storage: Storage, name: str) -> Manifest:
 
 
 def test_the_time_of_ingestion_is_that_of_each_data_set_when_it_was_read(storage, monkeypatch):
-    monkeypatch.setattr("ray_jobs.pipeline.ingest", ingest_100)
-    monkeypatch.setattr("ray_jobs.pipeline.check_texts", lambda *_: None)
+    monkeypatch.setattr("ray_jobs.stages.ingest", ingest_100)
+    monkeypatch.setattr("ray_jobs.stages.check_texts", lambda *_: None)
     source = {"source": {"kind": "emoji"}}
     config = PipelineConfig.model_validate(
         {"storage": {"uri": storage.uri}, "tracking": None, "train_data": source}
@@ -85,10 +106,10 @@ def test_the_time_of_ingestion_is_that_of_each_data_set_when_it_was_read(storage
     run_stage(config, storage, "ingest")
     with_test = config.model_copy(update={"test_data": config.train_data})
     run_stage(with_test, storage, "ingest")
-    later = _Pipeline(with_test, storage, None)
-    later._ingest()
+    later = Stages(with_test, storage, None)
+    later.ingest()
     assert later.took == [StageTime("ingest", 2 * SECONDS, 200, "pairs")]
-    storage.delete("times.json")
-    unknown = _Pipeline(with_test, storage, None)
-    unknown._ingest()
+    storage.delete("times")
+    unknown = Stages(with_test, storage, None)
+    unknown.ingest()
     assert unknown.took == []

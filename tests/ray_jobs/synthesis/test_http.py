@@ -6,11 +6,11 @@ import random
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,11 +73,13 @@ def ask_among_others(url: str, **settings: Any) -> str:
 
 def refusing(status: int) -> Callable[[int, Any, Any], Reply]:
     """A server that does not take the one text, which it says before it answers any other."""
+    refused = threading.Event()
 
     def reply(turn: int, body: Any, headers: Any) -> Reply:
         if body["messages"][0]["content"] == "describe":
+            refused.set()
             return status, {}, b"not this one"
-        time.sleep(0.3)
+        refused.wait()
         return 200, {}, chat(ANSWER)
 
     return reply
@@ -175,11 +177,14 @@ def test_a_model_that_is_taken_away_is_told_as_such():
 
 
 def test_a_text_that_a_limit_of_requests_passes_over_has_its_turn_in_the_end(monkeypatch):
-    monkeypatch.setattr(http, "_LONGEST_PAUSE", 0.2)
-    start = time.monotonic()
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(http, "time", clock)
+    monkeypatch.setattr(http, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(http, "_LONGEST_PAUSE", 0.01)
 
     def reply(turn: int, body: Any, headers: Any) -> Reply:
-        late = body["messages"][0]["content"] == "describe" and time.monotonic() < start + 3.5
+        clock.now = max(clock.now, turn / 4)  # seconds, of which each request takes a quarter
+        late = body["messages"][0]["content"] == "describe" and clock.now < 3.5
         return (429, {}, b"") if late else (200, {}, chat(ANSWER))
 
     with server(reply) as url:
