@@ -133,8 +133,13 @@ def load_checkpoint(
         _resize(state, made_for)
     model = create_model(made_for, device="meta")
     _check(state, model, path)
-    model.to_empty(device="cpu")
-    model.load_state_dict(state)  # a copy into float32
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    # Assigned: to make room for them by `to_empty` imports sympy, which takes half a second.
+    copies = {
+        name: value.to(types[name], copy=True, memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
+    model.load_state_dict(copies, assign=True)
     return model.to(device=device, dtype=dtype).eval()
 
 
