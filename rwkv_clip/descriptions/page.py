@@ -18,7 +18,7 @@ _SIGN = "[$€£¥₹₽₩₺₫]"
 _AMOUNT = r"\d{1,12}(?:[.,]\d{1,3}){0,4}"
 _AROUND = re.compile(
     rf"{_SIGN}\s?{_AMOUNT}"
-    r"|#\d{4,}\b|\((?:pack|lot) of \d{1,5}\)"
+    r"|[★☆]{2,}|#\d{4,}\b|\((?:pack|lot) of \d{1,5}\)"
     r"|^(?:buy\b(?! now)|(?:(?:re|fwd?): ?){1,9})"
     r"|\b(?:"  # few places to look at begin here
     r"\d{2,5}(?:\s?[x×]\s?\d{2,5}){1,2}(?:\s?(?:px|pixels?|[cm]?m|in|inch(?:es)?))?\b"

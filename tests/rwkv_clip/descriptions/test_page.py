@@ -31,6 +31,7 @@ from rwkv_clip.descriptions.page import without_page
         ("a red fox | Royalty-free stock photo", "a red fox"),
         ("wine glass in stock, ships in 24 h", "wine glass"),
         ("Free download ant ... click to enlarge", "ant ..."),
+        ("★★★★☆ outbox tray, a ★ on it", "outbox tray, a ★ on it"),
         ("72x72", ""),
     ],
 )
