@@ -62,8 +62,8 @@ class SynthesisConfig(BaseConfig):
             "data_digest": manifest.data_digest,
         }
         captions = Beside(CAPTIONS, manifest.name).manifest_file
-        if storage.exists(captions):
-            identity["captions"] = storage.read_json(captions)["run"]
+        if (captioned := storage.find_json(captions)) is not None:
+            identity["captions"] = captioned["run"]
         return identity
 
 

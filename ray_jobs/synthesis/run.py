@@ -95,9 +95,9 @@ class TaskRun:
 
     def finished(self) -> dict[str, Any] | None:
         """What `conclude` was given, if all is done; raises SynthesisError if it is another's."""
-        if not self.storage.exists(self.beside.manifest_file):
+        value = self.storage.find_json(self.beside.manifest_file)
+        if value is None:
             return None
-        value = self.storage.read_json(self.beside.manifest_file)
         if value["run"] != self.identity:
             raise self._other(value["run"])
         result: dict[str, Any] = value["result"]

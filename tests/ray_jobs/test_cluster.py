@@ -14,6 +14,16 @@ from ray_jobs.storage import Storage
 from rwkv_clip.cli import CommandError
 
 
+def run_on_cluster(program: str) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, whose argument is the cluster's address."""
+    return subprocess.run(
+        [sys.executable, "-c", program, ray.get_runtime_context().gcs_address],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_rays_own_words_are_kept_from_the_terminal_and_nobody_elses():
     own, shared = logging.StreamHandler(), logging.StreamHandler()
     module = logging.getLogger("ray.llm.a_module_with_a_handler")
@@ -49,13 +59,7 @@ with connected(RayConfig(address=sys.argv[1])):
     finally:
         print("tidied up")
 """
-    address = ray.get_runtime_context().gcs_address
-    answer = subprocess.run(
-        [sys.executable, "-c", program, address],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
+    answer = run_on_cluster(program)
     assert (answer.returncode, answer.stdout) == (143, "tidied up\n"), answer.stderr
 
 
@@ -74,13 +78,7 @@ def end(process):
 with connected(RayConfig(address=sys.argv[1])):
     ray.get(end.remote(os.getpid()))
 """
-    address = ray.get_runtime_context().gcs_address
-    answer = subprocess.run(
-        [sys.executable, "-c", program, address],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
+    answer = run_on_cluster(program)
     assert answer.returncode == 143, answer.stderr
 
 

@@ -164,16 +164,12 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment, en
 
 
 @pytest.fixture
-def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For the command in this process: its handlers go afterwards, and the cluster stays."""
-    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+def kept_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the command in this process, whose end is not that of the tests' cluster."""
     monkeypatch.setattr("ray.shutdown", lambda: None)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
-def test_sigterm_while_ray_starts_ends_it(checkpoint, tmp_path, monkeypatch, signals):
+def test_sigterm_while_ray_starts_ends_it(checkpoint, tmp_path, monkeypatch, kept_cluster):
     def init(**_: object) -> None:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does
         signal.raise_signal(signal.SIGTERM)
@@ -201,7 +197,7 @@ def test_a_mistake_is_told_before_anything_starts(tmp_path, capsys, settings, to
 
 
 def test_a_machine_that_is_too_small_is_told(
-    ray_cluster, checkpoint, tmp_path, capsys, monkeypatch, signals
+    ray_cluster, checkpoint, tmp_path, capsys, monkeypatch, kept_cluster
 ):
     monkeypatch.setattr("ray.init", lambda **_: None)  # the cluster that is there
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
