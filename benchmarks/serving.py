@@ -47,6 +47,7 @@ WORDS = "a photo of two small dogs that run along the beach behind a red ball at
 HA_PROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 TARGETS = {"image": 0.90, "text": 0.70}
 LATENCY_MS = 10.0
+LONE_TURNS, LONE_SECONDS, LONE_CALLS = 12, 1.0, 20
 
 
 def texts(count: int) -> list[str]:
@@ -306,12 +307,10 @@ def measure(
     cases = [(items, clients) for items in options.items for clients in options.clients]
     requests = {items: bodies(tower, items, 64) for items in options.items}
     alone: list[float] = []
-    calls: list[float] = []
     rates: dict[tuple[str, int, int], list[float]] = {}
     medians: dict[tuple[str, int, int], list[float]] = {}
     for _ in range(options.rounds):
         alone.append(bare(model, tower, options.batch, options.seconds))
-        calls.append(bare_latency(model, tower, 30))
         for items, clients in cases:
             # Without batches a request of several items takes its items one by one.
             asked = {"ours": ours, "plain": plain} if items == 1 else {"ours": ours}
@@ -319,8 +318,8 @@ def measure(
                 count, took, times = load(address, requests[items], clients, options.seconds)
                 rates.setdefault((told, items, clients), []).append(items * count / took)
                 medians.setdefault((told, items, clients), []).append(statistics.median(times))
-    base, call = statistics.median(alone), statistics.median(calls)
-    print(f"{tower}: the model alone {base:.1f}/s in batches, {call:.1f} ms for one", flush=True)
+    base = statistics.median(alone)
+    print(f"{tower}: the model alone {base:.1f}/s in batches", flush=True)
     best = 0.0
     rows = []
     for items, clients in cases:
@@ -337,11 +336,47 @@ def measure(
                 cells.append(f"{100 * rate / base:.0f} %")
             cells.append(f"{1000 * statistics.median(medians[case]):.1f}")
         rows.append(cells)
-    lone = "not asked"
-    if ("ours", 1, 1) in medians:
-        more = 1000 * statistics.median(medians["ours", 1, 1]) - call
-        lone = f"{more:.1f}, {verdict(more <= LATENCY_MS)}"
-    return Measured(tower, rows, f"{100 * best:.0f} %, {verdict(best >= TARGETS[tower])}", lone)
+    more = lone(tower, model, ours, plain, load)
+    return Measured(
+        tower,
+        rows,
+        f"{100 * best:.0f} %, {verdict(best >= TARGETS[tower])}",
+        f"{more:.1f}, {verdict(more <= LATENCY_MS)}",
+    )
+
+
+def lone(
+    tower: str,
+    model: RWKVCLIP,
+    ours: str,
+    plain: str,
+    load: Callable[..., tuple[int, float, list[float]]],
+) -> float:
+    """The median milliseconds that the endpoint adds to a call of the model.
+
+    A shared machine's speed changes within seconds by more than what is looked for. So the three
+    are measured in turns of a second, and compared within each turn.
+    """
+    requests = bodies(tower, 1, 64)
+    turns: dict[str, list[float]] = {"bare": [], "ours": [], "plain": []}
+    for _ in range(LONE_TURNS):
+        turns["bare"].append(bare_latency(model, tower, LONE_CALLS))
+        for told, address in (("ours", ours), ("plain", plain)):
+            _, _, times = load(address, requests, 1, LONE_SECONDS)
+            turns[told].append(1000 * statistics.median(times))
+    more = {
+        told: [one - bare for one, bare in zip(turns[told], turns["bare"], strict=True)]
+        for told in ("ours", "plain")
+    }
+    print(f"a lone {tower}: the model alone {statistics.median(turns['bare']):.1f} ms", flush=True)
+    for told, name in (("ours", "the endpoint"), ("plain", "the plain server")):
+        lower, middle, upper = statistics.quantiles(more[told], n=4)
+        print(
+            f"a lone {tower}: {name} adds {middle:.1f} ms (half of the turns {lower:.1f} to "
+            f"{upper:.1f})",
+            flush=True,
+        )
+    return statistics.median(more["ours"])
 
 
 if __name__ == "__main__":

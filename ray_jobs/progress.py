@@ -68,8 +68,11 @@ class Progress:
 
     def update(self, more: int, note: str = "") -> None:
         """Count `more` units; tell, if it is time. `note` stands at the line's end."""
-        self.count += more
         now = time.monotonic()
+        if self.count == self.skipped:
+            # An engine or workers had to start for these: no forecast can be made of their rate.
+            self._last = (now, self.count + more)
+        self.count += more
         if now - self._told < (_TERMINAL_SECONDS if self._terminal else _LOG_SECONDS):
             return
         self._told = now
@@ -94,24 +97,27 @@ class Progress:
         self._stream.flush()
 
     def _smooth(self, now: float) -> None:
-        """Follow the rate of the last seconds, so that a slow start does not spoil the forecast."""
+        """Follow the rate of the last seconds."""
         then, count = self._last
+        if count == self.count:
+            return
         rate = (self.count - count) / max(now - then, 1e-9)
         weight = min(1.0, (now - then) / _SMOOTHING_SECONDS) if self._rate else 1.0
         self._rate += weight * (rate - self._rate)
         self._last = (now, self.count)
 
     def _line(self, note: str) -> str:
-        of = share = left = ""
+        of = share = rate = left = ""
+        if self._rate > 0:
+            # Short, for what is noted at the end is to be seen in 80 columns too.
+            rate = f", {self._rate:,.1f}/s"
         if self.total:
             of = f" of {self.total:,}"
             share = f" ({100 * self.count / self.total:.0f} %)"
             if self._rate > 0:
                 left = f", {duration(max(self.total - self.count, 0) / self._rate)} left"
         end = f", {note}" if note else ""
-        # Short, for what is noted at the end is to be seen in 80 columns too.
-        rate = f"{self._rate:,.1f}/s"
-        return f"{self.stage}: {self.count:,}{of} {self.unit}{share}, {rate}{left}{end}"
+        return f"{self.stage}: {self.count:,}{of} {self.unit}{share}{rate}{left}{end}"
 
     def _write(self, line: str) -> None:
         if self._terminal:

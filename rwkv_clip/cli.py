@@ -20,6 +20,7 @@ from typing import TextIO
 
 from rwkv_clip._version import __version__
 from rwkv_clip.config import ConfigError
+from rwkv_clip.memory import importing
 
 GROUP = "rwkv_clip.commands"
 LIBRARY_COMMANDS = {"demo": "rwkv_clip.demo", "doctor": "rwkv_clip.doctor"}
@@ -92,7 +93,8 @@ def _add(
     required: bool,
 ) -> None:
     try:
-        module = load()
+        with importing():
+            module = load()
     except ImportError as error:
         missing = f"not available here: {error}"
         if required:

@@ -369,7 +369,7 @@ class Reader:
                 f"is an image of more than {self.limits.image_bytes:,} bytes",
             )
         try:
-            return base64.b64decode(_SPACE.sub("", url), validate=True)
+            return _from_base64(url)
         except (binascii.Error, ValueError):
             raise ApiError(
                 400,
@@ -377,6 +377,15 @@ class Reader:
                 "is an image whose base64 is broken; that is of A-Z, a-z, 0-9, + and /, with = at "
                 "the end where its length asks for it",
             ) from None
+
+
+def _from_base64(text: str) -> bytes:
+    """What base64 holds, whatever space is in it; raises ValueError or its binascii.Error."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        # To look for space takes ten times as long as to decode, and hardly any has some.
+        return base64.b64decode(_SPACE.sub("", text), validate=True)
 
 
 def read_header(data: bytes, limits: LimitsConfig) -> Header:

@@ -60,11 +60,29 @@ def test_the_loss_of_a_training_can_be_seen_in_80_columns(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now)
     stream = Terminal()
     progress = Progress("train", 147_456, "pairs", stream=stream)
+    now = 60.0
+    progress.update(15_360, "loss 5.300, waits 0 % for data")
     now = 80.0
-    progress.update(20_480, "loss 4.300, waits 0 % for data")
-    line = stream.getvalue()
+    progress.update(5120, "loss 4.300, waits 0 % for data")
+    _, first, second = stream.getvalue().split("\r")
+    assert first.startswith("train: 15,360 of 147,456 pairs (10 %), loss 5.300")
     seen = "train: 20,480 of 147,456 pairs (14 %), 256.0/s, 8 min 16 s left, loss 4.300"
-    assert line.startswith("\r" + seen)
+    assert second.startswith(seen)
+
+
+def test_a_slow_start_is_no_forecast(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    log = io.StringIO()
+    progress = Progress("describe", 1128, "pairs", done=100, stream=log)
+    for now, pairs in ((90.0, 128), (100.0, 100), (110.0, 200), (130.0, 200)):  # noqa: B007
+        progress.update(pairs)
+    assert log.getvalue().splitlines() == [
+        "describe: 228 of 1,128 pairs (20 %)",
+        "describe: 328 of 1,128 pairs (29 %), 10.0/s, 1 min 20 s left",
+        "describe: 528 of 1,128 pairs (47 %), 15.0/s, 40 s left",
+        "describe: 728 of 1,128 pairs (65 %), 10.0/s, 40 s left",
+    ]
 
 
 def test_a_log_has_whole_lines_and_no_signs_for_terminals(monkeypatch, at_once):

@@ -1,6 +1,7 @@
 """The command line: how commands are found, and what a mistake costs."""
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -52,6 +53,20 @@ def test_help_lists_every_command_and_survives_one_that_cannot_load(plugin, caps
 def test_a_command_of_another_package_runs_with_its_configuration(plugin):
     assert cli.main(["count"]) == 1
     assert cli.main(["count", "--set", "steps=7"]) == 7
+
+
+def test_what_a_command_imports_is_not_searched_for_garbage(plugin, monkeypatch):
+    def load() -> ModuleType:
+        assert not gc.isenabled()
+        monkeypatch.setitem(sys.modules, "counted", plugin)  # as an import does
+        return plugin
+
+    monkeypatch.setattr(cli, "_commands", lambda: {"count": load})
+    before = gc.get_freeze_count()
+    assert cli.main(["count"]) == 1
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > before
+    gc.unfreeze()
 
 
 def test_a_configuration_mistake_is_an_error_message_and_status_2(plugin, capsys):
