@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,15 +22,14 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from ray._private import ray_logging
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_jobs.joining import join, start
 from ray_jobs.storage import Storage
-from rwkv_clip.cli import CommandError
 from rwkv_clip.config import BaseConfig
 from rwkv_clip.quiet import QUIET
 from rwkv_clip.signals import heeding
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_SECONDS = 20
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _NO_SPACE = os.strerror(errno.ENOSPC)
 # A worker takes 1 to 2 % of a core even when it has nothing to do, so idle ones are ended when ten
@@ -65,7 +63,7 @@ def connected(config: RayConfig) -> Iterator[Path]:
     as an interrupt does.
 
     Raises:
-        CommandError: nobody answers at the cluster's address.
+        CommandError: the cluster at the address cannot be joined, or a local one does not start.
     """
     if ray.is_initialized():
         yield _logs()
@@ -73,17 +71,13 @@ def connected(config: RayConfig) -> Iterator[Path]:
     quieten()
     with _ended_by_sigterm() as heed:
         if address := config.running():
-            _check_answer(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            join(address, logging.WARNING)
         else:
             os.environ.update({**QUIET, **_FEW_IDLE, **os.environ})
-            ray.init(
-                "local",  # without an address Ray would join what `ray start` began on this machine
+            start(
+                logging.WARNING,
                 num_cpus=config.num_cpus,
-                include_dashboard=False,
                 object_store_memory=int(config.object_store_gb * 1e9),
-                log_to_driver=False,
-                logging_level=logging.WARNING,
             )
         heed()  # again: Ray has put a handler there that aborts
         quieten()
@@ -113,20 +107,6 @@ def _ended_by_sigterm() -> Iterator[Callable[[], None]]:
             if ended:  # where it meets a `ray.get`, Ray makes a status of 1 of it
                 sys.exit(status)
             raise
-
-
-def _check_answer(address: str) -> None:
-    """Raise CommandError where nobody listens: Ray would try for many minutes."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdecimal():  # auto, and Ray's client
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
-    except OSError as error:
-        raise CommandError(
-            f"ray.address, or RAY_ADDRESS: nobody answers at {address} ({error}); start that "
-            "cluster, or leave the address out for one of this program's own"
-        ) from error
 
 
 def unwritable(error: BaseException, storage: Storage) -> str | None:
