@@ -26,7 +26,6 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
 from ray_jobs.beside import Beside, lay_over, written
@@ -108,7 +107,8 @@ class PairFiles:
         """Some rows of a row group, with what was written beside them."""
         part = int(self.address.part_of_group[group])
         inside = int(self.address.group_in_part[group])
-        table = _row_group(self.storage, self.parts[part], inside, _COLUMNS)
+        with self.storage.parquet(self.parts[part]) as file:
+            table = file.read_row_group(inside, columns=_COLUMNS)
         if self.beside:
             first = sum(self.row_groups[part][:inside])
             table = lay_over(self.storage, table, self.beside, self.names[part], first, _SAID)
@@ -126,11 +126,6 @@ def rows_at(table: pa.Table, positions: Rows) -> list[dict[str, Any]]:
         found += batch.take(pa.array(positions[begin:end] - first)).to_pylist()
         first += len(batch)
     return found
-
-
-def _row_group(storage: Storage, name: str, group: int, columns: list[str]) -> pa.Table:
-    with storage.filesystem.open_input_file(storage.path(name)) as stream:
-        return pq.ParquetFile(stream, pre_buffer=True).read_row_group(group, columns=columns)
 
 
 @dataclass(frozen=True)
