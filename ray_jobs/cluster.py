@@ -22,9 +22,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from ray._private import ray_logging
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_jobs.joining import join, start
 from ray_jobs.storage import Storage
 from rwkv_clip.config import BaseConfig
+from rwkv_clip.joining import joining
 from rwkv_clip.quiet import QUIET
 from rwkv_clip.signals import heeding
 
@@ -71,14 +71,19 @@ def connected(config: RayConfig) -> Iterator[Path]:
     quieten()
     with _ended_by_sigterm() as heed:
         if address := config.running():
-            join(address, logging.WARNING)
+            with joining(address):
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         else:
             os.environ.update({**QUIET, **_FEW_IDLE, **os.environ})
-            start(
-                logging.WARNING,
-                num_cpus=config.num_cpus,
-                object_store_memory=int(config.object_store_gb * 1e9),
-            )
+            with joining(None):
+                ray.init(
+                    "local",  # without one Ray would join what `ray start` began on this machine
+                    num_cpus=config.num_cpus,
+                    include_dashboard=False,
+                    object_store_memory=int(config.object_store_gb * 1e9),
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
         heed()  # again: Ray has put a handler there that aborts
         quieten()
         ray.data.DataContext.get_current().enable_progress_bars = False

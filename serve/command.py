@@ -20,8 +20,8 @@ from ray.exceptions import RayError
 from ray.serve._private.common import ReplicaState
 from ray.serve.schema import DeploymentStatusOverview
 
-from ray_jobs import joining
 from rwkv_clip.config import add_config_options, config_from_args
+from rwkv_clip.joining import joining
 from rwkv_clip.quiet import QUIET
 from rwkv_clip.signals import heeding
 from serve.app import build, http_options
@@ -100,10 +100,13 @@ def _serve(
     if not address:
         os.environ.update({**QUIET, **_ONE_MACHINE, **os.environ})
     try:
-        if address:
-            joining.join(address, logging.ERROR)
-        else:
-            joining.start(logging.ERROR)
+        with joining(address):
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=None if address else False,
+            )
     except SystemExit:  # what SIGTERM does until Ray has started
         ray.shutdown()
         return 0

@@ -10,7 +10,6 @@ import pytest
 import ray
 
 from ray_jobs.cluster import RayConfig, connected, quieten, unwritable
-from ray_jobs.joining import join, start
 from ray_jobs.storage import Storage
 from rwkv_clip.cli import CommandError
 
@@ -92,36 +91,6 @@ def test_where_nobody_answers_that_is_told_and_signals_are_heeded_as_before(monk
     ):
         pass
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (ConnectionError("no token"), "RAY_ADDRESS: auto cannot be joined: no token.*AUTH_TOKEN"),
-        (RuntimeError("Version mismatch"), f"Version mismatch.*of Ray {ray.__version__}"),
-    ],
-)
-def test_a_cluster_that_cannot_be_joined_is_told_with_what_to_do(monkeypatch, error, told):
-    def refuse(**_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("ray.init", refuse)
-    with pytest.raises(CommandError, match=told):
-        join("auto", logging.WARNING)
-
-
-def test_a_cluster_that_does_not_start_in_time_is_told_and_other_errors_stay(monkeypatch):
-    error = Exception("The current node timed out during startup.")
-
-    def refuse(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr("ray.init", refuse)
-    with pytest.raises(CommandError, match="stop what keeps the cores busy"):
-        start(logging.WARNING)
-    error = Exception("something else")
-    with pytest.raises(Exception, match="something else"):
-        start(logging.WARNING)
 
 
 def test_a_storage_that_cannot_be_written_is_told(tmp_path):

@@ -1,47 +1,36 @@
-"""Joining a cluster of Ray's, or starting one on this machine, with errors that say what to do."""
+"""What to do about Ray's errors where a program joins a cluster or starts one; no Ray."""
 
 import socket
-from typing import Any
-
-import ray
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 
 from rwkv_clip.cli import CommandError
 
 _ANSWER_SECONDS = 20
 
 
-def join(address: str, logging_level: int) -> None:
-    """Join the cluster at an address, or the one that runs on this machine by `auto`.
+@contextmanager
+def joining(address: str | None) -> Iterator[None]:
+    """A block that joins the cluster at an address, or starts one on this machine if it is None.
 
     Raises:
-        CommandError: it does not take this program.
+        CommandError: nobody answers there, the cluster does not take this program, or the one here
+            does not come up in time.
     """
     named = f"ray.address, or RAY_ADDRESS: {address}"
-    _check_answer(address, named)
+    if address:
+        _check_answer(address, named)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging_level)
+        yield
     except (ConnectionError, RuntimeError) as error:
+        if not address:
+            raise
         raise CommandError(
             f"{named} cannot be joined: {error}. A cluster has to run there, of Ray "
-            f"{ray.__version__} and this Python; for one that asks for a token, set "
+            f"{version('ray')} and this Python; for one that asks for a token, set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
-
-
-def start(logging_level: int, **options: Any) -> None:
-    """Start a cluster on this machine, without a dashboard, that ends with this program.
-
-    Raises:
-        CommandError: it does not come up in time.
-    """
-    try:
-        ray.init(
-            "local",  # without an address Ray would join what `ray start` began on this machine
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging_level,
-            **options,
-        )
     except Exception as error:  # Ray has no class for it
         if "timed out during startup" not in str(error):
             raise
