@@ -364,19 +364,18 @@ def lone(
         for told, address in (("ours", ours), ("plain", plain)):
             _, _, times = load(address, requests, 1, LONE_SECONDS)
             turns[told].append(1000 * statistics.median(times))
-    more = {
-        told: [one - bare for one, bare in zip(turns[told], turns["bare"], strict=True)]
-        for told in ("ours", "plain")
-    }
     print(f"a lone {tower}: the model alone {statistics.median(turns['bare']):.1f} ms", flush=True)
+    added = {}
     for told, name in (("ours", "the endpoint"), ("plain", "the plain server")):
-        lower, middle, upper = statistics.quantiles(more[told], n=4)
+        more = [one - bare for one, bare in zip(turns[told], turns["bare"], strict=True)]
+        lower, middle, upper = statistics.quantiles(more, n=4)
+        added[told] = middle
         print(
             f"a lone {tower}: {name} adds {middle:.1f} ms (half of the turns {lower:.1f} to "
             f"{upper:.1f})",
             flush=True,
         )
-    return statistics.median(more["ours"])
+    return added["ours"]
 
 
 if __name__ == "__main__":

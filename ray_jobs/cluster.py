@@ -70,12 +70,12 @@ def connected(config: RayConfig) -> Iterator[Path]:
         return
     quieten()
     with _ended_by_sigterm() as heed:
-        if address := config.running():
-            with joining(address):
+        address = config.running()
+        with joining(address):
+            if address:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        else:
-            os.environ.update({**QUIET, **_FEW_IDLE, **os.environ})
-            with joining(None):
+            else:
+                os.environ.update({**QUIET, **_FEW_IDLE, **os.environ})
                 ray.init(
                     "local",  # without one Ray would join what `ray start` began on this machine
                     num_cpus=config.num_cpus,

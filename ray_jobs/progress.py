@@ -82,7 +82,6 @@ class Progress:
     def skip(self, count: int) -> None:
         """Note that this much turned out to be done already."""
         self.count = self.skipped = count
-        self._last = (time.monotonic(), count)
 
     def close(self, outcome: str = "done") -> None:
         """Tell how the stage ended."""
@@ -108,13 +107,13 @@ class Progress:
 
     def _line(self, note: str) -> str:
         of = share = rate = left = ""
-        if self._rate > 0:
-            # Short, for what is noted at the end is to be seen in 80 columns too.
-            rate = f", {self._rate:,.1f}/s"
         if self.total:
             of = f" of {self.total:,}"
             share = f" ({100 * self.count / self.total:.0f} %)"
-            if self._rate > 0:
+        if self._rate > 0:
+            # Short, for what is noted at the end is to be seen in 80 columns too.
+            rate = f", {self._rate:,.1f}/s"
+            if self.total:
                 left = f", {duration(max(self.total - self.count, 0) / self._rate)} left"
         end = f", {note}" if note else ""
         return f"{self.stage}: {self.count:,}{of} {self.unit}{share}{rate}{left}{end}"
