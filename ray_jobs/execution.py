@@ -3,7 +3,8 @@
 Ray Data's scheduling loop waits for tasks to have output. Where a task has output that nobody may
 read yet, because the consumer is slower, it does not wait at all: the loop turns as fast as it can
 and takes most of a CPU core from the work. Fifty turns a second are plenty for batches that take
-longer than that to make, and two for chunks that keep an engine busy for many seconds.
+longer than that to make, and two, besides one for each that is done, for chunks that keep an engine
+busy for many seconds.
 """
 
 import time
@@ -32,9 +33,24 @@ class Pace(ExecutionCallback):
 
 
 class SlowPace(Pace):
-    """Lets the scheduling loop turn twice a second at most."""
+    """Lets the scheduling loop turn twice a second, and where a task has output."""
 
-    turn_seconds = 0.5
+    quiet_seconds: ClassVar[float] = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._came = False
+
+    def on_execution_step(self, executor: "StreamingExecutor") -> None:
+        """Wait for output; what came is handed on in the turn after that."""
+        super().on_execution_step(executor)
+        operators = executor._topology or ()
+        tasks = [task.get_waitable() for one in operators for task in one.get_active_tasks()]
+        self._came = bool(tasks and not self._came and self._ready(tasks))
+
+    def _ready(self, tasks: list[Any]) -> list[Any]:
+        ready: list[Any] = ray.wait(tasks, timeout=self.quiet_seconds, fetch_local=False)[0]
+        return ready
 
 
 def work_items(items: Sequence[Mapping[str, Any]]) -> ray.data.Dataset:
@@ -61,6 +77,7 @@ def arrange(
     # Work that knows a limit of its own sets it.
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
+    context.memory_usage_poll_interval_s = None  # a thread for each task, once a second
     context.issue_detectors_config.detectors = []  # they repeat advice on the terminal
     others = context.custom_execution_callback_classes
     kept = [one for one in others if not issubclass(one, Pace)]

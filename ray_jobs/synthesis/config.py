@@ -23,7 +23,9 @@ class VllmConfig(BaseConfig):
     engines: PositiveInt = Field(1, description="that run side by side")
     cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for an engine")
     gpus: NonNegativeInt = Field(0, description="GPUs of an engine: its tensor parallel size")
-    chunks_in_flight: PositiveInt = Field(4, description="chunks that an engine has at a time")
+    chunks_in_flight: PositiveInt = Field(
+        16, description="chunks that an engine has begun at a time, at most"
+    )
     max_model_len: PositiveInt = Field(512, description="tokens of prompt and answer")
     kv_cache_gb: PositiveInt = Field(1, description="memory for the cache of a CPU engine")
     engine_kwargs: dict[str, Any] = Field(

@@ -6,6 +6,7 @@ its rows are chunks: reading, generating, judging, asking again and publishing h
 engine's own process, with all requests of the chunks in flight in the engine's queue.
 """
 
+import asyncio
 import itertools
 import os
 import uuid
@@ -70,22 +71,42 @@ class ChunkEngine(vLLMEngineStageUDF):
             self.model_folder = resolve_model(source)
             arguments |= {"model": self.model_folder, "expected_input_keys": []}
             super().__init__(**arguments, engine_kwargs=settings)
+        self.worker.turns.at_a_time(self.max_pending_requests)
         self.task = work.task
         self.numbers = itertools.count()
+        self.warm: asyncio.Task[None] | None = None
         self.shows_images = "image" in work.task.columns
         self.template = _chat_template(self.model_folder, self.shows_images)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
         """Do an item's chunks; gives their counts."""
+        if self.warm is None:
+            self.warm = asyncio.create_task(self._warm_up())
+        await self.warm
         yield await self.worker.run(batch, self._complete)
 
+    async def _warm_up(self) -> None:
+        """Ask for a word, so that the schema is compiled before there is anything to do.
+
+        Meanwhile the engine looks for it without a pause, which takes a core from whoever makes the
+        first prompts.
+        """
+        parameters = self._parameters(0)
+        parameters.max_tokens = 1
+        # What is wrong with the schema, every row will tell.
+        with self.worker.asking(), suppress(GenerationError):
+            await self._generate({"prompt": "A"}, parameters)
+
     async def _complete(self, messages: Messages, seed: int) -> str:
+        return await self._generate(self._prompt(messages), self._parameters(seed))
+
+    async def _generate(self, prompt: Any, parameters: Any) -> str:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         # Not through Ray's wrapper, which checks and copies each request and each answer.
         answers = self.llm.engine.generate(
-            self._prompt(messages), self._parameters(seed), request_id=f"chunk-{next(self.numbers)}"
+            prompt, parameters, request_id=f"chunk-{next(self.numbers)}"
         )
         try:
             async for answer in answers:
@@ -198,13 +219,15 @@ def vllm_stream(
     """
     quieten()  # after the import of ray.data.llm
     model, bundles = resolve_model(config.model), _bundles(config)
+    in_flight = min(config.chunks_in_flight, work.share)
     processor: Any = build_processor(
         vLLMEngineProcessorConfig(
             model_source=model,
             accelerator_type=None,
             concurrency=config.engines,
             batch_size=1,
-            max_concurrent_batches=config.chunks_in_flight,
+            max_concurrent_batches=in_flight,
+            max_tasks_in_flight_per_actor=in_flight,
             engine_kwargs=config.arguments(),
             placement_group_config={"bundles": bundles},
             runtime_env={"env_vars": environment(config)},

@@ -36,6 +36,7 @@ _MOST_FAILURES = 6  # of a request; of a plain one then none, so one broken repl
 _KEY = frozenset({401, 402})
 _DENIED = frozenset({403, 404})  # the key or the model, or one text that a gateway blocks
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_CHUNKS = 16  # that wait for their slowest answers, at most
 # What no server refuses that answers anything.
 _PLAIN: Messages = ({"role": "user", "content": "Describe a grey square."},)
 
@@ -197,6 +198,7 @@ class HttpChunks:
         self.worker = ChunkWorker(
             replace(work, patience=replace(work.patience, hang_seconds=silent))
         )
+        self.worker.turns.at_a_time(config.requests_in_flight)
         self.client = ChatClient(config, key, work.task.sampling, work.task.answers)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
@@ -234,7 +236,7 @@ def http_stream(
         items: of work; see `ray_jobs.synthesis.chunks.work_of`.
         work: what is done with them.
     """
-    at_a_time = 4  # chunks, so that a slow answer does not leave the server without work
+    at_a_time = min(_CHUNKS, work.share)
     yield items.map_batches(
         HttpChunks,
         fn_constructor_kwargs={"config": config, "key": key, "work": work},

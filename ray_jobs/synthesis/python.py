@@ -23,6 +23,7 @@ from PIL import Image
 from ray_jobs.synthesis.captioner import MODEL, Captioner, captioned, is_given
 from ray_jobs.synthesis.config import PythonConfig
 from ray_jobs.synthesis.task import GIVEN, Row, storable
+from ray_jobs.synthesis.turns import Turn
 from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
 from rwkv_clip.descriptions import MAX_DESCRIPTION, Caption
 from rwkv_clip.descriptions.sources import MAX_TAG, MAX_TAGS, clean_source
@@ -90,7 +91,7 @@ class PythonCaptioner:
         """Do an item's chunks; gives their counts."""
         yield await self.worker.do(batch, self._caption)
 
-    async def _caption(self, rows: Sequence[Row]) -> list[Row]:
+    async def _caption(self, rows: Sequence[Row], _turn: Turn) -> list[Row]:
         done = {row["id"]: captioned(row, None, GIVEN) for row in rows if is_given(row)}
         rest = [row for row in rows if row["id"] not in done]
         for at in range(0, len(rest), self.config.batch):

@@ -163,6 +163,7 @@ class TaskRun:
         rows, name = self.manifest.rows, self.manifest.name
         done = rows - sum(chunk.rows for chunk in todo)
         others = tuple(one for one in written(self.storage, name) if one != self.beside)
+        items = work_of(todo, _ITEMS * self.engines)
         work = Work(
             self.storage,
             name,
@@ -171,8 +172,8 @@ class TaskRun:
             watch,
             self.patience,
             self.engines,
+            share=math.ceil(len(items) / self.engines),
         )
-        items = work_of(todo, _ITEMS * self.engines)
         with (
             Progress(f"{self.verb} {name}", rows, "pairs", done=done) as progress,
             ThreadPoolExecutor(4) as pool,
@@ -205,7 +206,12 @@ class TaskRun:
 
     def _counts(self, dataset: ray.data.Dataset, watch: Watch) -> Iterator[dict[str, Any]]:
         try:
-            yield from dataset.iter_rows()
+            # Nothing is fetched ahead: a chunk would be told of when the next one is done.
+            batches: Any = dataset.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            )
+            for batch in batches:
+                yield from batch.to_pylist()
         except RayError as error:
             told = "; ".join(f"{one['kind']}: {one['detail']}" for one in watch.incidents()[-3:])
             raise SynthesisError(

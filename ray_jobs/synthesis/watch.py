@@ -16,9 +16,10 @@ import ray
 from ray_jobs.cluster import lasting_actor
 
 # Engines that come up this often each without one finishing a chunk will not do better next time.
-MAX_STARTS = 5
-# A chunk that was begun this often is done row by row, to find the row that kills engines.
-CAREFUL_BEGIN = 3
+MAX_STARTS = 6
+# A chunk that is begun for this many times is in work alone, to find the chunk that kills engines;
+# and from then on row by row, to find the row.
+ALONE_BEGIN, CAREFUL_BEGIN = 3, 4
 # A row that was in work alone when this many engines died is given up.
 MAX_ROW_DEATHS = 2
 # Such deaths are not counted among the starts in vain: they find rows to give up, so that the chunk
@@ -78,6 +79,11 @@ class _Watch:
         self._starts += 1
         return self._starts
 
+    def begins(self, name: str) -> int:
+        """How often a chunk was begun and not ended."""
+        chunk = self._chunks.get(name)
+        return chunk.begins if chunk else 0
+
     def begin(self, name: str, worker: str) -> Begun:
         chunk = self._chunks.setdefault(name, _Chunk())
         if chunk.running is not None:
@@ -128,6 +134,11 @@ class Watch:
     def start(self) -> int:
         """See `_Watch.start`; waits for the answer."""
         return int(ray.get(self._actor.start.remote()))
+
+    async def begins(self, name: str) -> int:
+        """See `_Watch.begins`."""
+        begins: int = await self._actor.begins.remote(name)
+        return begins
 
     async def begin(self, name: str, worker: str) -> Begun:
         """A worker takes a chunk."""

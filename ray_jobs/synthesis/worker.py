@@ -20,14 +20,15 @@ from ray_jobs.beside import Beside
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.chunks import Chunk, chunks_in, counts_of, read_chunk, write_chunk
 from ray_jobs.synthesis.task import ENGINE_FAILED, Complete, GenerationError, Messages, Row, Task
-from ray_jobs.synthesis.watch import MAX_STARTS, Watch
+from ray_jobs.synthesis.turns import Turn, Turns
+from ray_jobs.synthesis.watch import ALONE_BEGIN, MAX_STARTS, Watch
 
 # No row of these was to blame, or data would have to be very odd; what is wrong is the engine.
 MOST_REFUSALS = 200
 
 Counts = dict[str, list[Any]]
-# The rows for pairs, in their order.
-Together = Callable[[Sequence[Row]], Awaitable[list[Row]]]
+# The rows for pairs, in their order; the turn may be told of each one as it is answered.
+Together = Callable[[Sequence[Row], Turn], Awaitable[list[Row]]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Work:
         watch: is told what happens.
         patience: with engines.
         engines: workers at most.
+        share: items of work that are for one of them, if each gets as many.
     """
 
     storage: Storage
@@ -64,6 +66,7 @@ class Work:
     watch: Watch
     patience: Patience
     engines: int
+    share: int
 
     @property
     def beside(self) -> Beside:
@@ -98,7 +101,7 @@ class ChunkWorker:
         self.work, self.watch = work, work.watch
         self.identity = uuid.uuid4().hex
         self._pulse = _Pulse(work.patience.hang_seconds, self._end_hung)
-        self._one_at_a_time: asyncio.Lock | None = None
+        self.turns = Turns()
         self._refusals = 0  # in a row
         if (starts := self.watch.start()) > MAX_STARTS * work.engines:
             raise RuntimeError(
@@ -110,8 +113,13 @@ class ChunkWorker:
         """Do an item's chunks by asking a model; gives their counts, as `do`."""
         asked = self._alive(complete)
 
-        async def together(rows: Sequence[Row]) -> list[Row]:
-            return list(await asyncio.gather(*(self.work.task(row, asked) for row in rows)))
+        async def one(row: Row, turn: Turn) -> Row:
+            done = await self.work.task(row, asked)
+            turn.answered()
+            return done
+
+        async def together(rows: Sequence[Row], turn: Turn) -> list[Row]:
+            return list(await asyncio.gather(*(one(row, turn) for row in rows)))
 
         return await self.do(batch, together)
 
@@ -133,14 +141,16 @@ class ChunkWorker:
         file = chunk.file(self.work.beside)
         if await asyncio.to_thread(self.work.storage.exists, file):
             return counts  # done before the process ended in another of the item's chunks
-        begun = await self.watch.begin(file, self.identity)
-        rows = await asyncio.to_thread(self.work.read, chunk)
-        if begun.careful:
-            done = await self._carefully(file, rows, together, begun.poison)
-        else:
-            done = await together(rows)
-        await asyncio.to_thread(self.work.write, chunk, done)
-        await self.watch.end(file)
+        alone = await self.watch.begins(file) >= ALONE_BEGIN - 1
+        async with self.turns.turn(chunk.rows, alone=alone) as turn:
+            begun = await self.watch.begin(file, self.identity)
+            rows = await asyncio.to_thread(self.work.read, chunk)
+            if begun.careful:
+                done = await self._carefully(file, rows, together, turn, begun.poison)
+            else:
+                done = await together(rows, turn)
+            await asyncio.to_thread(self.work.write, chunk, done)
+            await self.watch.end(file)
         return counts
 
     @contextmanager
@@ -168,20 +178,22 @@ class ChunkWorker:
             limit.cancel()
 
     async def _carefully(
-        self, file: str, rows: Sequence[Row], together: Together, poison: frozenset[str]
+        self,
+        file: str,
+        rows: Sequence[Row],
+        together: Together,
+        turn: Turn,
+        poison: frozenset[str],
     ) -> list[Row]:
-        """Row by row, one on this engine at a time, so that the row that kills it is known."""
-        if self._one_at_a_time is None:
-            self._one_at_a_time = asyncio.Lock()
+        """Row by row, so that the row that kills the engine is known."""
         done = []
         for row in rows:
             if row["id"] in poison:
                 done.append(self.work.task.give_up(row, ENGINE_FAILED))
                 continue
-            async with self._one_at_a_time:
-                await self.watch.row(file, self.identity, row["id"])
-                done += await together([row])
-                await self.watch.row(file, self.identity, None)
+            await self.watch.row(file, self.identity, row["id"])
+            done += await together([row], turn)
+            await self.watch.row(file, self.identity, None)
         return done
 
     def _alive(self, complete: Complete) -> Complete:

@@ -11,6 +11,7 @@ import pytest
 from ray_jobs.beside import DESCRIPTIONS, Beside
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis.chunks import Chunk, chunks_in, open_work, seal, work_of, write_chunk
+from ray_jobs.synthesis.turns import Turn
 from ray_jobs.synthesis.worker import ChunkWorker, Patience, Work
 
 
@@ -52,17 +53,20 @@ def test_chunks_of_an_item_that_were_done_before_its_engine_ended_are_not_done_a
         begun.append(file)
         return Begun
 
+    async def begins(_file: str) -> int:
+        return 0
+
     async def end(_file: str) -> None:
         return None
 
-    async def together(rows: Any) -> Any:
+    async def together(rows: Any, _turn: Turn) -> Any:
         return rows
 
     begun: list[str] = []
-    watch: Any = SimpleNamespace(start=lambda: 1, begin=begin, end=end)
+    watch: Any = SimpleNamespace(start=lambda: 1, begins=begins, begin=begin, end=end)
     task: Any = SimpleNamespace(kind=DESCRIPTIONS)
     storage = Storage.at(tmp_path)
-    work = Work(storage, "train", (), task, watch, Patience(60.0, 600.0), 1)
+    work = Work(storage, "train", (), task, watch, Patience(60.0, 600.0), 1, 1)
     first, second = chunks(2)
     beside = Beside(DESCRIPTIONS, "train")
     storage.write_bytes(first.file(beside), b"done")

@@ -44,11 +44,9 @@ def test_a_request_that_is_refused_is_not_the_engines_end(error, errored, kind, 
     engine = SimpleNamespace(
         llm=SimpleNamespace(engine=SimpleNamespace(generate=generate, errored=errored)),
         numbers=itertools.count(),
-        _prompt=lambda messages: messages,
-        _parameters=lambda seed: seed,
     )
     with pytest.raises(kind, match=told):
-        asyncio.run(ChunkEngine._complete(engine, [], 0))
+        asyncio.run(ChunkEngine._generate(engine, {"prompt": "A"}, None))
 
 
 def test_an_engine_of_gpus_compiles_no_kernels_of_a_sampler_that_it_does_not_use(monkeypatch):

@@ -16,6 +16,7 @@ from ray_jobs.beside import Beside
 from ray_jobs.storage import Storage
 from ray_jobs.synthesis import run
 from ray_jobs.synthesis.watch import (
+    ALONE_BEGIN,
     CAREFUL_BEGIN,
     MAX_FINDING_DEATHS,
     MAX_ROW_DEATHS,
@@ -165,17 +166,25 @@ def test_a_table_that_cannot_be_written_is_told_while_chunks_are_left(monkeypatc
 
 def starts_of(deadly: dict[str, str], watch: _Watch) -> int:
     """How often one engine is started until no chunk is lost, at most; by chunks' deadly rows."""
+    left = dict(deadly)
     for started in range(100):
         if watch.start() > MAX_STARTS:
             return started
-        begun = {chunk: watch.begin(chunk, f"engine {started}") for chunk in deadly}
-        left = [chunk for chunk, row in deadly.items() if row not in begun[chunk].poison]
+        engine = f"engine {started}"
+        if together := [chunk for chunk in left if watch.begins(chunk) < ALONE_BEGIN - 1]:
+            for chunk in together:
+                watch.begin(chunk, engine)
+            continue
+        for chunk, row in list(left.items()):
+            begun = watch.begin(chunk, engine)
+            if row not in begun.poison:
+                if begun.careful:
+                    watch.row(chunk, engine, row)
+                break
+            watch.end(chunk)
+            del left[chunk]
         if not left:
             return 100
-        careful = [chunk for chunk in left if begun[chunk].careful]
-        if careful:  # another one at each start, as the order of the event loop may have it
-            chunk = careful[started % len(careful)]
-            watch.row(chunk, f"engine {started}", deadly[chunk])
     raise AssertionError("it never ends")
 
 
