@@ -7,6 +7,7 @@ engine's own process, with all requests of the chunks in flight in the engine's 
 """
 
 import asyncio
+import copy
 import itertools
 import os
 import uuid
@@ -27,7 +28,7 @@ from ray_jobs.models import resolve_model
 from ray_jobs.synthesis import cpu
 from ray_jobs.synthesis.captioner import see
 from ray_jobs.synthesis.config import VllmConfig
-from ray_jobs.synthesis.task import GenerationError, Messages
+from ray_jobs.synthesis.task import GenerationError, Messages, Task
 from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
 
 _ENVIRONMENT = {
@@ -72,7 +73,7 @@ class ChunkEngine(vLLMEngineStageUDF):
             arguments |= {"model": self.model_folder, "expected_input_keys": []}
             super().__init__(**arguments, engine_kwargs=settings)
         self.worker.turns.at_a_time(self.max_pending_requests)
-        self.task = work.task
+        self.parameters = _parameters(work.task)
         self.numbers = itertools.count()
         self.warm: asyncio.Task[None] | None = None
         self.shows_images = "image" in work.task.columns
@@ -91,14 +92,14 @@ class ChunkEngine(vLLMEngineStageUDF):
         Meanwhile the engine looks for it without a pause, which takes a core from whoever makes the
         first prompts.
         """
-        parameters = self._parameters(0)
+        parameters = self._sampled(0)
         parameters.max_tokens = 1
         # What is wrong with the schema, every row will tell.
         with self.worker.asking(), suppress(GenerationError):
             await self._generate({"prompt": "A"}, parameters)
 
     async def _complete(self, messages: Messages, seed: int) -> str:
-        return await self._generate(self._prompt(messages), self._parameters(seed))
+        return await self._generate(self._prompt(messages), self._sampled(seed))
 
     async def _generate(self, prompt: Any, parameters: Any) -> str:
         from vllm.exceptions import VLLMClientError
@@ -111,7 +112,7 @@ class ChunkEngine(vLLMEngineStageUDF):
         try:
             async for answer in answers:
                 if answer.finished:
-                    return str(answer.outputs[0].text)
+                    return self._text(answer.outputs[0])
         except EngineDeadError as error:
             raise EngineDiedError(str(error)) from error
         except VLLMClientError as error:  # a request that it does not take, as it is too long
@@ -123,19 +124,19 @@ class ChunkEngine(vLLMEngineStageUDF):
             raise GenerationError(cause) from error
         raise GenerationError("the engine ended without an answer")
 
-    def _parameters(self, seed: int) -> Any:
-        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+    def _sampled(self, seed: int) -> Any:
+        parameters = copy.copy(self.parameters)
+        parameters.seed = seed
+        return parameters
 
-        sampling = self.task.sampling
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            seed=seed,
-            structured_outputs=StructuredOutputsParams(json=self.task.answers),
-            # Only whole answers are of use; else each token of each row is an event here.
-            output_kind=RequestOutputKind.FINAL_ONLY,
+    def _text(self, output: Any) -> str:
+        ids = output.token_ids
+        if output.finish_reason == "stop":  # by the token that says so
+            ids = ids[:-1]
+        text: str = self.template.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        return text
 
     def _prompt(self, messages: Messages) -> Any:
         """The conversation as vLLM takes it: token ids, or text with images."""
@@ -151,8 +152,25 @@ class ChunkEngine(vLLMEngineStageUDF):
         return {"prompt": text, "multi_modal_data": {"image": images}}
 
 
+def _parameters(task: Task) -> Any:
+    """What all requests have in common."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+    sampling = task.sampling
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        structured_outputs=StructuredOutputsParams(json=task.answers),
+        # Only whole answers are of use; else each token of each row is an event here, or made text.
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        detokenize=False,
+        skip_clone=True,  # else the schema is copied for each request, node by node
+    )
+
+
 def _chat_template(model_folder: str, images: bool) -> Any:
-    """What makes a conversation the model's prompt."""
+    """What makes a conversation the model's prompt, and the model's tokens text."""
     from transformers import AutoProcessor, AutoTokenizer
 
     kind: Any = AutoProcessor if images else AutoTokenizer
