@@ -46,11 +46,11 @@ class SlowPace(Pace):
         super().on_execution_step(executor)
         operators = executor._topology or ()
         tasks = [task.get_waitable() for one in operators for task in one.get_active_tasks()]
-        self._came = bool(tasks and not self._came and self._ready(tasks))
-
-    def _ready(self, tasks: list[Any]) -> list[Any]:
-        ready: list[Any] = ray.wait(tasks, timeout=self.quiet_seconds, fetch_local=False)[0]
-        return ready
+        if self._came or not tasks:
+            self._came = False
+            return
+        ready, _ = ray.wait(tasks, timeout=self.quiet_seconds, fetch_local=False)
+        self._came = bool(ready)
 
 
 def work_items(items: Sequence[Mapping[str, Any]]) -> ray.data.Dataset:

@@ -10,10 +10,16 @@ ROWS = 8
 
 
 class Chunks:
-    """Chunks that are in work until they are told to end."""
+    """Chunks that are in work until they are told to end.
 
-    def __init__(self, turns: Turns) -> None:
-        self.turns = turns
+    Args:
+        at_a_time: rows that are worked on at a time; as many may wait.
+    """
+
+    def __init__(self, at_a_time: int | None = ROWS) -> None:
+        self.turns = Turns()
+        if at_a_time is not None:
+            self.turns.at_a_time(at_a_time)
         self.begun: dict[str, Turn] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self._end: dict[str, asyncio.Event] = {}
@@ -59,8 +65,7 @@ def asynchronous(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], 
 
 @asynchronous
 async def test_chunks_are_begun_while_fewer_rows_are_unanswered_than_are_wanted() -> None:
-    chunks = Chunks(Turns())
-    chunks.turns.at_a_time(ROWS)  # two chunks' rows: one is worked on, one waits
+    chunks = Chunks()
     await chunks.start("a", "b", "c", "d")
     assert chunks.names == "ab"
     await chunks.answer("a", 1)
@@ -69,8 +74,7 @@ async def test_chunks_are_begun_while_fewer_rows_are_unanswered_than_are_wanted(
 
 @asynchronous
 async def test_a_slow_row_of_a_chunk_does_not_keep_others_waiting() -> None:
-    chunks = Chunks(Turns())
-    chunks.turns.at_a_time(ROWS)
+    chunks = Chunks()
     await chunks.start(*"abcdefgh")
     for name in "abcdef":
         await chunks.answer(name, ROWS - 1)
@@ -79,15 +83,14 @@ async def test_a_slow_row_of_a_chunk_does_not_keep_others_waiting() -> None:
 
 @asynchronous
 async def test_without_a_limit_all_are_begun() -> None:
-    chunks = Chunks(Turns())
+    chunks = Chunks(at_a_time=None)
     await chunks.start(*"abcd")
     assert chunks.names == "abcd"
 
 
 @asynchronous
 async def test_a_chunk_that_ended_with_rows_unanswered_makes_room() -> None:
-    chunks = Chunks(Turns())
-    chunks.turns.at_a_time(ROWS)
+    chunks = Chunks()
     await chunks.start("a", "b", "c")
     await chunks.end("a")
     assert chunks.names == "bc"
@@ -95,8 +98,7 @@ async def test_a_chunk_that_ended_with_rows_unanswered_makes_room() -> None:
 
 @asynchronous
 async def test_a_chunk_that_is_to_be_alone_is_the_next_and_alone() -> None:
-    chunks = Chunks(Turns())
-    chunks.turns.at_a_time(ROWS)
+    chunks = Chunks()
     await chunks.start("a", "b", "c")
     await chunks.start("x", "y", alone=True)
     await chunks.answer("a", ROWS)
@@ -116,8 +118,7 @@ async def test_a_chunk_that_is_to_be_alone_is_the_next_and_alone() -> None:
 
 @asynchronous
 async def test_who_is_cancelled_leaves_no_place_behind() -> None:
-    chunks = Chunks(Turns())
-    chunks.turns.at_a_time(ROWS)
+    chunks = Chunks()
     await chunks.start("a", "b", "c", "d")
     chunks.tasks["c"].cancel()  # waits
     chunks.tasks["a"].cancel()  # is in work
@@ -130,8 +131,7 @@ async def test_who_is_cancelled_leaves_no_place_behind() -> None:
 
 @asynchronous
 async def test_a_place_that_comes_when_its_chunk_is_cancelled_goes_to_the_next() -> None:
-    chunks = Chunks(Turns())
-    chunks.turns.at_a_time(ROWS)
+    chunks = Chunks()
     await chunks.start("a", "b", "c", "d")
     chunks.tasks["c"].cancel()
     for _ in range(ROWS):
