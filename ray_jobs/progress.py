@@ -44,6 +44,7 @@ class Progress:
         self._started = self._told = time.monotonic()
         self._rate = 0.0
         self._last = (self._started, done)
+        self._took = 0.0
 
     def __enter__(self) -> "Progress":
         return self
@@ -66,13 +67,21 @@ class Progress:
         """Units a second since the stage began."""
         return (self.count - self.skipped) / max(self.seconds, 1e-9)
 
-    def update(self, more: int, note: str = "") -> None:
-        """Count `more` units; tell, if it is time. `note` stands at the line's end."""
+    def update(self, more: int, note: str = "", *, took: float = 0.0) -> None:
+        """Count `more` units; tell, if it is time.
+
+        Args:
+            more: units that are done.
+            note: stands at the line's end.
+            took: seconds from where they were begun. What is in work side by side is done in
+                bunches, whose rate is known only over at least this time.
+        """
         now = time.monotonic()
         if self.count == self.skipped:
             # An engine or workers had to start for these: no forecast can be made of their rate.
             self._last = (now, self.count + more)
         self.count += more
+        self._took = max(self._took, took)
         if now - self._told < (_TERMINAL_SECONDS if self._terminal else _LOG_SECONDS):
             return
         self._told = now
@@ -98,10 +107,11 @@ class Progress:
     def _smooth(self, now: float) -> None:
         """Follow the rate of the last seconds."""
         then, count = self._last
-        if count == self.count:
+        if count == self.count or (now - then < self._took and not self._rate):
             return
         rate = (self.count - count) / max(now - then, 1e-9)
-        weight = min(1.0, (now - then) / _SMOOTHING_SECONDS) if self._rate else 1.0
+        window = max(_SMOOTHING_SECONDS, self._took)
+        weight = min(1.0, (now - then) / window) if self._rate else 1.0
         self._rate += weight * (rate - self._rate)
         self._last = (now, self.count)
 

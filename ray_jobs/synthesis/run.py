@@ -190,7 +190,8 @@ class TaskRun:
                     sealing.remove(future)
                     self._sealed(future)
                 befallen = len(watch.incidents())
-                progress.update(counts["rows"], f"{befallen} incidents" if befallen else "")
+                note = f"{befallen} incidents" if befallen else ""
+                progress.update(counts["rows"], note, took=time.time() - counts["began"])
                 yield counts["began"]
             for future in sealing:
                 self._sealed(future)

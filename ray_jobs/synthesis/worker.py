@@ -143,6 +143,7 @@ class ChunkWorker:
             return counts  # done before the process ended in another of the item's chunks
         alone = await self.watch.begins(file) >= ALONE_BEGIN - 1
         async with self.turns.turn(chunk.rows, alone=alone) as turn:
+            counts["began"] = time.time()
             begun = await self.watch.begin(file, self.identity)
             rows = await asyncio.to_thread(self.work.read, chunk)
             if begun.careful:

@@ -85,6 +85,22 @@ def test_a_slow_start_is_no_forecast(monkeypatch):
     ]
 
 
+def test_work_that_is_done_in_bunches_is_no_forecast_before_it_can_be_one(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    log = io.StringIO()
+    progress = Progress("describe", 1100, "pairs", stream=log)
+    for now, pairs in ((90.0, 100), (101.0, 300), (112.0, 100), (130.0, 300), (150.0, 100)):  # noqa: B007
+        progress.update(pairs, took=40.0)
+    assert log.getvalue().splitlines() == [
+        "describe: 100 of 1,100 pairs (9 %)",
+        "describe: 400 of 1,100 pairs (36 %)",
+        "describe: 500 of 1,100 pairs (45 %)",
+        "describe: 800 of 1,100 pairs (73 %), 17.5/s, 17 s left",
+        "describe: 900 of 1,100 pairs (82 %), 11.2/s, 18 s left",
+    ]
+
+
 def test_a_log_has_whole_lines_and_no_signs_for_terminals(monkeypatch, at_once):
     monkeypatch.setenv("COLUMNS", "40")
     (log,) = told(io.StringIO())
