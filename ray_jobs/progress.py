@@ -43,8 +43,8 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._started = self._told = time.monotonic()
         self._rate = 0.0
+        self._ahead = 0
         self._last = (self._started, done)
-        self._took = 0.0
 
     def __enter__(self) -> "Progress":
         return self
@@ -67,21 +67,21 @@ class Progress:
         """Units a second since the stage began."""
         return (self.count - self.skipped) / max(self.seconds, 1e-9)
 
-    def update(self, more: int, note: str = "", *, took: float = 0.0) -> None:
+    def update(self, more: int, note: str = "", *, ahead: int = 0) -> None:
         """Count `more` units; tell, if it is time.
 
         Args:
             more: units that are done.
             note: stands at the line's end.
-            took: seconds from where they were begun. What is in work side by side is done in
-                bunches, whose rate is known only over at least this time.
+            ahead: units that are as good as done, and count with others that are not; told and
+                forecast with, because what counts comes in bunches.
         """
         now = time.monotonic()
+        self._ahead = ahead
         if self.count == self.skipped:
             # An engine or workers had to start for these: no forecast can be made of their rate.
-            self._last = (now, self.count + more)
+            self._last = (now, self.count + more + ahead)
         self.count += more
-        self._took = max(self._took, took)
         if now - self._told < (_TERMINAL_SECONDS if self._terminal else _LOG_SECONDS):
             return
         self._told = now
@@ -107,26 +107,27 @@ class Progress:
     def _smooth(self, now: float) -> None:
         """Follow the rate of the last seconds."""
         then, count = self._last
-        if count == self.count or (now - then < self._took and not self._rate):
+        reached = self.count + self._ahead
+        if reached <= count:
             return
-        rate = (self.count - count) / max(now - then, 1e-9)
-        window = max(_SMOOTHING_SECONDS, self._took)
-        weight = min(1.0, (now - then) / window) if self._rate else 1.0
+        rate = (reached - count) / max(now - then, 1e-9)
+        weight = min(1.0, (now - then) / _SMOOTHING_SECONDS) if self._rate else 1.0
         self._rate += weight * (rate - self._rate)
-        self._last = (now, self.count)
+        self._last = (now, reached)
 
     def _line(self, note: str) -> str:
         of = share = rate = left = ""
+        reached = self.count + self._ahead
         if self.total:
             of = f" of {self.total:,}"
-            share = f" ({100 * self.count / self.total:.0f} %)"
+            share = f" ({100 * reached / self.total:.0f} %)"
         if self._rate > 0:
             # Short, for what is noted at the end is to be seen in 80 columns too.
             rate = f", {self._rate:,.1f}/s"
             if self.total:
-                left = f", {duration(max(self.total - self.count, 0) / self._rate)} left"
+                left = f", {duration(max(self.total - reached, 0) / self._rate)} left"
         end = f", {note}" if note else ""
-        return f"{self.stage}: {self.count:,}{of} {self.unit}{share}{rate}{left}{end}"
+        return f"{self.stage}: {reached:,}{of} {self.unit}{share}{rate}{left}{end}"
 
     def _write(self, line: str) -> None:
         if self._terminal:

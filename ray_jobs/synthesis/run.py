@@ -180,6 +180,7 @@ class TaskRun:
             stream(work_items(items), work) as counted,
         ):
             sealing: list[Future[None]] = []
+            ahead = _Ahead(self.engines)
             for counts in self._counts(arrange(counted, slow=True), watch):
                 part = counts["part"]
                 left[part] -= 1
@@ -191,7 +192,7 @@ class TaskRun:
                     self._sealed(future)
                 befallen = len(watch.incidents())
                 note = f"{befallen} incidents" if befallen else ""
-                progress.update(counts["rows"], note, took=time.time() - counts["began"])
+                progress.update(counts["rows"], note, ahead=ahead.of(counts))
                 yield counts["began"]
             for future in sealing:
                 self._sealed(future)
@@ -228,6 +229,26 @@ class TaskRun:
             f"{self.storage.child_uri(self.beside.folder)} holds what was made with another "
             f"{', '.join(differ)}; choose another storage.uri, or delete that folder"
         )
+
+
+class _Ahead:
+    """Rows that are answered in chunks that are not done.
+
+    Args:
+        workers: that there are at a time.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._told: dict[str, int] = {}  # the last who told last
+
+    def of(self, counts: Mapping[str, Any]) -> int:
+        """All of them, with what one worker tells anew."""
+        self._told.pop(counts["worker"], None)
+        self._told[counts["worker"]] = counts["ahead"]
+        if len(self._told) > self._workers:  # one has died, most likely who was silent for longest
+            del self._told[next(iter(self._told))]
+        return sum(self._told.values())
 
 
 def engine_stream(engine: VllmConfig | HttpConfig) -> Stream:

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Unanswered rows for each that the engine works on: as many wait in its queue, for the time that
 # the next chunk takes to be read.
@@ -23,13 +23,18 @@ class Turn:
     """A chunk's.
 
     Attributes:
-        unanswered: rows of it.
+        rows: of it.
         alone: it is in work with no other.
+        unanswered: rows of it that are.
     """
 
-    unanswered: int
+    rows: int
     alone: bool
     _turns: "Turns"
+    unanswered: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unanswered = self.rows
 
     def answered(self) -> None:
         """One row more is answered."""
@@ -44,6 +49,11 @@ class Turns:
         self._depth = math.inf
         self._begun: set[Turn] = set()
         self._waiting: deque[tuple[Turn, asyncio.Future[None]]] = deque()
+
+    @property
+    def answered(self) -> int:
+        """Rows of chunks in work that are."""
+        return sum(begun.rows - begun.unanswered for begun in self._begun)
 
     def at_a_time(self, rows: int) -> None:
         """So many rows are worked on at a time; any number, unless this is told."""

@@ -131,19 +131,23 @@ class ChunkWorker:
             together: gives the rows for pairs, in their order.
 
         Returns:
-            Of each chunk its part, index and rows, and when it began, in seconds since 1970.
+            Of each chunk its part, index and rows, and when it began, in seconds since 1970; and
+            when it was done, who this is and how many rows of other chunks were answered.
         """
-        return counts_of([await self._chunk(chunk, together) for chunk in chunks_in(batch)])
+        done = []
+        for chunk in chunks_in(batch):
+            counts = {"part": chunk.part, "index": chunk.index, "rows": chunk.rows}
+            counts["began"] = time.time()
+            await self._chunk(chunk, together)
+            done.append({**counts, "worker": self.identity, "ahead": self.turns.answered})
+        return counts_of(done)
 
-    async def _chunk(self, chunk: Chunk, together: Together) -> dict[str, Any]:
-        counts = {"part": chunk.part, "index": chunk.index, "rows": chunk.rows}
-        counts["began"] = time.time()
+    async def _chunk(self, chunk: Chunk, together: Together) -> None:
         file = chunk.file(self.work.beside)
         if await asyncio.to_thread(self.work.storage.exists, file):
-            return counts  # done before the process ended in another of the item's chunks
+            return  # done before the process ended in another of the item's chunks
         alone = await self.watch.begins(file) >= ALONE_BEGIN - 1
         async with self.turns.turn(chunk.rows, alone=alone) as turn:
-            counts["began"] = time.time()
             begun = await self.watch.begin(file, self.identity)
             rows = await asyncio.to_thread(self.work.read, chunk)
             if begun.careful:
@@ -152,7 +156,6 @@ class ChunkWorker:
                 done = await together(rows, turn)
             await asyncio.to_thread(self.work.write, chunk, done)
             await self.watch.end(file)
-        return counts
 
     @contextmanager
     def asking(self) -> Iterator[None]:

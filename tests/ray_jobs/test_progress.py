@@ -85,19 +85,21 @@ def test_a_slow_start_is_no_forecast(monkeypatch):
     ]
 
 
-def test_work_that_is_done_in_bunches_is_no_forecast_before_it_can_be_one(monkeypatch):
+def test_what_is_as_good_as_done_is_told_and_counts_for_the_forecast(monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     log = io.StringIO()
-    progress = Progress("describe", 1100, "pairs", stream=log)
-    for now, pairs in ((90.0, 100), (101.0, 300), (112.0, 100), (130.0, 300), (150.0, 100)):  # noqa: B007
-        progress.update(pairs, took=40.0)
+    progress = Progress("describe", 1000, "pairs", stream=log)
+    for now, ahead in ((90.0, 200), (110.0, 300), (130.0, 0), (150.0, 400)):  # noqa: B007
+        progress.update(100, ahead=ahead)
+    progress.close("stopped")
     assert log.getvalue().splitlines() == [
-        "describe: 100 of 1,100 pairs (9 %)",
-        "describe: 400 of 1,100 pairs (36 %)",
-        "describe: 500 of 1,100 pairs (45 %)",
-        "describe: 800 of 1,100 pairs (73 %), 17.5/s, 17 s left",
-        "describe: 900 of 1,100 pairs (82 %), 11.2/s, 18 s left",
+        "describe: 300 of 1,000 pairs (30 %)",
+        "describe: 500 of 1,000 pairs (50 %), 10.0/s, 50 s left",
+        # What was ahead is lost.
+        "describe: 300 of 1,000 pairs (30 %), 10.0/s, 1 min 10 s left",
+        "describe: 800 of 1,000 pairs (80 %), 7.5/s, 27 s left",
+        "describe: stopped, 400 pairs in 2 min 30 s, 2.7 pairs/s",
     ]
 
 

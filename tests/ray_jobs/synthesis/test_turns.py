@@ -82,6 +82,17 @@ async def test_a_slow_row_of_a_chunk_does_not_keep_others_waiting() -> None:
 
 
 @asynchronous
+async def test_rows_are_answered_as_long_as_their_chunk_is_in_work() -> None:
+    chunks = Chunks()
+    await chunks.start("a", "b")
+    await chunks.answer("a", 3)
+    await chunks.answer("b", ROWS)
+    assert chunks.turns.answered == 3 + ROWS
+    await chunks.end("b")
+    assert chunks.turns.answered == 3
+
+
+@asynchronous
 async def test_without_a_limit_all_are_begun() -> None:
     chunks = Chunks(at_a_time=None)
     await chunks.start(*"abcd")

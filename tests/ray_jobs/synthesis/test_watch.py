@@ -134,7 +134,8 @@ def test_a_table_that_cannot_be_written_is_told_while_chunks_are_left(monkeypatc
     def counts(*_: object) -> Iterator[dict[str, Any]]:
         for index in range(1000):
             done.append(index)
-            yield {"part": f"part {index}", "rows": 1, "began": 0.0}
+            counts = {"part": f"part {index}", "rows": 1, "began": 0.0, "worker": "", "ahead": 0}
+            yield counts
             assert failed.wait(30)
 
     for name, value in (
@@ -162,6 +163,12 @@ def test_a_table_that_cannot_be_written_is_told_while_chunks_are_left(monkeypatc
     with pytest.raises(run.SynthesisError, match=r"descriptions/train cannot be made: SLOW_DOWN"):
         list(run.TaskRun._do(task, stream, watch, chunks, parts, Counter([*parts])))
     assert len(done) < 1000
+
+
+def test_rows_that_are_ahead_go_with_the_worker_that_has_died():
+    ahead = run._Ahead(2)
+    told = (("a", 3), ("b", 5), ("a", 4), ("c", 1))
+    assert [ahead.of({"worker": worker, "ahead": rows}) for worker, rows in told] == [3, 8, 9, 5]
 
 
 def starts_of(deadly: dict[str, str], watch: _Watch) -> int:
