@@ -10,6 +10,7 @@ import asyncio
 import copy
 import itertools
 import os
+import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from ray_jobs.synthesis.captioner import see
 from ray_jobs.synthesis.config import VllmConfig
 from ray_jobs.synthesis.task import GenerationError, Messages, Task
 from ray_jobs.synthesis.worker import ChunkWorker, EngineDiedError, Work
+from rwkv_clip.signals import keeping
 
 _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -238,23 +240,23 @@ def vllm_stream(
     quieten()  # after the import of ray.data.llm
     model, bundles = resolve_model(config.model), _bundles(config)
     in_flight = min(config.chunks_in_flight, work.share)
-    processor: Any = build_processor(
-        vLLMEngineProcessorConfig(
-            model_source=model,
-            accelerator_type=None,
-            concurrency=config.engines,
-            batch_size=1,
-            max_concurrent_batches=in_flight,
-            max_tasks_in_flight_per_actor=in_flight,
-            engine_kwargs=config.arguments(),
-            placement_group_config={"bundles": bundles},
-            runtime_env={"env_vars": environment(config)},
-            log_engine_metrics=False,
-            chat_template_stage={"enabled": False},
-            tokenize_stage={"enabled": False},
-            detokenize_stage={"enabled": False},
-        ),
+    settings = vLLMEngineProcessorConfig(
+        model_source=model,
+        accelerator_type=None,
+        concurrency=config.engines,
+        batch_size=1,
+        max_concurrent_batches=in_flight,
+        max_tasks_in_flight_per_actor=in_flight,
+        engine_kwargs=config.arguments(),
+        placement_group_config={"bundles": bundles},
+        runtime_env={"env_vars": environment(config)},
+        log_engine_metrics=False,
+        chat_template_stage={"enabled": False},
+        tokenize_stage={"enabled": False},
+        detokenize_stage={"enabled": False},
     )
+    with keeping(signal.SIGTERM):  # it calls `ray.init`, whose handler ends with another status
+        processor: Any = build_processor(settings)
     _end_telemetry()
     # Maps around the stage, which only rename columns; each takes processes of its own, and those
     # of the second one are started when the first chunk is done, on the engines' cores.
