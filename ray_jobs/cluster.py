@@ -38,6 +38,11 @@ _FEW_IDLE = {
     "RAY_num_workers_soft_limit": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "10000",
 }
+# Ray counts processes that hold next to no CPU as too many; and of what is to be done once more the
+# job tells itself, unless it is ending and nothing will be.
+_NOT_TOLD = re.compile(
+    "PYTHON worker processes have been started|failed. There are infinite retries remaining"
+)
 _SPILL_FULL = "Local disk is full"  # Ray's OutOfDiskError, however it is wrapped
 
 
@@ -175,10 +180,8 @@ def quieten() -> None:
                 handler.setLevel(logging.ERROR)
     for name in ("alembic", "mlflow", "ray.dashboard", "vllm"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Ray counts processes that hold next to no CPU as too many.
-    too_many = re.compile("PYTHON worker processes have been started")
     for printer in (ray_logging.stdout_deduplicator, ray_logging.stderr_deduplicator):
-        printer.skip_re = too_many
+        printer.skip_re = _NOT_TOLD
 
 
 @contextmanager
