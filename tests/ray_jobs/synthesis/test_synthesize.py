@@ -1,6 +1,7 @@
 """Synthesis with the real engine and a small real model, through kills."""
 
 import json
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,10 @@ def test_after_the_driver_and_the_cluster_are_killed_only_what_is_missing_is_don
 @pytest.fixture(scope="module")
 def described(storage: Storage) -> SynthesisResult:
     """Descriptions by the real engine; `make chaos` kills one."""
-    return synthesize(config(), storage)
+    before = signal.getsignal(signal.SIGTERM)
+    made = synthesize(config(), storage)
+    assert signal.getsignal(signal.SIGTERM) is before, "who ends a job has its handler still"
+    return made
 
 
 @pytest.mark.slow
