@@ -38,10 +38,10 @@ _FEW_IDLE = {
     "RAY_num_workers_soft_limit": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "10000",
 }
-# Ray counts processes that hold next to no CPU as too many; and of what is to be done once more the
-# job tells itself, unless it is ending and nothing will be.
+# Ray counts processes that hold next to no CPU as too many; and at a job's end it tells of actors
+# that it would start again, though the job itself has ended them.
 _NOT_TOLD = re.compile(
-    "PYTHON worker processes have been started|failed. There are infinite retries remaining"
+    r"PYTHON worker processes have been started|failed\..* it was killed by `ray\.kill`"
 )
 _SPILL_FULL = "Local disk is full"  # Ray's OutOfDiskError, however it is wrapped
 

@@ -25,7 +25,7 @@ class Turn:
     Attributes:
         rows: of it.
         alone: it is in work with no other.
-        unanswered: rows of it that are.
+        unanswered: rows that are so still.
     """
 
     rows: int
@@ -52,7 +52,7 @@ class Turns:
 
     @property
     def answered(self) -> int:
-        """Rows of chunks in work that are."""
+        """Rows that are so already, of the chunks in work."""
         return sum(begun.rows - begun.unanswered for begun in self._begun)
 
     def at_a_time(self, rows: int) -> None:
