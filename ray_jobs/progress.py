@@ -67,6 +67,10 @@ class Progress:
         """Units a second since the stage began."""
         return (self.count - self.skipped) / max(self.seconds, 1e-9)
 
+    @property
+    def _reached(self) -> int:
+        return self.count + self._ahead
+
     def update(self, more: int, note: str = "", *, ahead: int = 0) -> None:
         """Count `more` units; tell, if it is time.
 
@@ -77,11 +81,12 @@ class Progress:
                 forecast with, because what counts comes in bunches.
         """
         now = time.monotonic()
-        self._ahead = ahead
-        if self.count == self.skipped:
-            # An engine or workers had to start for these: no forecast can be made of their rate.
-            self._last = (now, self.count + more + ahead)
+        first = self.count == self.skipped
         self.count += more
+        self._ahead = ahead
+        if first:
+            # An engine or workers had to start for these: no forecast can be made of their rate.
+            self._last = (now, self._reached)
         if now - self._told < (_TERMINAL_SECONDS if self._terminal else _LOG_SECONDS):
             return
         self._told = now
@@ -107,17 +112,16 @@ class Progress:
     def _smooth(self, now: float) -> None:
         """Follow the rate of the last seconds."""
         then, count = self._last
-        reached = self.count + self._ahead
-        if reached <= count:
+        if self._reached <= count:
             return
-        rate = (reached - count) / max(now - then, 1e-9)
+        rate = (self._reached - count) / max(now - then, 1e-9)
         weight = min(1.0, (now - then) / _SMOOTHING_SECONDS) if self._rate else 1.0
         self._rate += weight * (rate - self._rate)
-        self._last = (now, reached)
+        self._last = (now, self._reached)
 
     def _line(self, note: str) -> str:
         of = share = rate = left = ""
-        reached = self.count + self._ahead
+        reached = self._reached
         if self.total:
             of = f" of {self.total:,}"
             share = f" ({100 * reached / self.total:.0f} %)"

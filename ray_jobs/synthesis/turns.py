@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # Unanswered rows for each that the engine works on: as many wait in its queue, for the time that
 # the next chunk takes to be read.
@@ -25,20 +25,17 @@ class Turn:
     Attributes:
         rows: of it.
         alone: it is in work with no other.
-        unanswered: rows that are so still.
+        done: rows that are answered.
     """
 
     rows: int
     alone: bool
     _turns: "Turns"
-    unanswered: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.unanswered = self.rows
+    done: int = 0
 
     def answered(self) -> None:
         """One row more is answered."""
-        self.unanswered -= 1
+        self.done += 1
         self._turns.changed()
 
 
@@ -53,7 +50,7 @@ class Turns:
     @property
     def answered(self) -> int:
         """Rows that are so already, of the chunks in work."""
-        return sum(begun.rows - begun.unanswered for begun in self._begun)
+        return sum(begun.done for begun in self._begun)
 
     def at_a_time(self, rows: int) -> None:
         """So many rows are worked on at a time; any number, unless this is told."""
@@ -89,4 +86,4 @@ class Turns:
             return not self._begun
         if any(begun.alone for begun in self._begun):
             return False
-        return sum(begun.unanswered for begun in self._begun) < self._depth
+        return sum(begun.rows - begun.done for begun in self._begun) < self._depth

@@ -136,10 +136,18 @@ class ChunkWorker:
         """
         done = []
         for chunk in chunks_in(batch):
-            counts = {"part": chunk.part, "index": chunk.index, "rows": chunk.rows}
-            counts["began"] = time.time()
+            began = time.time()
             await self._chunk(chunk, together)
-            done.append({**counts, "worker": self.identity, "ahead": self.turns.answered})
+            done.append(
+                {
+                    "part": chunk.part,
+                    "index": chunk.index,
+                    "rows": chunk.rows,
+                    "began": began,
+                    "worker": self.identity,
+                    "ahead": self.turns.answered,
+                }
+            )
         return counts_of(done)
 
     async def _chunk(self, chunk: Chunk, together: Together) -> None:
