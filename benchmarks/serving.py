@@ -50,7 +50,7 @@ WORDS = "a photo of two small dogs that run along the beach behind a red ball at
 HA_PROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 TARGETS = {"image": 0.90, "text": 0.70}
 LATENCY_MS = 10.0
-LEAST = "Serve's least"
+OURS, PLAIN, LEAST = "the endpoint", "the plain server", "Serve's least"
 LONE_TURNS, LONE_SECONDS, LONE_CALLS = 12, 1.0, 20
 
 
@@ -253,7 +253,6 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="+", default=[1, 8], help="in a request")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    towers = options.towers
     print(machine())
     print(
         f"{options.model}, batches of {options.batch}, "
@@ -268,15 +267,17 @@ def main() -> None:
             endpoint(folder, options.batch, options.threads) as ours,
             plain_server(folder, options.threads) as plain,
         ):
-            addresses = {"the endpoint": ours, "the plain server": plain}
+            addresses = {OURS: ours, PLAIN: plain}
             for told, address in addresses.items():
                 verify(told, address, model)
-            measured = [measure(tower, model, ours, plain, load, options) for tower in towers]
+            measured = [
+                measure(tower, model, ours, plain, load, options) for tower in options.towers
+            ]
             # Its processes wake a hundred times a second, as all of Ray's: only where it is asked.
             serve.run(on_serve(str(folder), options.threads), name="plain", route_prefix="/plain")
             addresses[LEAST] = f"{ours}/plain"
             verify(LEAST, addresses[LEAST], model)
-            alone = {tower: lone(tower, model, addresses, load) for tower in towers}
+            alone = {tower: lone(tower, model, addresses, load) for tower in options.towers}
     print()
     header("", "items", "clients", "ours/s", "of the model", "ms", "plain server/s", "ms")
     for one in measured:
@@ -291,8 +292,8 @@ def main() -> None:
             one.saturation,
         )
     for tower, added in alone.items():
-        more = added["the endpoint"]
-        met = f"{more:.1f}, {verdict(more <= LATENCY_MS)} (Serve's least {added[LEAST]:.1f})"
+        more = added[OURS]
+        met = f"{more:.1f}, {verdict(more <= LATENCY_MS)} ({LEAST} {added[LEAST]:.1f})"
         row(f"a lone {tower}", f"{LATENCY_MS:.0f} ms above the model", met)
 
 

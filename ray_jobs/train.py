@@ -30,6 +30,7 @@ from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError, WorkerTask, train_worker
 from ray_jobs.training.plan import DataPlan, PlanError
 from ray_jobs.training.validation import Validator, validations
+from rwkv_clip.signals import keeping
 
 logger = logging.getLogger(__name__)
 
@@ -220,14 +221,11 @@ def interruptible() -> Iterator[None]:
     Ray Train puts a handler of its own there and leaves it: an interrupt ends it by SystemExit with
     a status of 1, and what comes later in this process cannot be interrupted.
     """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        if before is not None and signal.getsignal(signal.SIGINT) is not before:
-            signal.signal(signal.SIGINT, before)
+    with keeping(signal.SIGINT):
+        try:
+            yield
+        except SystemExit as error:
+            raise KeyboardInterrupt from error
 
 
 def _trainer(

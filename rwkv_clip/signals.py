@@ -15,14 +15,15 @@ def keeping(*numbers: signal.Signals) -> Iterator[None]:
 
     Only a program's main thread can put any.
     """
-    # None is for a handler that is not Python's, and cannot be put back.
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) is not handler:
+                    # None is for a handler that is not Python's, and cannot be put back.
+                    signal.signal(number, handler or signal.SIG_DFL)
 
 
 @contextmanager

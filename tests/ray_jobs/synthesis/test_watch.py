@@ -134,8 +134,7 @@ def test_a_table_that_cannot_be_written_is_told_while_chunks_are_left(monkeypatc
     def counts(*_: object) -> Iterator[dict[str, Any]]:
         for index in range(1000):
             done.append(index)
-            counts = {"part": f"part {index}", "rows": 1, "began": 0.0, "worker": "", "ahead": 0}
-            yield counts
+            yield {"part": f"part {index}", "rows": 1, "began": 0.0, "worker": "", "ahead": 0}
             assert failed.wait(30)
 
     for name, value in (
