@@ -29,6 +29,7 @@ from ray_jobs.training.checkpoint import STATE_FILE, RunState, checkpoint_name
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError, WorkerTask, train_worker
 from ray_jobs.training.plan import DataPlan, PlanError
+from ray_jobs.training.process_group import ProcessGroupConfig
 from ray_jobs.training.validation import Validator, validations
 from rwkv_clip.signals import keeping
 
@@ -246,6 +247,7 @@ def _trainer(
     made: TorchTrainer = trainer(
         train_worker,
         train_loop_config={"task": task},
+        torch_config=ProcessGroupConfig(max_failures=config.max_failures),
         scaling_config=scaling,
         run_config=RunConfig(
             name=task.folder,

@@ -1,19 +1,27 @@
 """What tests take from the machine that they run on."""
 
+import random
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """A port that a server may listen on a moment later.
+
+    Those that the system gives to whoever asks for any, from 32,768 on, may have gone to another
+    process by then, and Ray's workers have those up to 19,999.
+    """
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", port))
+            return port
 
 
 @contextmanager

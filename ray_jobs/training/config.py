@@ -176,7 +176,12 @@ class TrainConfig(BaseConfig):
     validation: ValidationConfig | None = Field(
         None, description="how checkpoints are validated, on the data set `validation`"
     )
-    max_failures: int = Field(3, ge=-1, description="workers' deaths that are made good; -1: any")
+    max_failures: int = Field(
+        3,
+        ge=-1,
+        description="workers' deaths that are made good, and as many failures to join each other; "
+        "-1: any",
+    )
 
     @field_validator("loss", mode="before")
     @classmethod
