@@ -10,6 +10,7 @@ compared before any figure is printed.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from ray_jobs.training.batches import Batch, PairFiles
 from ray_jobs.training.config import TrainConfig
 from ray_jobs.training.loop import Place, Worker, WorkerTask
 from rwkv_clip.config import load_config
+from rwkv_clip.heap import kept_memory
 
 GOAL = 1.05
 LOG_STEPS = 5
@@ -73,7 +75,8 @@ def bare(storage: Storage, steps: int) -> list[dict[str, float]]:
 
 def bare_process(storage: Storage, steps: int) -> list[dict[str, float]]:
     command = [sys.executable, __file__, "--bare", storage.uri, "--steps", str(steps)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, **kept_memory()}  # as Ray Train's workers have it
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     history: list[dict[str, float]] = json.loads(answer.stdout.splitlines()[-1])
     return history
 

@@ -27,6 +27,7 @@ from ray_jobs.storage import Storage
 from ray_jobs.training.batches import TEXTS, PairFiles
 from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from rwkv_clip.config import BaseConfig
+from rwkv_clip.heap import kept_memory
 from rwkv_clip.images import ImageDecodeError
 from rwkv_clip.model import RWKVCLIP, load_checkpoint
 from rwkv_clip.transforms import TransformedBatch
@@ -77,6 +78,7 @@ class EncoderConfig(BaseConfig):
             compute=ray.data.ActorPoolStrategy(size=self.workers),
             num_cpus=self.cpus_per_worker,
             num_gpus=self.gpus_per_worker or None,
+            runtime_env={"env_vars": kept_memory(self.gpus_per_worker)},
         )
 
     def gather(

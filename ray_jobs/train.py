@@ -31,6 +31,7 @@ from ray_jobs.training.loop import NonFiniteLossError, WorkerTask, train_worker
 from ray_jobs.training.plan import DataPlan, PlanError
 from ray_jobs.training.process_group import ProcessGroupConfig
 from ray_jobs.training.validation import Validator, validations
+from rwkv_clip.heap import kept_memory
 from rwkv_clip.signals import keeping
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,7 @@ def _trainer(
     workers = (config.min_workers, config.workers) if config.min_workers else config.workers
     trainer: Any = TorchTrainer  # their declarations are those of Ray Train V1
     scaling: Any = ScalingConfig
+    running: Any = RunConfig
     scaling = scaling(
         num_workers=workers,
         use_gpu=config.gpus_per_worker > 0,
@@ -249,11 +251,12 @@ def _trainer(
         train_loop_config={"task": task},
         torch_config=ProcessGroupConfig(max_failures=config.max_failures),
         scaling_config=scaling,
-        run_config=RunConfig(
+        run_config=running(
             name=task.folder,
             storage_path=storage.path(),
             storage_filesystem=storage.filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
+            worker_runtime_env={"env_vars": kept_memory(config.gpus_per_worker)},
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.keep_checkpoints,
                 checkpoint_score_attribute=validator.score if validator else None,
