@@ -10,7 +10,6 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from rwkv_clip.config import load_config
-from rwkv_clip.heap import kept_memory
 from serve.config import EncoderConfig, SearchConfig, ServeConfig, ServeFile
 from serve.encoders import Encoder
 from serve.index import Index, find_index
@@ -80,11 +79,7 @@ def _encoder(tower: str, config: ServeConfig) -> serve.Deployment:
         name=tower,
         max_ongoing_requests=settings.max_ongoing,
         max_queued_requests=settings.max_queued,
-        ray_actor_options={
-            "num_cpus": settings.cpus,
-            "num_gpus": settings.gpus,
-            "runtime_env": {"env_vars": kept_memory(settings.gpus)},
-        },
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         graceful_shutdown_timeout_s=config.request_seconds + _LONGER,
         health_check_period_s=5,
         **_replicas(settings.replicas, settings.max_replicas),
