@@ -42,21 +42,12 @@ def together(config: ProcessGroupConfig, folder: Path, workers: int) -> str:
     return noted.read_text()
 
 
-class Mortal:
+class Mortal(process_group._Listening):
     """A group whose second worker dies as the first is asked where they meet."""
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
-
-    def execute_single(self, rank: int, function: Any) -> Any:
-        self._group.execute_single_async(1, os._exit, 1)
-        return self._group.execute_single(rank, function)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._group, name)
-
-    def __len__(self) -> int:
-        return len(self._group)
+    def execute_single(self, rank: int, function: Any, *args: Any, **named: Any) -> Any:
+        self.execute_single_async(1, os._exit, 1)
+        return super().execute_single(rank, function, *args, **named)
 
 
 class FirstOnesDie(process_group._Backend):
