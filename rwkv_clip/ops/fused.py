@@ -8,6 +8,7 @@ the backward pass only what it was given or what it returned.
 Shapes: B batch, T tokens, C = H * N channels, H heads, N head size, n mixtures, R rank.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -154,21 +155,31 @@ def token_shift_mix_statement(
     *,
     shift: TokenShift,
 ) -> tuple[Tensor, ...]:
-    """What `token_shift_mix` computes."""
-    share = mix[:, None, None]
+    """What `token_shift_mix` computes.
+
+    Under autocast in its type, which is that of the layers behind. Mixtures and their products are
+    steps of their own: of one step for all, a compiler makes one gradient for all, to be written
+    before it is used.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    change = shift_statement(x, shift) - x
+    shares: Iterable[Tensor] = mix.unbind()
     if low_rank is not None:
         a, b = low_rank
-        products = torch.bmm(_by_mixture(a, b), b)  # [n, B * T, C]
-        share = share + products.view(len(b), *x.shape)
-    return torch.addcmul(x, shift_statement(x, shift) - x, share).unbind()
+        pairs = zip(a.chunk(len(b), dim=-1), b, strict=True)
+        shares = [share + a_n @ b_n for share, (a_n, b_n) in zip(shares, pairs, strict=True)]
+    return tuple(torch.addcmul(x, change, share.to(x.dtype)) for share in shares)
 
 
 def group_norm_gate_statement(
     y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float
 ) -> Tensor:
     """What `group_norm_gate` computes."""
-    tokens = y.reshape(-1, y.shape[-1])  # a token is a sample of its own to the norm
-    return F.group_norm(tokens, heads, weight, bias, eps).view(y.shape) * F.silu(g)
+    # Heads as rows: a compiler has the gradient of a layer norm in one pass, a group norm's in two.
+    rows = y.reshape(-1, heads, y.shape[-1] // heads)
+    normed = F.layer_norm(rows, rows.shape[-1:], eps=eps).view(y.shape)
+    return torch.addcmul(bias, normed, weight) * F.silu(g)
 
 
 def relu_square_statement(a: Tensor) -> Tensor:

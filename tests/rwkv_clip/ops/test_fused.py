@@ -352,6 +352,25 @@ def test_other_types_take_the_statement():
     assert torch.equal(got[0], expected[0])
 
 
+@pytest.mark.parametrize("rank", [None, 4])
+def test_under_autocast_neighbours_are_mixed_in_its_type(rank):
+    torch.manual_seed(0)
+    x, mix = torch.randn(2, 6, 16), torch.rand(3, 16)
+    low_rank = None if rank is None else (torch.randn(2, 6, 3 * rank), torch.randn(3, rank, 16))
+    shift = TokenShift(8, (2, 3))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = fused.token_shift_mix_statement(x, mix, low_rank, shift=shift)
+        exact = fused.token_shift_mix_statement(x.double(), mix, low_rank, shift=shift)
+
+    expected = fused.token_shift_mix_statement(x, mix, low_rank, shift=shift)
+    assert {one.dtype for one in mixed} == {torch.bfloat16}
+    assert {one.dtype for one in exact} == {torch.float64}  # which autocast leaves alone
+    for got, one in zip(mixed, expected, strict=True):
+        # Six numbers are rounded on the way, each by at most 2^-9 of itself.
+        assert (got - one).abs().max() < 6 * 2**-9 * one.abs().max()
+
+
 def test_without_the_library_the_statements_run():
     code = """
 import torch
