@@ -161,8 +161,9 @@ def token_shift_mix_statement(
     steps of their own: of one step for all, a compiler makes one gradient for all, to be written
     before it is used.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):  # not every device has it
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
     change = shift_statement(x, shift) - x
     shares: Iterable[Tensor] = mix.unbind()
     if low_rank is not None:

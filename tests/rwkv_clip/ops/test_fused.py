@@ -371,6 +371,12 @@ def test_under_autocast_neighbours_are_mixed_in_its_type(rank):
         assert (got - one).abs().max() < 6 * 2**-9 * one.abs().max()
 
 
+def test_a_device_without_autocast_takes_the_statement():
+    x, mix = torch.empty(2, 6, 16, device="meta"), torch.empty(1, 16, device="meta")
+    (mixed,) = fused.token_shift_mix(x, mix, shift=TokenShift(8))
+    assert mixed.shape == x.shape
+
+
 def test_without_the_library_the_statements_run():
     code = """
 import torch
