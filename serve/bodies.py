@@ -1,12 +1,16 @@
 """The bodies of requests: each of bounded size, and all of them together too."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import Request
 
+from rwkv_clip.memory import trim_freed_memory
 from serve.errors import ApiError
+
+_BUSY = 8 << 20  # bytes held at once, after which there is something to give back
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Body:
     def count(self, size: int) -> None:
         """Count so many bytes more; raises ApiError where there is no room for them."""
         self.bodies.check(self.counted + size, size)
-        self.bodies.held += size
+        self.bodies.take(size)
         self.counted += size
 
 
@@ -41,6 +45,7 @@ class Bodies:
     def __init__(self, one: int, together: int) -> None:
         self.one, self.together = one, max(one, together)
         self.held = 0
+        self._most = 0
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[Body]:
@@ -65,7 +70,19 @@ class Bodies:
             body.content = bytes(content)
             yield body
         finally:
-            self.held -= body.counted
+            self._leave(body)
+
+    def take(self, size: int) -> None:
+        """Hold so many bytes more, for which there is room."""
+        self.held += size
+        self._most = max(self._most, self.held)
+
+    def _leave(self, body: Body) -> None:
+        self.held -= body.counted
+        if self.held == 0 and self._most >= _BUSY:
+            self._most = 0
+            # Beside the loop: at once tens of milliseconds of it.
+            asyncio.get_running_loop().run_in_executor(None, trim_freed_memory)
 
     def check(self, size: int, more: int) -> None:
         """Raise ApiError where a request of a size, `more` of it new, is too much."""

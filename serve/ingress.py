@@ -185,6 +185,7 @@ class Ingress:
                 request.state.coming = False
                 _check_sent(request, body.content)
                 asked = parse_request(shape, body.content)
+                body.content = b""  # read, and the request is held until its answer
                 reader = Reader(self.config.limits, self.fetcher, body.count)
                 return await self.towers.through_one_model(
                     lambda served: work(asked, served, reader)

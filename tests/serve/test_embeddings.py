@@ -5,6 +5,7 @@ import base64
 import json
 import threading
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import httpx
 import numpy as np
@@ -274,6 +275,30 @@ def test_a_body_takes_room_as_it_comes():
         assert bodies.held == 0
 
     asyncio.run(work())
+
+
+def test_memory_is_given_back_once_the_last_of_many_bodies_has_gone(monkeypatch):
+    given_back = []
+    monkeypatch.setattr("serve.bodies.trim_freed_memory", lambda: given_back.append(True))
+
+    async def work() -> None:
+        bodies = Bodies(8 << 20, 64 << 20)
+
+        async def read(size: int, times: int) -> None:
+            coming = [Coming(0, b"x" * size) for _ in range(times)]
+            for request in coming:
+                request.more.set()
+            async with AsyncExitStack() as stack:
+                for request in coming:
+                    await stack.enter_async_context(bodies.read(request))  # type: ignore[arg-type]
+
+        for _ in range(20):
+            await read(1 << 20, 1)
+        assert given_back == []
+        await read(1 << 20, 20)
+
+    asyncio.run(work())
+    assert given_back == [True]
 
 
 def test_a_large_image_gets_to_its_tower(client):
