@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_clip.ops import _library
-from rwkv_clip.ops.operator import is_transformed
+from rwkv_clip.ops.operator import is_autocast_enabled, is_transformed
 
 # Limits of the kernels: on n, and on C where there is a product to vectorise.
 _MOST_MIXTURES = 8
@@ -107,10 +107,14 @@ def relu_square_(a: Tensor) -> Tensor:
     a must be the output of a step that does not need it on the way back, as a linear layer's, and
     must not be used again.
     """
+    out: Tensor
     if not _has_kernel(a):
+        if _is_compiled() and _is_differentiated(a):
+            out = _apply(_CompiledReluSquare, a)
+            return out
         return relu_square_statement(a)
     if _is_differentiated(a):
-        out: Tensor = _apply(_ReluSquare, a)
+        out = _apply(_ReluSquare, a)
         return out
     torch.ops.rwkv_clip.relu_square_(a)
     return a
@@ -162,7 +166,7 @@ def token_shift_mix_statement(
     before it is used.
     """
     device = x.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):  # not every device has it
+    if is_autocast_enabled(device):
         x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
     change = shift_statement(x, shift) - x
     shares: Iterable[Tensor] = mix.unbind()
@@ -262,6 +266,22 @@ class _ReluSquare(torch.autograd.Function):
         return ga
 
 
+class _CompiledReluSquare(torch.autograd.Function):
+    """The same of the statement, of whose own gradient a compiler keeps the input as well."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        out = relu_square_statement(a)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gout: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        ga: Tensor = gout * (2 * out.sqrt())
+        return ga
+
+
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, r: Tensor, v: Tensor, scale: Tensor | None) -> Tensor:
@@ -290,6 +310,12 @@ def _has_kernel(*tensors: Tensor | None) -> bool:
         for x in tensors
         if x is not None
     )
+
+
+def _is_compiled() -> bool:
+    """Whether a compiler traces this for itself; an exported program is read by others too."""
+    exported = torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not exported and not is_transformed()
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:

@@ -47,7 +47,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
 
     Source: RWKV-CLIP (arXiv 2406.06973), equations 5 to 7.
     """
-    if r.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(r.device.type):
+    if is_autocast_enabled(r.device.type):
         check_shapes(r, k, v, w, u)  # r, k, v and w will be cast
         check_bonus(u)
     else:
@@ -56,6 +56,11 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         return _differentiable(r, k, v, w, u)
     y: Tensor = torch.ops.rwkv_clip.wkv6(r, k, v, w, u)
     return y
+
+
+def is_autocast_enabled(device: str) -> bool:
+    """Whether a device's autocast is on; PyTorch's own question is an error where there is none."""
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def is_transformed() -> bool:
@@ -167,7 +172,7 @@ def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
 def _differentiable(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """The reference, in the types that the operator has."""
     device = r.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if not is_autocast_enabled(device):
         return reference.wkv6(r, k, v, w, u)
     with torch.autocast(device, enabled=False):
         return reference.wkv6(*_cast(device, r, k, v, w), u)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 
 
@@ -27,6 +29,35 @@ def test_training_compiles_whole_and_gives_the_same_gradients(tiny, tiny_io):
     expected = torch.autograd.grad(loss(tiny.train()), list(tiny.parameters()))
     compiled = torch.compile(tiny, fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(loss(compiled), list(tiny.parameters()))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_step_keeps_the_hidden_channels_once(tiny, tiny_io):
+    kept = []
+
+    def note(graph, _):
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        kept.extend(tuple(one.meta["val"].shape) for one in outputs if one is not None)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+    blocks = tiny.train().text_model.blocks
+    encode = torch.compile(tiny.text_model, fullgraph=True, backend=backend)
+    encode(tiny_io["text"]).sum().backward()
+
+    hidden = blocks[0].ffn.key.out_features
+    tokens = tiny_io["text"].numel()
+    assert sum(
+        shape in {(*tiny_io["text"].shape, hidden), (tokens, hidden)} for shape in kept
+    ) == len(blocks)
+
+
+def test_activations_computed_again_compile_too(tiny, tiny_io):
+    tiny.train().set_activation_checkpointing(True)
+    text = tiny_io["text"]
+    expected = torch.autograd.grad(tiny.text_model(text).sum(), list(tiny.text_model.parameters()))
+    compiled = torch.compile(tiny.text_model, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(text).sum(), list(tiny.text_model.parameters()))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
