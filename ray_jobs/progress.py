@@ -47,6 +47,8 @@ class Progress:
         self._last = (self._started, done)
 
     def __enter__(self) -> "Progress":
+        # Until the first unit is done, an engine or workers may have to start: a minute and more.
+        self._write(self._line("starting"))
         return self
 
     def __exit__(

@@ -54,6 +54,23 @@ def test_a_line_fits_the_terminal_where_standard_output_is_a_file(monkeypatch, a
     assert len(line.removesuffix("\x1b[K")) == 1 + 39
 
 
+@pytest.mark.parametrize(
+    ("total", "done", "line"),
+    [
+        (1000, 0, "describe: 0 of 1,000 pairs (0 %), starting"),
+        (1000, 250, "describe: 250 of 1,000 pairs (25 %), starting"),
+        (None, 0, "describe: 0 pairs, starting"),
+    ],
+)
+def test_a_stage_that_begins_is_told_before_anything_is_done(total, done, line):
+    log, terminal = io.StringIO(), Terminal()
+    with Progress("describe", total, "pairs", done=done, stream=log):
+        assert log.getvalue() == line + "\n"
+    with Progress("describe", total, "pairs", done=done, stream=terminal):
+        assert terminal.getvalue() == f"\r{line}\x1b[K"
+    assert terminal.getvalue().count("\n") == 1, "the first line is rewritten"
+
+
 def test_the_loss_of_a_training_can_be_seen_in_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     now = 0.0
