@@ -107,15 +107,12 @@ def relu_square_(a: Tensor) -> Tensor:
     a must be the output of a step that does not need it on the way back, as a linear layer's, and
     must not be used again.
     """
-    out: Tensor
-    if not _has_kernel(a):
-        if _is_compiled() and _is_differentiated(a):
-            out = _apply(_CompiledReluSquare, a)
-            return out
-        return relu_square_statement(a)
-    if _is_differentiated(a):
-        out = _apply(_ReluSquare, a)
+    has_kernel = _has_kernel(a)
+    if _is_differentiated(a) and (has_kernel or _is_compiled()):
+        out: Tensor = _apply(_ReluSquare if has_kernel else _CompiledReluSquare, a)
         return out
+    if not has_kernel:
+        return relu_square_statement(a)
     torch.ops.rwkv_clip.relu_square_(a)
     return a
 
@@ -166,8 +163,8 @@ def token_shift_mix_statement(
     before it is used.
     """
     device = x.device.type
-    if is_autocast_enabled(device):
-        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+    if is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
     change = shift_statement(x, shift) - x
     shares: Iterable[Tensor] = mix.unbind()
     if low_rank is not None:
@@ -314,8 +311,8 @@ def _has_kernel(*tensors: Tensor | None) -> bool:
 
 def _is_compiled() -> bool:
     """Whether a compiler traces this for itself; an exported program is read by others too."""
-    exported = torch.compiler.is_exporting()
-    return torch.compiler.is_compiling() and not exported and not is_transformed()
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiling and not is_transformed()
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:

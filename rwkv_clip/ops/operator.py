@@ -18,6 +18,8 @@ from rwkv_clip.ops import reference
 LARGEST_HEAD = 128
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_DEVICES = ("cpu", "cuda")  # whose autocast the operator has
+
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -60,7 +62,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
 
 def is_autocast_enabled(device: str) -> bool:
     """Whether a device's autocast is on; PyTorch's own question is an error where there is none."""
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return device in _DEVICES and torch.is_autocast_enabled(device)
 
 
 def is_transformed() -> bool:
@@ -132,7 +134,7 @@ def register() -> None:
     torch.library.register_fake("rwkv_clip::wkv6_backward", _shapes_of_gradients)
     torch.library.register_autograd("rwkv_clip::wkv6", _backward, setup_context=_save)
     torch.library.register_autograd("rwkv_clip::wkv6_backward", _refuse_second_derivative)
-    for device in ("cpu", "cuda"):
+    for device in _DEVICES:
         _register_autocast(device)
 
 
