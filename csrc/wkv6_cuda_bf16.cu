@@ -1,7 +1,17 @@
 // The WKV6 operator's kernels for bfloat16.
-#include "wkv6_cuda_launch.cuh"
+#include "wkv6_cuda_dense_launch.cuh"
 
 namespace rwkv_clip::cuda {
+namespace {
+
+template <>
+struct LaunchesOf<DType::kBFloat16> {
+  using Type = bf16;
+  template <int NP>
+  using Kernels = DenseKernels<NP>;
+};
+
+}  // namespace
 
 template struct Typed<DType::kBFloat16>;
 

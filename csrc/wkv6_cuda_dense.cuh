@@ -1,4 +1,4 @@
-// WKV6 in bfloat16 where a head's whole sequence fits in shared memory: few instructions a token.
+// WKV6 in bfloat16, a head's sequence or a chunk of it in shared memory: few instructions a token.
 //
 // Notation as in wkv6_cuda_tiles.cuh. A tile's 16 tokens are seen from its middle (about: see
 // find_middle), and those of two tiles are one decay a channel apart. With, for a token t of a tile,
@@ -99,6 +99,19 @@ __device__ __forceinline__ void apply_tile(float (&out)[NP / 8][4], const float 
       mma(out[2 * k], a[piece], {b[0], b[1]});
       mma(out[2 * k + 1], a[piece], {b[2], b[3]});
     }
+  }
+}
+
+// out[t, :] += sum_s a[t, s] x[s, :] over 16 rows s, of which `at` is what this lane reads (left_offset).
+template <int NP>
+__device__ __forceinline__ void multiply_rows(float (&out)[NP / 8][4], const uint32_t (&a)[4],
+                                              const bf16* at) {
+#pragma unroll
+  for (int k = 0; k < NP / kTile; ++k) {
+    uint32_t b[4];
+    load_matrices_transposed(b, at + k * kTile);
+    mma(out[2 * k], a, {b[0], b[1]});
+    mma(out[2 * k + 1], a, {b[2], b[3]});
   }
 }
 
@@ -247,6 +260,21 @@ __device__ __forceinline__ int halves_of(const Chunk& chunk) {
   return (chunk.rows + kHalf - 1) / kHalf;
 }
 
+// sum[c] += x[row, channel + c] of an [any, NP], rows `first` to before `last`.
+template <int NP>
+__device__ __forceinline__ void add_halves(float (&sum)[kQuad], const float* x, int channel,
+                                           int first, int last) {
+  for (int half = first; half < last; ++half) {
+    float more[kQuad];
+    load_quad(more, x + half * NP + channel);
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) sum[c] += more[c];
+  }
+}
+
+// The nearest even number: half of it is the logarithm of a power of two, which rounds nothing.
+__device__ __forceinline__ float to_even(float log) { return 2.0f * rintf(0.5f * log); }
+
 // Where a tile's tokens are seen from: its middle, moved to where the logarithm from the start is an
 // even number, so that roots between tiles are powers of two and round nothing. Sets how far it is
 // moved; returns the number.
@@ -254,16 +282,35 @@ template <int NP>
 __device__ __forceinline__ void find_middle(float (&middle)[kQuad], float (&moved)[kQuad],
                                             const float* halves, const Piece& piece) {
   float log[kQuad] = {};
-  for (int half = 0; half <= (piece.half | 1) - 1; ++half) {
-    float more[kQuad];
-    load_quad(more, halves + half * NP + piece.channel);
-#pragma unroll
-    for (int c = 0; c < kQuad; ++c) log[c] += more[c];
-  }
+  add_halves<NP>(log, halves, piece.channel, 0, piece.half | 1);
 #pragma unroll
   for (int c = 0; c < kQuad; ++c) {
-    middle[c] = 2.0f * rintf(0.5f * log[c]);
+    middle[c] = to_even(log[c]);
     moved[c] = piece.upper ? log[c] - middle[c] : middle[c] - log[c];
+  }
+}
+
+// Makes the logarithms that are used of a piece's w, and tells their sum.
+template <int NP>
+__device__ __forceinline__ void hold_decays(PieceInputs<>& x, float* halves, const Piece& piece) {
+  float total[kQuad] = {};
+#pragma unroll
+  for (int step = 0; step < kHalf; ++step) {
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) {
+      x.w[step][c] = held_decay(decay_rate(x.w[step][c]));
+      total[c] += x.w[step][c];
+    }
+  }
+  store_quad(halves + piece.half * NP + piece.channel, total);
+}
+
+// Calls body(token, quad of channels) for the rows that only fill the last tile.
+template <int NP, typename Body>
+__device__ __forceinline__ void fill_tile(const Chunk& chunk, Body body) {
+  const int first = halves_of(chunk) * kHalf;
+  for (int index = threadIdx.x; index < (chunk.length - first) * (NP / kQuad); index += blockDim.x) {
+    body(first + index / (NP / kQuad), index % (NP / kQuad));
   }
 }
 
@@ -275,23 +322,10 @@ __device__ void scale_tokens(const Scaled& to, const Inputs<bf16>& in, const Chu
   const bool works = piece.half < halves_of(chunk);
   PieceInputs<> x;
   if (works) {
-    float total[kQuad] = {};
     load_piece(x, in, piece, chunk);
-#pragma unroll
-    for (int step = 0; step < kHalf; ++step) {
-#pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        x.w[step][c] = held_decay(decay_rate(x.w[step][c]));
-        total[c] += x.w[step][c];
-      }
-    }
-    store_quad(to.halves + piece.half * NP + piece.channel, total);
+    hold_decays<NP>(x, to.halves, piece);
   }
-  // Rows that only fill the last tile.
-  const int first = halves_of(chunk) * kHalf;
-  for (int index = threadIdx.x; index < (chunk.length - first) * (NP / kQuad); index += blockDim.x) {
-    const int token = first + index / (NP / kQuad);
-    const int quad = index % (NP / kQuad);
+  fill_tile<NP>(chunk, [&](int token, int quad) {
     const int at = token * kStride<NP> + quad * kQuad;
     *reinterpret_cast<uint2*>(to.k_from + at) = make_uint2(0, 0);
     *reinterpret_cast<uint2*>(to.k_to + at) = make_uint2(0, 0);
@@ -300,7 +334,7 @@ __device__ void scale_tokens(const Scaled& to, const Inputs<bf16>& in, const Chu
       *reinterpret_cast<uint2*>(to.r_to + at) = make_uint2(0, 0);
       to.own[token * kOwnStride<NP> + quad] = 0.0f;
     }
-  }
+  });
   __syncthreads();
   if (!works) return;
   float middle[kQuad], log[kQuad], bonus[kQuad];
@@ -374,122 +408,6 @@ __device__ void join_tiles(bf16* between, float* step, int* rooted, const float*
   }
 }
 
-// A token's own r u k, summed over channels by the two lanes that share it: rows of the warp's tile.
-template <int NP>
-__device__ __forceinline__ float own_sum(const float* own, int row) {
-  constexpr int kShares = NP / kQuad / 2;
-  const int lane = threadIdx.x % 32;
-  const float* shares = own + (row + lane / 2) * kOwnStride<NP> + lane % 2 * kShares;
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kShares; ++i) sum += shares[i];
-  return sum + shuffle_xor(sum, 1);
-}
-
-// One encoder's way through the matrix A for the rows of a tile: `own` is r and `other` k for y, and
-// the other way round for gv.
-struct Attention {
-  const bf16* own_from;
-  const bf16* own_to;
-  const bf16* other_from;
-  const bf16* other_to;
-  const bf16* value;
-  const bf16* between;
-  const int* rooted;
-  const float* own;
-};
-
-// out += what another tile's tokens give: `a` is the own operand that leads there, `keys` theirs.
-template <int NP>
-__device__ __forceinline__ void attend_other(float (&out)[NP / 8][4], const Operand<NP>& a,
-                                             const Attention& x, int pair, const bf16* keys,
-                                             int other, const Lane& lane) {
-  float scores[2][4] = {};
-  Operand<NP> scaled;
-  scale_operand<NP>(scaled, a, x.between + pair * NP, x.rooted[pair], lane);
-  score_tile<NP>(scores, scaled, keys, other);
-  apply_tile<NP>(out, scores, x.value, other);
-}
-
-// out[t, :] = sum_s A[t, s] value[s, :] for the tokens t of a warp's tile.
-template <int NP>
-__device__ __forceinline__ void attend_tiles(float (&out)[NP / 8][4], const Attention& x, int tile,
-                                             int tiles, const Lane& lane) {
-  const float sum = own_sum<NP>(x.own, tile * kTile);
-  const float own[2] = {shuffle(sum, 2 * lane.group), shuffle(sum, 2 * lane.group + 16)};
-  clear<NP>(out);
-  Operand<NP> a;
-  load_operand<NP>(a, x.own_from, tile);
-#pragma unroll 1
-  for (int other = 0; other < tile; ++other) {
-    attend_other<NP>(out, a, x, between_tiles(other, tile), x.other_to, other, lane);
-  }
-  float scores[2][4] = {};
-  float ahead[2][4] = {};
-  score_tile<NP>(scores, a, x.other_to, tile);
-  load_operand<NP>(a, x.own_to, tile);
-  score_tile<NP>(ahead, a, x.other_from, tile);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int later = row_less_column(i / 4, i % 4, lane);
-    float& score = scores[i / 4][i % 4];
-    score = later > 0 ? score : later < 0 ? ahead[i / 4][i % 4] : own[i % 4 / 2];
-  }
-  apply_tile<NP>(out, scores, x.value, tile);
-#pragma unroll 1
-  for (int other = tile + 1; other < tiles; ++other) {
-    attend_other<NP>(out, a, x, between_tiles(tile, other), x.other_from, other, lane);
-  }
-}
-
-// A warp's result to its rows of a [T, N] tensor, through its own rows of shared memory.
-template <int NP>
-__device__ __forceinline__ void store_tile(bf16* global, bf16* shared,
-                                           const float (&tile)[NP / 8][4], int index,
-                                           const Chunk& chunk, const Lane& lane) {
-  constexpr int kVector = 8;
-  bf16* rows = shared + index * kTile * kStride<NP>;
-  sync_warp();
-#pragma unroll
-  for (int n = 0; n < NP / 8; ++n) {
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      store_packed(rows + (lane.group + 8 * side) * kStride<NP> + 8 * n + lane.pair,
-                   pack_bf16(tile[n][2 * side], tile[n][2 * side + 1]));
-    }
-  }
-  sync_warp();
-#pragma unroll
-  for (int at = 0; at < kTile * NP / kVector / 32; ++at) {
-    const int i = at * 32 + static_cast<int>(threadIdx.x % 32);
-    const int row = i / (NP / kVector);
-    const int column = i % (NP / kVector) * kVector;
-    const int token = index * kTile + row;
-    if (token < chunk.rows && column < chunk.N) {
-      *reinterpret_cast<uint4*>(global + chunk.offset + token * chunk.token + column) =
-          *reinterpret_cast<const uint4*>(rows + row * kStride<NP> + column);
-    }
-  }
-}
-
-// The same without shared memory, in pieces of 16 bytes a row.
-template <int NP>
-__device__ __forceinline__ void store_fragments(bf16* global, const float (&tile)[NP / 8][4],
-                                                int index, const Chunk& chunk, const Lane& lane) {
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    const int token = index * kTile + lane.group + 8 * side;
-    if (token >= chunk.rows) continue;
-    bf16* row = global + chunk.offset + token * chunk.token + lane.pair;
-#pragma unroll
-    for (int n = 0; n < NP / 8; ++n) {
-      if (8 * n < chunk.N) {
-        store_packed(row + 8 * n, pack_bf16(tile[n][2 * side], tile[n][2 * side + 1]));
-      }
-    }
-  }
-}
-
 constexpr int kMaxDenseThreads = 512;
 // Threads of a block: one for each piece, and a warp for each tile.
 template <int NP>
@@ -506,44 +424,6 @@ __host__ __device__ constexpr size_t dense_tables(int length) {
   const int tiles = length / kTile;
   return sizeof(float) * (3 * tiles * NP + length * kOwnStride<NP>) +
          (sizeof(bf16) * NP + sizeof(int)) * (tiles * (tiles - 1) / 2);
-}
-
-template <int NP>
-size_t dense_forward_shared(int length) {
-  return dense_tables<NP>(length) + sizeof(bf16) * 5 * length * kStride<NP>;
-}
-
-// One block a head, one warp a tile.
-template <int NP>
-__global__ void __launch_bounds__(kMaxDenseThreads)
-    dense_forward_kernel(Shape shape, Inputs<bf16> in, bf16* y) {
-  RWKV_CLIP_SHARED(shared);
-  const Chunk chunk = chunk_of_block(shape);
-  const int tiles = chunk.length / kTile;
-  const int size = chunk.length * kStride<NP>;
-  bf16* r_from = reinterpret_cast<bf16*>(shared);
-  bf16* v = r_from + 4 * size;
-  float* halves = reinterpret_cast<float*>(v + size);
-  float* middles = halves + 2 * tiles * NP;
-  float* own = middles + tiles * NP;
-  int* rooted = reinterpret_cast<int*>(own + chunk.length * kOwnStride<NP>);
-  bf16* between = reinterpret_cast<bf16*>(rooted + tiles * (tiles - 1) / 2);
-  const Scaled scaled{r_from, r_from + size, r_from + 2 * size, r_from + 3 * size,
-                      halves, middles,       own};
-  copy_tokens<NP>(v, in.v, chunk);
-  scale_tokens<NP, true>(scaled, in, chunk, shape.H);
-  __syncthreads();
-  join_tiles<NP>(between, nullptr, rooted, middles, tiles);
-  wait_for_copies();
-  __syncthreads();
-  const Lane lane;
-  if (lane.warp >= tiles) return;
-  float out[NP / 8][4];
-  attend_tiles<NP>(out,
-                   {scaled.r_from, scaled.r_to, scaled.k_from, scaled.k_to, v, between, rooted, own},
-                   lane.warp, tiles, lane);
-  // A tile's rows of r are read by its own warp alone.
-  store_tile<NP>(y, scaled.r_from, out, lane.warp, chunk, lane);
 }
 
 }  // namespace rwkv_clip::cuda

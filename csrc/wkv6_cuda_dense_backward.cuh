@@ -9,11 +9,11 @@
 // that of Y from q on. The pairs next to each other, which enclose nothing, are in both sums and
 // cancel; both are made of the same rounded operands, so what is left of them is float32's rounding.
 //
-// A short sequence is one block's work; a longer one is three kernels', which hold less each.
+// A short sequence is one block's work; a longer one is three kernels' (wkv6_cuda_dense_sides.cuh).
 #pragma once
 
 #include "wkv6_cuda_backward.cuh"
-#include "wkv6_cuda_dense.cuh"
+#include "wkv6_cuda_dense_forward.cuh"
 
 namespace rwkv_clip::cuda {
 
@@ -58,13 +58,13 @@ __device__ __forceinline__ void get_operand(Operand<NP>& a, const bf16* x, int t
 }
 
 // before[t, :] = sum over s before t of M[t, s] (other G)[s, :], decayed to the middle of t's tile;
-// behind[t, :] = sum over s behind t of M[t, s] (other F)[s, :], likewise.
+// behind[t, :] = sum over s behind t of M[t, s] (other F)[s, :], likewise. `before` holds what lies before
+// all tiles, decayed to the middle of the first.
 template <int NP, typename X>
 __device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (&behind)[NP / 8][4],
                                              const X& x, const Gathering& of, int tile, int tiles,
                                              const Lane& lane) {
   Operand<NP> a;
-  clear<NP>(before);
   clear<NP>(behind);
 #pragma unroll 1
   for (int other = 0; other < tile; ++other) {
@@ -137,56 +137,64 @@ __device__ void finish_tokens(const Sums& sums, float* crossing, float* bonus,
                               int64_t H) {
   const Piece piece = piece_of<NP>(threadIdx.x);
   if (piece.half < halves_of(chunk)) {
-    PieceInputs<> x;
-    load_piece(x, in, piece, chunk);
     float middle[kQuad], log[kQuad], bonus_of[kQuad];
     float enclosing[kQuad] = {};
     float gu[kQuad] = {};
     find_middle<NP>(middle, log, halves, piece);
     load_bonus(bonus_of, in, piece, chunk, H);
+    constexpr int kSteps = kHalf / 2;  // at once, for want of registers
 #pragma unroll
-    for (int step = 0; step < kHalf; ++step) {
-      float r[kQuad], k[kQuad], r_from[kQuad], r_to[kQuad], k_from[kQuad], k_to[kQuad];
-      float inner[kQuad], outer[kQuad], slope[kQuad];
+    for (int first = 0; first < kHalf; first += kSteps) {
+      PieceInputs<kSteps> x;
+      load_piece(x, in, piece, chunk, first);
 #pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        const float rate = decay_rate(x.w[step][c]);
-        next_factors(inner[c], outer[c], log[c], held_decay(rate));
-        slope[c] = decay_slope(rate);
-      }
-      unpack_quad(r, x.r[step]);
-      unpack_quad(k, x.k[step]);
-      const float(&from)[kQuad] = piece.upper ? inner : outer;
-      const float(&to)[kQuad] = piece.upper ? outer : inner;
-      unpack_quad(r_from, scale_quad(r, from));
-      unpack_quad(r_to, scale_quad(r, to));
-      unpack_quad(k_from, scale_quad(k, from));
-      unpack_quad(k_to, scale_quad(k, to));
-      const int token = piece.token(step);
-      const int at = token * kStride<NP> + piece.channel;
-      float r_before[kQuad], r_behind[kQuad], k_before[kQuad], k_behind[kQuad];
-      load_quad(r_before, sums.r_before + at);
-      load_quad(r_behind, sums.r_behind + at);
-      load_quad(k_before, sums.k_before + at);
-      load_quad(k_behind, sums.k_behind + at);
-      float gr[kQuad], gk[kQuad], later[kQuad], earlier[kQuad];
+      for (int step = 0; step < kSteps; ++step) {
+        float r[kQuad], k[kQuad], r_from[kQuad], r_to[kQuad], k_from[kQuad], k_to[kQuad];
+        float inner[kQuad], outer[kQuad], slope[kQuad];
 #pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        const float weight = own[token] * bonus_of[c];
-        gr[c] = from[c] * r_before[c] + to[c] * r_behind[c] + weight * k[c];
-        gk[c] = from[c] * k_before[c] + to[c] * k_behind[c] + weight * r[c];
-        later[c] = r_from[c] * r_before[c] + k_from[c] * k_before[c];
-        earlier[c] = r_to[c] * r_behind[c] + k_to[c] * k_behind[c];
-        enclosing[c] += later[c] - earlier[c];
-        gu[c] += own[token] * r[c] * k[c];
-      }
-      store_quad(sums.r_before + at, later);
-      store_quad(sums.r_behind + at, earlier);
-      store_quad(sums.k_before + at, slope);
-      if (is_inside(piece, step, chunk)) {
-        const int64_t to_global = chunk.offset + token * chunk.token + piece.channel;
-        store_quad(out.r + to_global, gr);
-        store_quad(out.k + to_global, gk);
+        for (int c = 0; c < kQuad; ++c) {
+          const float rate = decay_rate(x.w[step][c]);
+          next_factors(inner[c], outer[c], log[c], held_decay(rate));
+          slope[c] = decay_slope(rate);
+        }
+        unpack_quad(r, x.r[step]);
+        unpack_quad(k, x.k[step]);
+        float from[kQuad], to[kQuad];
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) {
+          from[c] = piece.upper ? inner[c] : outer[c];
+          to[c] = piece.upper ? outer[c] : inner[c];
+        }
+        unpack_quad(r_from, scale_quad(r, from));
+        unpack_quad(r_to, scale_quad(r, to));
+        unpack_quad(k_from, scale_quad(k, from));
+        unpack_quad(k_to, scale_quad(k, to));
+        const int token = piece.token(first + step);
+        const int at = token * kStride<NP> + piece.channel;
+        float r_before[kQuad], r_behind[kQuad], k_before[kQuad], k_behind[kQuad];
+        load_quad(r_before, sums.r_before + at);
+        load_quad(r_behind, sums.r_behind + at);
+        load_quad(k_before, sums.k_before + at);
+        load_quad(k_behind, sums.k_behind + at);
+        float gr[kQuad], gk[kQuad], later[kQuad], earlier[kQuad];
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) {
+          const float weight = own[token] * bonus_of[c];
+          gr[c] = from[c] * r_before[c] + to[c] * r_behind[c] + weight * k[c];
+          gk[c] = from[c] * k_before[c] + to[c] * k_behind[c] + weight * r[c];
+          later[c] = r_from[c] * r_before[c] + k_from[c] * k_before[c];
+          earlier[c] = r_to[c] * r_behind[c] + k_to[c] * k_behind[c];
+          enclosing[c] += later[c] - earlier[c];
+          gu[c] += own[token] * r[c] * k[c];
+        }
+        store_quad(sums.r_before + at, later);
+        store_quad(sums.r_behind + at, earlier);
+        store_quad(sums.k_before + at, slope);
+        if (is_inside(piece, first + step, chunk)) {
+          const int64_t to_global = chunk.offset + token * chunk.token + piece.channel;
+          store_quad(out.r + to_global, gr);
+          store_quad(out.k + to_global, gk);
+        }
       }
     }
     store_quad(crossing + piece.half * NP + piece.channel, enclosing);
@@ -201,7 +209,7 @@ __device__ __forceinline__ void store_bonus(float* global, const float* halves,
   for (int j = threadIdx.x; j < chunk.N; j += blockDim.x) {
     float sum = 0.0f;
     for (int half = 0; half < halves_of(chunk); ++half) sum += halves[half * NP + j];
-    global[chunk.head * chunk.N + j] = sum;
+    global[block_of(chunk) * chunk.N + j] = sum;
   }
 }
 
@@ -216,21 +224,18 @@ __device__ __forceinline__ void store_decays(void* gw, const Inputs<bf16>& in, i
 }
 
 // Calls body(offset in a tensor, offset in the sums, gradient of log d) for a piece's tokens: the sum of
-// X - Y behind the token, less its own Y; zero at both ends, which enclose nothing.
+// X - Y behind the token, less its own Y; zero at the sequence's ends, which enclose nothing. `beyond`,
+// or null: what there is of it behind the chunk, [1 + halves, NP] to be summed.
 template <int NP, typename Body>
 __device__ __forceinline__ void enclose_tokens(const float* later, const float* earlier,
-                                               const float* crossing, const Chunk& chunk,
-                                               Body body) {
+                                               const float* crossing, const float* beyond,
+                                               const Chunk& chunk, Body body) {
   const int halves = halves_of(chunk);
   const Piece piece = piece_of<NP>(threadIdx.x);
   if (piece.half >= halves || piece.channel >= chunk.N) return;
   float behind[kQuad] = {};
-  for (int half = halves - 1; half > piece.half; --half) {
-    float sum[kQuad];
-    load_quad(sum, crossing + half * NP + piece.channel);
-#pragma unroll
-    for (int c = 0; c < kQuad; ++c) behind[c] += sum[c];
-  }
+  if (beyond != nullptr) add_halves<NP>(behind, beyond, piece.channel, 0, 1 + halves);
+  add_halves<NP>(behind, crossing, piece.channel, piece.half + 1, halves);
 #pragma unroll
   for (int step = kHalf - 1; step >= 0; --step) {
     const int token = piece.half * kHalf + step;
@@ -238,7 +243,8 @@ __device__ __forceinline__ void enclose_tokens(const float* later, const float* 
     float x[kQuad], y[kQuad], gradient[kQuad];
     load_quad(x, later + at);
     load_quad(y, earlier + at);
-    const bool inside = token > 0 && token < chunk.rows - 1;
+    const bool inside = (token > 0 || chunk.index > 0) &&
+                        (token < chunk.rows - 1 || chunk.index < chunk.count - 1);
 #pragma unroll
     for (int c = 0; c < kQuad; ++c) {
       gradient[c] = inside ? behind[c] - y[c] : 0.0f;
@@ -319,6 +325,7 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
     attend_tiles<NP>(before, {k_from, k_to, r_from, r_to, gy, between, rooted, own}, tile, tiles, lane);
     store_fragments<NP>(out.v, before, tile, chunk, lane);
     load_operand<NP>(x, gy, tile);
+    clear<NP>(before);
     gather_tiles<NP>(before, behind, x, {v, k_from, k_to, step, rooted, weights}, tile, tiles, lane);
     load_operand<NP>(x, v, tile);
   }
@@ -326,6 +333,7 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
   if (works) {
     put_sums<NP>(sums.r_before, before, tile, lane);
     put_sums<NP>(sums.r_behind, behind, tile, lane);
+    clear<NP>(before);
     gather_tiles<NP>(before, behind, x, {gy, r_from, r_to, step, rooted, nullptr}, tile, tiles, lane);
   }
   __syncthreads();
@@ -337,158 +345,13 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
   finish_tokens<NP>(sums, crossing, bonus, in, out, halves, weights, chunk, shape.H);
   __syncthreads();
   store_bonus<NP>(out.bonus, bonus, chunk);
-  enclose_tokens<NP>(sums.r_before, sums.r_behind, crossing, chunk,
+  enclose_tokens<NP>(sums.r_before, sums.r_behind, crossing, nullptr, chunk,
                      [&](int64_t to, int at, float(&gradient)[kQuad]) {
                        float slope[kQuad];
                        load_quad(slope, sums.k_before + at);
 #pragma unroll
                        for (int c = 0; c < kQuad; ++c) gradient[c] *= slope[c];
                        store_decays(out.w, in, to, gradient);
-                     });
-}
-
-// One gradient of a longer sequence, and its share of that of log d. `in` has the gradient's own r or k
-// in r's place, the other in k's, and x and z of M[t, s] = x[t] . z[s] in those of gy and v.
-struct DenseSide {
-  Inputs<bf16> in;
-  bf16* gradient;
-  float* enclosing;  // [B, T, H, N], the first side's share of the gradient of log d
-  float* bonus;      // [B, H, N], the first side's: each block's share of gu
-  void* gw;          // the second side's, null for the first
-};
-
-template <int NP>
-size_t dense_side_shared(int length) {
-  const int tiles = length / kTile;
-  return sizeof(bf16) * 4 * length * kStride<NP> +
-         sizeof(float) * (8 * tiles * NP + length + tiles * (tiles - 1) / 2);
-}
-
-// The gradient from its sums; leaves X and Y in their place, and for each half tile the sum of X - Y and
-// of the shares of gu.
-template <int NP>
-__device__ void finish_side(const DenseSide& side, float* before, float* behind, float* crossing,
-                            float* bonus, const float* halves, const float* weights,
-                            const Chunk& chunk, int64_t H) {
-  const Piece piece = piece_of<NP>(threadIdx.x);
-  if (piece.half >= halves_of(chunk)) return;
-  float middle[kQuad], log[kQuad], u[kQuad];
-  float enclosing[kQuad] = {};
-  float gu[kQuad] = {};
-  find_middle<NP>(middle, log, halves, piece);
-  load_bonus(u, side.in, piece, chunk, H);
-  constexpr int kSteps = kHalf / 2;  // at once, for want of registers
-#pragma unroll
-  for (int first = 0; first < kHalf; first += kSteps) {
-    PieceInputs<kSteps> x;
-    load_piece(x, side.in, piece, chunk, first);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      float own[kQuad], other[kQuad], own_from[kQuad], own_to[kQuad], inner[kQuad], outer[kQuad];
-      float later[kQuad], earlier[kQuad], gradient[kQuad];
-#pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        next_factors(inner[c], outer[c], log[c], held_decay(decay_rate(x.w[step][c])));
-      }
-      const float(&from)[kQuad] = piece.upper ? inner : outer;
-      const float(&to)[kQuad] = piece.upper ? outer : inner;
-      unpack_quad(own, x.r[step]);
-      unpack_quad(other, x.k[step]);
-      unpack_quad(own_from, scale_quad(own, from));
-      unpack_quad(own_to, scale_quad(own, to));
-      const int token = piece.token(first + step);
-      const int at = token * kStride<NP> + piece.channel;
-      load_quad(later, before + at);
-      load_quad(earlier, behind + at);
-#pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        gradient[c] = from[c] * later[c] + to[c] * earlier[c] + weights[token] * u[c] * other[c];
-        gu[c] += weights[token] * own[c] * other[c];
-        later[c] *= own_from[c];
-        earlier[c] *= own_to[c];
-        enclosing[c] += later[c] - earlier[c];
-      }
-      store_quad(before + at, later);
-      store_quad(behind + at, earlier);
-      if (is_inside(piece, first + step, chunk)) {
-        store_quad(side.gradient + chunk.offset + token * chunk.token + piece.channel, gradient);
-      }
-    }
-  }
-  store_quad(crossing + piece.half * NP + piece.channel, enclosing);
-  store_quad(bonus + piece.half * NP + piece.channel, gu);
-}
-
-// So that each thread has the registers that it needs.
-template <int NP>
-constexpr int kMaxSideThreads = NP == 64 || NP == 80 ? kMaxDenseThreads : NP > 96 ? 256 : 384;
-
-template <int NP>
-__global__ void __launch_bounds__(kMaxSideThreads<NP>)
-    dense_side_kernel(Shape shape, DenseSide side) {
-  RWKV_CLIP_SHARED(shared);
-  const Chunk chunk = chunk_of_block(shape);
-  const int tiles = chunk.length / kTile;
-  const int size = chunk.length * kStride<NP>;
-  bf16* from = reinterpret_cast<bf16*>(shared);
-  bf16* to = from + size;
-  bf16* x = to + size;
-  bf16* z = x + size;
-  float* sums_before = reinterpret_cast<float*>(shared);
-  float* sums_behind = sums_before + size;
-  float* halves = sums_behind + size;
-  float* middles = halves + 2 * tiles * NP;
-  float* step = middles + tiles * NP;
-  float* crossing = step + tiles * NP;
-  float* bonus = crossing + 2 * tiles * NP;
-  float* weights = bonus + 2 * tiles * NP;  // M[t, t]
-  int* rooted = reinterpret_cast<int*>(weights + chunk.length);
-  copy_tokens<NP>(x, side.in.gy, chunk);
-  copy_tokens<NP>(z, side.in.v, chunk);
-  scale_tokens<NP, false>({nullptr, nullptr, from, to, halves, middles, nullptr}, side.in, chunk,
-                          shape.H);
-  __syncthreads();
-  join_tiles<NP>(nullptr, step, rooted, middles, tiles);
-  wait_for_copies();
-  __syncthreads();
-
-  const Lane lane;
-  const int tile = lane.warp;
-  float before[NP / 8][4];
-  float behind[NP / 8][4];
-  if (tile < tiles) {
-    const bf16* rows = x;
-    gather_tiles<NP>(before, behind, rows, {z, from, to, step, rooted, weights}, tile, tiles, lane);
-  }
-  __syncthreads();
-  if (tile < tiles) {
-    put_sums<NP>(sums_before, before, tile, lane);
-    put_sums<NP>(sums_behind, behind, tile, lane);
-  }
-  __syncthreads();
-  finish_side<NP>(side, sums_before, sums_behind, crossing, bonus, halves, weights, chunk, shape.H);
-  __syncthreads();
-  if (side.gw == nullptr) {
-    store_bonus<NP>(side.bonus, bonus, chunk);
-    enclose_tokens<NP>(
-        sums_before, sums_behind, crossing, chunk,
-        [&](int64_t at, int, float(&gradient)[kQuad]) { store_quad(side.enclosing + at, gradient); });
-    return;
-  }
-  enclose_tokens<NP>(sums_before, sums_behind, crossing, chunk,
-                     [&](int64_t at, int, float(&gradient)[kQuad]) {
-                       float others[kQuad], w[kQuad];
-                       load_quad(others, side.enclosing + at);
-                       if (side.in.w_float) {
-                         load_quad(w, static_cast<const float*>(side.in.w) + at);
-                       } else {
-                         load_quad(w, static_cast<const bf16*>(side.in.w) + at);
-                       }
-#pragma unroll
-                       for (int c = 0; c < kQuad; ++c) {
-                         gradient[c] = (gradient[c] + others[c]) * decay_slope(decay_rate(w[c]));
-                       }
-                       store_decays(side.gw, side.in, at, gradient);
                      });
 }
 

@@ -115,8 +115,7 @@ __device__ void load_decays(float* d, const Inputs<T>& in, const Chunk& chunk) {
   }
 }
 
-template <int NP, typename T>
-constexpr int kMaxForwardTiles = kPieces<T> == 1 && NP <= 80 ? 13 : 8;
+constexpr int kMaxForwardTiles = 8;
 
 template <int NP, typename T>
 size_t forward_shared(int length) {
@@ -126,7 +125,7 @@ size_t forward_shared(int length) {
 
 // One block a chunk of a head, one warp a tile of 16 tokens.
 template <int NP, typename T>
-__global__ void __launch_bounds__(kMaxForwardTiles<NP, T> * 32)
+__global__ void __launch_bounds__(kMaxForwardTiles * 32)
     forward_kernel(Shape shape, Inputs<T> in, States states, T* y) {
   RWKV_CLIP_SHARED(shared);
   const Chunk chunk = chunk_of_block(shape);

@@ -1,7 +1,17 @@
 // The WKV6 operator's kernels for float16.
-#include "wkv6_cuda_launch.cuh"
+#include "wkv6_cuda_levels_launch.cuh"
 
 namespace rwkv_clip::cuda {
+namespace {
+
+template <>
+struct LaunchesOf<DType::kFloat16> {
+  using Type = fp16;
+  template <int NP>
+  using Kernels = LevelKernels<NP, fp16>;
+};
+
+}  // namespace
 
 template struct Typed<DType::kFloat16>;
 

@@ -1,7 +1,17 @@
 // The WKV6 operator's kernels for float32.
-#include "wkv6_cuda_launch.cuh"
+#include "wkv6_cuda_levels_launch.cuh"
 
 namespace rwkv_clip::cuda {
+namespace {
+
+template <>
+struct LaunchesOf<DType::kFloat32> {
+  using Type = float;
+  template <int NP>
+  using Kernels = LevelKernels<NP, float>;
+};
+
+}  // namespace
 
 template struct Typed<DType::kFloat32>;
 

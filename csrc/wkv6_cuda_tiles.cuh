@@ -27,12 +27,10 @@ constexpr int kTile = 16;
 template <int NP>
 constexpr int kStride = NP + 8;
 
-// Numbers of bfloat16 pieces that stand for one operand of a product. One piece is the rounding of a
-// bfloat16 result; two carry 16 bits, more than float16 has; three carry 24, those of float32.
+// Numbers of bfloat16 pieces that stand for one operand of a product: two carry 16 bits, more than float16
+// has; three carry 24, those of float32.
 template <typename T>
-constexpr int kPieces = 1;
-template <>
-constexpr int kPieces<fp16> = 2;
+constexpr int kPieces = 2;
 template <>
 constexpr int kPieces<float> = 3;
 
@@ -107,7 +105,7 @@ template <int NP, int P, typename T>
 __device__ __forceinline__ void score(float (&scores)[2][4], const T* own, const Scale& own_scale,
                                       int own_row, const T* other, const Scale& other_scale,
                                       int other_row, const Lane& lane) {
-#pragma unroll(P == 1 ? NP / kTile : 1)
+#pragma unroll 1
   for (int column = 0; column < NP; column += kTile) {
     Fragment<P, 4> a;
     load_rows<NP, P>(a, own, own_scale, own_row, column, lane);

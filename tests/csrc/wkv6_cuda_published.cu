@@ -1,5 +1,5 @@
 // The kernels for the published models' head sizes alone, which nvcc compiles in a fraction of the time.
-#include "wkv6_cuda_dense_backward.cuh"
+#include "wkv6_cuda_dense_sides.cuh"
 
 namespace rwkv_clip::cuda {
 
@@ -8,15 +8,17 @@ namespace rwkv_clip::cuda {
   template __global__ void backward_kernel<NP, T>(Shape, Inputs<T>, States, States, Gradients<T>); \
   template __global__ void state_kernel<NP, T>(Shape, Inputs<T>, const T*, const T*, States);
 #define DENSE(NP)                                                                              \
-  template __global__ void carry_kernel<NP>(int64_t, int, States);                             \
-  template __global__ void dense_forward_kernel<NP>(Shape, Inputs<bf16>, bf16*);               \
-  template __global__ void dense_backward_kernel<NP>(Shape, Inputs<bf16>, Gradients<bf16>);    \
-  template __global__ void dense_side_kernel<NP>(Shape, DenseSide);
+  template __global__ void carry_kernel<NP>(int64_t, int, States);                                 \
+  template __global__ void dense_forward_kernel<NP, false>(Shape, Inputs<bf16>, DenseStates, bf16*); \
+  template __global__ void dense_forward_kernel<NP, true>(Shape, Inputs<bf16>, DenseStates, bf16*);  \
+  template __global__ void dense_backward_kernel<NP>(Shape, Inputs<bf16>, Gradients<bf16>);          \
+  template __global__ void dense_side_kernel<NP, false>(Shape, DenseSide);                           \
+  template __global__ void dense_side_kernel<NP, true>(Shape, DenseSide);                            \
+  template __global__ void dense_state_kernel<NP>(Shape, Inputs<bf16>, DenseStates);                 \
+  template __global__ void dense_carry_kernel<NP>(int64_t, int, DenseStates);
 
 LEVELS(64, float)
 LEVELS(80, float)
-LEVELS(64, bf16)
-LEVELS(80, bf16)
 LEVELS(80, fp16)
 DENSE(64)
 DENSE(80)

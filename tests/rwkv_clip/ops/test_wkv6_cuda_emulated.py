@@ -147,11 +147,13 @@ def test_float32_decays_go_with_half_precision_inputs(
 
 
 @pytest.mark.parametrize("decays", [(-20.0, -10.0), (-20.0, 6.5), (1.0, 3.0), (4.0, 6.5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [(torch.float32, 49), (torch.bfloat16, 49), (torch.bfloat16, 300)]
+)
 def test_extreme_decays_neither_overflow_nor_lose_accuracy(
-    library: ctypes.CDLL, dtype: torch.dtype, decays: tuple[float, float]
+    library: ctypes.CDLL, dtype: torch.dtype, tokens: int, decays: tuple[float, float]
 ) -> None:
-    inputs = random_inputs((1, 49, 1, 32), dtype, decays=decays)
+    inputs = random_inputs((1, tokens, 1, 32), dtype, decays=decays)
     check(run(library, inputs), inputs)
 
 
@@ -171,14 +173,16 @@ def test_a_decay_that_is_no_number_is_seen_in_its_head_alone(
     assert not any(of[0, :, 1].isnan().any() for of in (y, gr, gk, gv, gw))
 
 
-def test_quick_decays_keep_their_relative_gradient(library: ctypes.CDLL) -> None:
-    inputs = random_inputs((1, 33, 1, 16), torch.bfloat16, torch.float32, decays=(1.6, 1.7))
+@pytest.mark.parametrize("tokens", [33, 300])
+def test_quick_decays_keep_their_relative_gradient(library: ctypes.CDLL, tokens: int) -> None:
+    inputs = random_inputs((1, tokens, 1, 16), torch.bfloat16, torch.float32, decays=(1.6, 1.7))
     got, want = run(library, inputs)[4].double(), expected(inputs)[4]
     assert (got - want).norm() <= 5e-3 * want.norm()
 
 
-# In bfloat16 one kernel has the gradients of up to 96 tokens, three have those of up to 200.
-@pytest.mark.parametrize("tokens", [96, 97, 128, 176, 196, 197, 200, 201])
+# In bfloat16 one kernel has the gradients of up to 96 tokens, three have those of up to 200; longer
+# sequences are cut into chunks of up to 80, the last of which may be one token.
+@pytest.mark.parametrize("tokens", [96, 97, 128, 176, 196, 197, 200, 201, 240, 241, 320, 321, 385])
 @pytest.mark.parametrize("decays", [(-6.0, 1.5), (1.0, 3.0)])
 def test_lengths_around_those_that_change_the_form_agree(
     library: ctypes.CDLL, tokens: int, decays: tuple[float, float]
@@ -187,7 +191,7 @@ def test_lengths_around_those_that_change_the_form_agree(
     check(run(library, inputs), inputs)
 
 
-@pytest.mark.parametrize("tokens", [49, 130])
+@pytest.mark.parametrize("tokens", [49, 130, 300])
 def test_large_numbers_under_the_fastest_decays_agree(library: ctypes.CDLL, tokens: int) -> None:
     inputs = random_inputs((1, tokens, 1, 64), torch.bfloat16, torch.float32, (0.0, 9.0))
     inputs = [x * 256 if i in (0, 1) else x for i, x in enumerate(inputs)]
@@ -203,6 +207,9 @@ def test_large_numbers_under_the_fastest_decays_agree(library: ctypes.CDLL, toke
         (70, 128, torch.float32, 101_376),
         (100, 24, torch.float16, 50_000),
         (1024, 16, torch.bfloat16, H200_SHARED),
+        (260, 80, torch.bfloat16, 166_912),
+        (70, 128, torch.bfloat16, 101_376),
+        (257, 24, torch.bfloat16, 60_000),
     ],
 )
 def test_long_sequences_are_cut_into_chunks_and_agree(
