@@ -2,12 +2,15 @@
 
 import json
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from ray_jobs.storage import Storage
@@ -26,16 +29,31 @@ def chunk_files(storage: Storage) -> list[str]:
     return storage.names("descriptions/train", ".parquet", recursive=True)
 
 
+def asks(node: "subprocess.Popen[bytes]", url: str) -> bool:
+    """Whether a node's engine has a request at a server."""
+    port = urlsplit(url).port
+    try:
+        return any(
+            connection.raddr and connection.raddr.port == port
+            for worker in below(node, "HttpChunks")
+            for connection in worker.net_connections("tcp")
+        )
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_node_dies_while_pairs_are_described(
     ray_cluster: None, tmp_path: Path, figures: AddFigures
 ) -> None:
     storage = make_pairs(tmp_path, ROWS, PART_ROWS)
     thinking = threading.Event()
+    both_work = threading.Event()
     asked = 0
 
     def reply(turn: int, body: Any, headers: Any) -> tuple[int, dict[str, str], bytes]:
         nonlocal asked
         asked = max(asked, turn)
+        both_work.wait(PATIENCE)  # or one engine has done all before the other one is there
         thinking.wait(ANSWER_SECONDS)
         return 200, {}, chat(ANSWER)
 
@@ -45,7 +63,8 @@ def test_a_node_dies_while_pairs_are_described(
         engine["requests_in_flight"] = 4
         settings = {"engine": engine, "chunk_rows": CHUNK_ROWS, "sampling": {"attempts": 1}}
         job = start(made, storage, "ray_jobs.synthesize", "synthesize", "SynthesisConfig", settings)
-        wait_until(lambda: job.ended() or all(below(one, "HttpChunks") for one in nodes), "workers")
+        wait_until(lambda: job.ended() or all(asks(one, url) for one in nodes), "requests")
+        both_work.set()
         wait_until(lambda: job.ended() or len(chunk_files(storage)) >= 4, "chunks")
         assert not job.ended()
         published: dict[str, float] = {}  # when each file was first seen
