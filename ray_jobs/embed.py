@@ -103,6 +103,7 @@ def embed(config: EmbedConfig, storage: Storage, source: "ModelSource") -> Embed
     identity = {
         "model": source.digest,
         "text": config.text,
+        "precision": config.precision,
         "data_digest": manifest.data_digest,
         "beside": {one.kind: storage.read_json(one.manifest_file)["run"] for one in says},
     }
@@ -113,7 +114,8 @@ def embed(config: EmbedConfig, storage: Storage, source: "ModelSource") -> Embed
         if not config.replace:
             raise EmbedError(
                 f"{storage.child_uri(folder)} holds vectors of another model than {source.name}, "
-                "or of other data or texts; set embed.replace, or delete that folder, to embed anew"
+                "or of other data, texts or precision; set embed.replace, or delete that folder, "
+                "to embed anew"
             )
         for file in storage.names(folder, recursive=True):
             if file != claim:  # which goes last, so that a run killed here is known by it
@@ -149,7 +151,8 @@ class PartEncoder(ImageEncoder):
 
     def __init__(self, storage: Storage, checkpoint: str, config: EmbedConfig) -> None:
         model = fetch_checkpoint(storage, checkpoint)
-        super().__init__(model, config.threads, gpus_key="embed.gpus_per_worker")
+        held = (config.threads, config.precision)
+        super().__init__(model, *held, gpus_key="embed.gpus_per_worker")
         self.storage, self.config = storage, config
         self.files = PairFiles.of(storage, config.data)
 

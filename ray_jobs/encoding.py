@@ -26,10 +26,11 @@ from ray_jobs.room import Need, warn_without_room
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import TEXTS, PairFiles
 from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
-from rwkv_clip.config import BaseConfig
+from rwkv_clip.config import BaseConfig, Precision
 from rwkv_clip.heap import kept_memory
 from rwkv_clip.images import ImageDecodeError
 from rwkv_clip.model import RWKVCLIP, load_checkpoint
+from rwkv_clip.precision import products_in, round_weights
 from rwkv_clip.transforms import TransformedBatch
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ class EncoderConfig(BaseConfig):
     workers: PositiveInt = Field(1, description="processes that embed")
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that each holds")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each holds")
+    precision: Precision = Field(
+        "float32",
+        description="of matrix products; bfloat16 is for GPUs, and CPUs with matrix units",
+    )
 
     def need(self, section: str) -> Need:
         """What one of these processes holds, for a section of the configuration."""
@@ -144,17 +149,27 @@ class ImageEncoder:
     """Embeds images, and texts, with a model on this process's device.
 
     Args:
-        model: the model.
+        model: the model, which is the encoder's own from then on.
         threads: that decode images, beside the model.
+        precision: of matrix products.
         gpus_key: of the configuration, that says how many GPUs it is given; for errors.
 
     Raises:
         RuntimeError: it was given a GPU that PyTorch does not see.
     """
 
-    def __init__(self, model: RWKVCLIP, threads: int = 1, *, gpus_key: str) -> None:
+    def __init__(
+        self,
+        model: RWKVCLIP,
+        threads: int = 1,
+        precision: Precision = "float32",
+        *,
+        gpus_key: str,
+    ) -> None:
         self.device = given_device(gpus_key)
         self.model = model.to(self.device).eval()
+        self.precision = precision
+        round_weights(self.model, precision)
         self.transform = rwkv_clip.image_transform(self.model.config)
         self.threads = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self.pieces = threads
@@ -167,14 +182,17 @@ class ImageEncoder:
         found = self._decode(images, names)
         for error in found.errors:
             logger.warning("left out: %s", error)
-        return self.model.encode_image(found.pixels.to(self.device)), found.indices, found.errors
+        with products_in(self.precision, self.device):
+            embedded = self.model.encode_image(found.pixels.to(self.device))
+        return embedded, found.indices, found.errors
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], at_once: int | None = None) -> Tensor:
         """Embeddings [n, D] of n texts, so many at a time."""
         tokens = rwkv_clip.tokenize(list(texts), self.model.config.context_length)
         parts = [tokens] if at_once is None else tokens.split(at_once)
-        return torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])
+        with products_in(self.precision, self.device):
+            return torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])
 
     def _decode(self, images: Sequence[bytes], names: Sequence[object]) -> TransformedBatch:
         if self.threads is None or not images:
@@ -202,6 +220,7 @@ class PairEncoder(ImageEncoder):
         files: the pairs.
         text: the column whose texts are embedded.
         threads: that decode images, beside the model.
+        precision: of matrix products.
         gpus_key: of the configuration, that says how many GPUs it is given; for errors.
 
     Raises:
@@ -209,9 +228,16 @@ class PairEncoder(ImageEncoder):
     """
 
     def __init__(
-        self, model: RWKVCLIP, files: PairFiles, text: str, threads: int = 1, *, gpus_key: str
+        self,
+        model: RWKVCLIP,
+        files: PairFiles,
+        text: str,
+        threads: int = 1,
+        precision: Precision = "float32",
+        *,
+        gpus_key: str,
     ) -> None:
-        super().__init__(model, threads, gpus_key=gpus_key)
+        super().__init__(model, threads, precision, gpus_key=gpus_key)
         self.files, self.text = files, text
 
     @torch.inference_mode()

@@ -301,10 +301,11 @@ class Encoder(PairEncoder):
     """Embeds pairs of the storage; one in each of Ray Data's actors."""
 
     def __init__(
-        self, storage: Storage, checkpoint: str, files: PairFiles, text: str, threads: int
+        self, storage: Storage, checkpoint: str, files: PairFiles, config: EvaluationConfig
     ) -> None:
         model = fetch_checkpoint(storage, checkpoint)
-        super().__init__(model, files, text, threads, gpus_key="evaluation.gpus_per_worker")
+        held = (config.threads, config.precision)
+        super().__init__(model, files, config.text, *held, gpus_key="evaluation.gpus_per_worker")
 
     def __call__(self, batch: Mapping[str, Array]) -> pa.Table:
         """Embeddings of the rows first .. first + rows of the data set."""
@@ -328,7 +329,7 @@ def _embed(
         {"first": first, "rows": min(config.batch, manifest.rows - first)}
         for first in range(0, manifest.rows, config.batch)
     ]
-    arguments = (storage, checkpoint, files, config.text, config.threads)
+    arguments = (storage, checkpoint, files, config)
     told = f"evaluate {manifest.name}"
     return config.gather(told, manifest.rows, "pairs", work, Encoder, *arguments)
 

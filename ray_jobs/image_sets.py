@@ -175,7 +175,7 @@ class SetEncoder(ImageEncoder):
         storage: holds the checkpoint.
         checkpoint: its folder's name.
         images: where they are.
-        config: how many are embedded at a time.
+        config: how many are embedded at a time, and how.
         template: with {} for the text that goes with an image and is to be embedded; None if that
             is no text.
     """
@@ -190,7 +190,8 @@ class SetEncoder(ImageEncoder):
         template: str | None,
     ) -> None:
         model = fetch_checkpoint(storage, checkpoint)
-        super().__init__(model, config.threads, gpus_key="evaluation.gpus_per_worker")
+        held = (config.threads, config.precision)
+        super().__init__(model, *held, gpus_key="evaluation.gpus_per_worker")
         self.images, self.batch, self.template = images, config.batch, template
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:

@@ -12,13 +12,14 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 Config = TypeVar("Config", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
+Precision = Literal["float32", "bfloat16"]  # see rwkv_clip.precision
 
 _MOST_VALUES = 100_000  # of one file
 

@@ -17,8 +17,10 @@ from ray.serve.handle import DeploymentHandle
 from threadpoolctl import threadpool_limits
 
 from rwkv_clip import image_transform, tokenize
+from rwkv_clip.config import Precision
 from rwkv_clip.images import ImageDecodeError
 from rwkv_clip.model import RWKVCLIP
+from rwkv_clip.precision import products_in, round_weights
 from rwkv_clip.transforms import ImageTransform
 from serve.batching import Batcher, Done, Room
 from serve.config import EncoderConfig, ServeFile
@@ -76,6 +78,7 @@ class Encoder:
         settings: EncoderConfig = getattr(config.serve, tower)
         self.batch = settings.batch
         self.device = _device(tower, settings)
+        self.precision: Precision = settings.precision
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.workers = ThreadPoolExecutor(
             settings.decode_threads, "preprocess", initializer=_work_alone
@@ -203,7 +206,8 @@ class Encoder:
     def _forward(self, held: Held, inputs: torch.Tensor) -> Vectors:
         encode = held.model.encode_image if self.tower == "image" else held.model.encode_text
         try:
-            vectors: Vectors = encode(inputs.to(self.device)).float().cpu().numpy()
+            with products_in(self.precision, self.device):
+                vectors: Vectors = encode(inputs.to(self.device)).float().cpu().numpy()
         except torch.AcceleratorError as error:
             # CUDA's own: whatever comes after fails the same way.
             self.broken = str(error).partition("\n")[0]
@@ -270,7 +274,9 @@ class Encoder:
                 f"{served.card.dimensions}; start another server for it"
             )
         model = model.to(self.device)
-        check_model(model)
+        round_weights(model, self.precision)
+        with products_in(self.precision, self.device):
+            check_model(model)
         card = ModelCard(
             place.name,
             place.version,

@@ -15,7 +15,7 @@ from pydantic import (
 from ray_jobs.pairs import TextColumn
 from ray_jobs.training.plan import check_lanes, check_shares
 from ray_jobs.training.recipe import RecipeConfig
-from rwkv_clip.config import BaseConfig
+from rwkv_clip.config import BaseConfig, Precision
 from rwkv_clip.model.config import CONFIGS, CLIPConfig, named_config
 
 
@@ -160,7 +160,10 @@ class TrainConfig(BaseConfig):
         0.0, ge=0, le=1, description="GPUs that a worker holds; it computes on one"
     )
     threads: PositiveInt | None = Field(None, description="of a CPU worker; PyTorch's default")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products")
+    precision: Precision = Field(
+        "float32",
+        description="of matrix products; bfloat16 is for GPUs, and CPUs with matrix units",
+    )
     sharding: Literal["none", "fsdp2"] = Field("none", description="of parameters over workers")
     compile: bool = Field(False, description="compile the model")
     activation_checkpointing: bool = Field(False, description="less memory for a third more time")

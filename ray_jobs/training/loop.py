@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -46,6 +46,7 @@ from rwkv_clip.jitter import ColourJitter
 from rwkv_clip.loss import PairLoss, create_loss
 from rwkv_clip.memory import keep_freed_memory
 from rwkv_clip.model import RWKVCLIP, create_model
+from rwkv_clip.precision import products_in
 
 logger = logging.getLogger(__name__)
 
@@ -273,10 +274,8 @@ class Worker:
         mixed = np.random.SeedSequence([self.config.seed, step, self.rank]).generate_state(1)
         torch.manual_seed(int(mixed[0]))
 
-    def _autocast(self) -> torch.autocast | nullcontext[None]:
-        if self.config.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return products_in(self.config.precision, self.device)
 
     def _backward(self, inputs: Inputs, sizes: list[int]) -> Tensor:
         """Leave the global batch's gradient with the parameters, and return its loss.

@@ -82,7 +82,7 @@ def test_vectors_are_the_library_s_and_a_stopped_run_does_what_is_missing(storag
     storage.delete(described)
     captioned = Beside(CAPTIONS, "test").manifest_file
     storage.write_json(captioned, {"run": {"model": "a-vlm"}})
-    with pytest.raises(EmbedError, match="or of other data or texts"):
+    with pytest.raises(EmbedError, match="or of other data, texts or precision"):
         embed(CONFIG, storage, source)
     claim = f"{vectors_folder('test')}/run.json"
     noted = storage.read_json(claim)
@@ -92,9 +92,15 @@ def test_vectors_are_the_library_s_and_a_stopped_run_does_what_is_missing(storag
     storage.delete(captioned)
     with pytest.raises(EmbedError, match=r"of another model than .*, or of other data"):
         embed(CONFIG.model_copy(update={"text": None}), storage, source)
-    anew = embed(CONFIG.model_copy(update={"text": None, "replace": True}), storage, source)
+    rounded = CONFIG.model_copy(update={"precision": "bfloat16"})
+    with pytest.raises(EmbedError, match="texts or precision"):
+        embed(rounded, storage, source)
+    anew = embed(rounded.model_copy(update={"text": None, "replace": True}), storage, source)
     assert (anew.rows, anew.resumed) == (120, False)
-    assert storage.read_table(files[0]).column_names == ["id", "image_embedding"]
+    tables = [storage.read_table(file) for file in files]
+    assert tables[0].column_names == ["id", "image_embedding"]
+    found = np.concatenate([matrix(table["image_embedding"]) for table in tables])
+    assert 0 < np.linalg.norm(found - images.numpy(), axis=1).max() < 0.02
 
 
 def register_champion(client: MlflowClient, model: str, artifacts: Path) -> None:

@@ -42,14 +42,14 @@ def validate(storage: Storage) -> None:
         (validate, "train.validation.gpus"),
         (lambda held: PartEncoder(held, "model", EmbedConfig()), "embed.gpus_per_worker"),
         (
-            lambda held: Encoder(held, "model", NOTHING, "caption", 1),
+            lambda held: Encoder(held, "model", NOTHING, EvaluationConfig()),
             "evaluation.gpus_per_worker",
         ),
         (
             lambda held: SetEncoder(held, "model", NOTHING, EvaluationConfig(), template=None),
             "evaluation.gpus_per_worker",
         ),
-        (lambda held: PromptEncoder(held, "model"), "evaluation.gpus_per_worker"),
+        (lambda held: PromptEncoder(held, "model", "float32"), "evaluation.gpus_per_worker"),
     ],
     ids=["validation", "embed", "pairs", "sets", "prompts"],
 )

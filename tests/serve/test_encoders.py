@@ -1,14 +1,19 @@
-"""A tower's replica whose GPU is gone, or never was there."""
+"""A tower's replica: what it computes in, and when its GPU is gone or never was there."""
 
 import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from serve.config import EncoderConfig
+from rwkv_clip import tokenize
+from rwkv_clip.model import create_model, save_checkpoint
+from serve.config import EncoderConfig, ServeFile
 from serve.encoders import Encoder, _device
+from serve.messages import ModelPlace
+from tests.serve.small import small_config
 
 
 def failing(error: Exception) -> Any:
@@ -33,6 +38,7 @@ def test_it_is_replaced_when_its_gpu_fails_and_not_for_one_request(error, health
         replica = SimpleNamespace(
             tower="text",
             device=torch.device("cpu"),
+            precision="float32",
             broken=None,
             follower=asyncio.get_running_loop().create_future(),
         )
@@ -53,3 +59,32 @@ def test_a_gpu_that_pytorch_does_not_see_is_told(monkeypatch):
     assert _device("text", EncoderConfig(gpus=0)).type == "cpu"
     with pytest.raises(ValueError, match=r"serve\.text\.gpus: is 0\.3, and PyTorch sees no GPU"):
         _device("text", EncoderConfig(gpus=0.3))
+
+
+@pytest.mark.parametrize("tower", ["text", "image"])
+def test_products_are_of_the_precision_that_a_tower_is_to_have(tmp_path, tower):
+    torch.manual_seed(0)
+    model = create_model(small_config())
+    for parameter in model.parameters():  # a fresh block gives zeros
+        torch.nn.init.normal_(parameter, std=0.05)
+    save_checkpoint(model, tmp_path)
+    config = ServeFile.model_validate({"serve": {"model": str(tmp_path)}})
+    vectors = {}
+    for precision in ("float32", "bfloat16"):
+        replica = SimpleNamespace(
+            tower=tower,
+            device=torch.device("cpu"),
+            precision=precision,
+            config=config,
+            held={},
+            serving=None,
+        )
+        held = Encoder._loaded(replica, ModelPlace("small", "", str(tmp_path)))
+        shape = held.model.config
+        pixels = torch.linspace(-1, 1, 3 * shape.image_size**2)
+        inputs = {
+            "text": tokenize(["a heart"], shape.context_length),
+            "image": pixels.view(1, 3, shape.image_size, shape.image_size),
+        }
+        vectors[precision] = Encoder._forward(replica, held, inputs[tower])
+    assert 0 < np.linalg.norm(vectors["float32"] - vectors["bfloat16"]) < 0.02
