@@ -19,11 +19,13 @@ struct DenseKernels {
     const size_t side = backward ? dense_side_shared<NP>(length, true) : 0;
     return forward > side ? forward : side;
   }
-  // The longest chunk of which a multiprocessor takes two, each with the kilobyte that is not the
-  // block's own; or else of which it takes one.
+  // The longest chunk of which a multiprocessor takes two, each with a kilobyte that is not the block's
+  // own; or else of which it takes one.
   static int longest_chunk(bool backward) {
+    constexpr size_t kNotItsOwn = 1024;
     const size_t all = shared_memory_limit();
-    for (const size_t limit : {(all - 1024) / 2, all}) {
+    if (all < kNotItsOwn) return 0;  // the device was not found
+    for (const size_t limit : {(all - kNotItsOwn) / 2, all}) {
       int length = kMaxChunkTiles * kTile;
       while (length > 0 && (dense_threads<NP>(length) > kMaxChunkThreads ||
                             chunk_shared(length, backward) > limit)) {

@@ -31,6 +31,7 @@ import torch
 from pydantic import Field, model_validator
 
 from ray_jobs.encoding import (
+    Computing,
     EncoderConfig,
     ImageEncoder,
     fetch_checkpoint,
@@ -41,7 +42,7 @@ from ray_jobs.encoding import (
 from ray_jobs.image_sets import SET_NAME, ImageSet, ImageSetConfig, embed_set
 from ray_jobs.sources import SourceError
 from ray_jobs.storage import Storage
-from rwkv_clip.config import BaseConfig, Precision
+from rwkv_clip.config import BaseConfig
 from rwkv_clip.evaluation import (
     ClassificationResult,
     LinearProbeResult,
@@ -230,9 +231,8 @@ def score_set(
 class PromptEncoder(ImageEncoder):
     """Embeds prompts; one in each of Ray Data's actors."""
 
-    def __init__(self, storage: Storage, checkpoint: str, precision: Precision) -> None:
-        model = fetch_checkpoint(storage, checkpoint)
-        super().__init__(model, precision=precision, gpus_key=_GPUS)
+    def __init__(self, storage: Storage, checkpoint: str, computing: Computing) -> None:
+        super().__init__(fetch_checkpoint(storage, checkpoint), computing, gpus_key=_GPUS)
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         """`text_embedding` of some prompts."""
@@ -255,7 +255,7 @@ def _classes(
         return zero_shot_classifier(model, class_names, templates, batch)
     work = [{"texts": texts[at : at + batch]} for at in range(0, len(texts), batch)]
     told = f"prompts of {config.name}"
-    arguments = (storage, checkpoint, encoder.precision)
+    arguments = (storage, checkpoint, encoder.computing)
     table = encoder.gather(told, len(texts), "prompts", work, PromptEncoder, *arguments)
     embedded = torch.tensor(matrix(table["text_embedding"]))
     return class_embeddings(embedded.unflatten(0, (len(class_names), -1)))

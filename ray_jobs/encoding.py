@@ -36,6 +36,21 @@ from rwkv_clip.transforms import TransformedBatch
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Computing:
+    """How a process embeds.
+
+    Attributes:
+        threads: that decode images, beside the model.
+        precision: of matrix products.
+        compile: whether the model is compiled, when it is first called.
+    """
+
+    threads: int = 1
+    precision: Precision = "float32"
+    compile: bool = False
+
+
 class EncoderConfig(BaseConfig):
     """What embeds."""
 
@@ -47,6 +62,9 @@ class EncoderConfig(BaseConfig):
         "float32",
         description="of matrix products; bfloat16 is for GPUs, and CPUs with matrix units",
     )
+    compile: bool = Field(
+        False, description="compile the model in each process, for GPUs and much to embed"
+    )
 
     def need(self, section: str) -> Need:
         """What one of these processes holds, for a section of the configuration."""
@@ -56,6 +74,11 @@ class EncoderConfig(BaseConfig):
     def threads(self) -> int:
         """That decode images beside the model; alone on its CPUs, the model wants all of them."""
         return max(1, int(self.cpus_per_worker)) if self.gpus_per_worker else 1
+
+    @property
+    def computing(self) -> "Computing":
+        """How each computes."""
+        return Computing(self.threads, self.precision, self.compile)
 
     def embedded(
         self,
@@ -150,8 +173,7 @@ class ImageEncoder:
 
     Args:
         model: the model, which is the encoder's own from then on.
-        threads: that decode images, beside the model.
-        precision: of matrix products.
+        computing: how.
         gpus_key: of the configuration, that says how many GPUs it is given; for errors.
 
     Raises:
@@ -159,20 +181,18 @@ class ImageEncoder:
     """
 
     def __init__(
-        self,
-        model: RWKVCLIP,
-        threads: int = 1,
-        precision: Precision = "float32",
-        *,
-        gpus_key: str,
+        self, model: RWKVCLIP, computing: Computing = Computing(), *, gpus_key: str
     ) -> None:
         self.device = given_device(gpus_key)
         self.model = model.to(self.device).eval()
-        self.precision = precision
-        round_weights(self.model, precision)
+        self.computing = computing
+        round_weights(self.model, computing.precision)
+        compiled = torch.compile if computing.compile else _as_it_is
+        self._encode_image = compiled(self.model.encode_image)
+        self._encode_text = compiled(self.model.encode_text)
         self.transform = rwkv_clip.image_transform(self.model.config)
-        self.threads = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
-        self.pieces = threads
+        self.pieces = computing.threads
+        self.threads = ThreadPoolExecutor(self.pieces, "decode") if self.pieces > 1 else None
 
     @torch.inference_mode()
     def encode_images(
@@ -182,8 +202,8 @@ class ImageEncoder:
         found = self._decode(images, names)
         for error in found.errors:
             logger.warning("left out: %s", error)
-        with products_in(self.precision, self.device):
-            embedded = self.model.encode_image(found.pixels.to(self.device))
+        with products_in(self.computing.precision, self.device):
+            embedded = self._encode_image(found.pixels.to(self.device))
         return embedded, found.indices, found.errors
 
     @torch.inference_mode()
@@ -191,8 +211,8 @@ class ImageEncoder:
         """Embeddings [n, D] of n texts, so many at a time."""
         tokens = rwkv_clip.tokenize(list(texts), self.model.config.context_length)
         parts = [tokens] if at_once is None else tokens.split(at_once)
-        with products_in(self.precision, self.device):
-            return torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])
+        with products_in(self.computing.precision, self.device):
+            return torch.cat([self._encode_text(part.to(self.device)) for part in parts])
 
     def _decode(self, images: Sequence[bytes], names: Sequence[object]) -> TransformedBatch:
         if self.threads is None or not images:
@@ -219,8 +239,7 @@ class PairEncoder(ImageEncoder):
         model: the model.
         files: the pairs.
         text: the column whose texts are embedded.
-        threads: that decode images, beside the model.
-        precision: of matrix products.
+        computing: how.
         gpus_key: of the configuration, that says how many GPUs it is given; for errors.
 
     Raises:
@@ -232,12 +251,11 @@ class PairEncoder(ImageEncoder):
         model: RWKVCLIP,
         files: PairFiles,
         text: str,
-        threads: int = 1,
-        precision: Precision = "float32",
+        computing: Computing = Computing(),
         *,
         gpus_key: str,
     ) -> None:
-        super().__init__(model, threads, precision, gpus_key=gpus_key)
+        super().__init__(model, computing, gpus_key=gpus_key)
         self.files, self.text = files, text
 
     @torch.inference_mode()
@@ -248,6 +266,10 @@ class PairEncoder(ImageEncoder):
         image_emb, usable, _ = self.encode_images([pair["image"] for pair in pairs], ids)
         texts = [pairs[at][self.text] or "" for at in usable]
         return Encoded([ids[at] for at in usable], texts, image_emb, self.encode_texts(texts))
+
+
+def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
 
 
 class TextsError(ValueError):

@@ -304,8 +304,8 @@ class Encoder(PairEncoder):
         self, storage: Storage, checkpoint: str, files: PairFiles, config: EvaluationConfig
     ) -> None:
         model = fetch_checkpoint(storage, checkpoint)
-        held = (config.threads, config.precision)
-        super().__init__(model, files, config.text, *held, gpus_key="evaluation.gpus_per_worker")
+        gpus_key = "evaluation.gpus_per_worker"
+        super().__init__(model, files, config.text, config.computing, gpus_key=gpus_key)
 
     def __call__(self, batch: Mapping[str, Array]) -> pa.Table:
         """Embeddings of the rows first .. first + rows of the data set."""

@@ -5,6 +5,9 @@
 // written yet. Shared memory starts as NaN in every block. The order of warps and lanes can be
 // reversed: results that depend on it betray a race. A barrier that part of the block never reaches
 // ends the process with a message.
+//
+// Compiled for ThreadSanitizer, every fiber is a thread to it, and only what orders CUDA's threads
+// orders them: it tells each pair of accesses to the same memory that no barrier stands between.
 #pragma once
 
 #include <setjmp.h>
@@ -17,6 +20,14 @@
 #include <cstring>
 #include <functional>
 #include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+// What the emulation does for itself, which is in order.
+#define RWKV_CLIP_UNSEEN __attribute__((no_sanitize_thread, noinline))
+#else
+#define RWKV_CLIP_UNSEEN
+#endif
 
 #define __global__
 #define __device__
@@ -45,7 +56,26 @@ struct Index {
 namespace rwkv_clip::emulation {
 
 constexpr int kWarp = 32;
+constexpr int kMostThreads = 1024;
 constexpr size_t kStack = 256 * 1024;
+
+#if defined(__SANITIZE_THREAD__)
+inline void* this_thread() { return __tsan_get_current_fiber(); }
+inline void* make_thread() { return __tsan_create_fiber(0); }
+inline void end_thread(void* thread) { __tsan_destroy_fiber(thread); }
+inline void switch_to(void* thread) {
+  __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync);
+}
+inline void arrive(void* barrier) { __tsan_release(barrier); }
+inline void leave(void* barrier) { __tsan_acquire(barrier); }
+#else
+inline void* this_thread() { return nullptr; }
+inline void* make_thread() { return nullptr; }
+inline void end_thread(void*) {}
+inline void switch_to(void*) {}
+inline void arrive(void*) {}
+inline void leave(void*) {}
+#endif
 
 enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
 
@@ -55,25 +85,31 @@ struct Fiber {
   jmp_buf resume;
   bool started = false;
   State state = State::kDone;
+  int barriers = 0;  // of the block, that it has reached
+  void* thread = nullptr;
 };
 
 struct Deposit {
   uint32_t words[6];
 };
 
+// Barriers are two in turn: who is late at one does not see who has reached the next.
 struct Warp {
   Deposit deposits[2][kWarp];
   int parity[kWarp];
+  char barriers[2];
 };
 
 struct Block {
   std::vector<unsigned char> shared;
-  std::vector<Fiber> fibers;
+  std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
   std::vector<Warp> warps;
   std::function<void()> body;
   jmp_buf scheduler;
-  ucontext_t scheduler_entry;
+  void* scheduler_thread = nullptr;
   int current = 0;
+  char barriers[2];
+  char end;
 };
 
 inline Block& block() {
@@ -97,24 +133,39 @@ inline bool& reversed() {
   return value;
 }
 
-inline void back_to_scheduler(State state) {
-  Block& b = block();
-  Fiber& fiber = b.fibers[b.current];
-  fiber.state = state;
-  if (_setjmp(fiber.resume) == 0) _longjmp(b.scheduler, 1);
-}
+RWKV_CLIP_UNSEEN inline int current_thread() { return block().current; }
 
-inline void fiber_main() {
-  block().body();
-  block().fibers[block().current].state = State::kDone;
+RWKV_CLIP_UNSEEN inline void to_scheduler(Fiber& fiber, State state) {
+  fiber.state = state;
+  switch_to(block().scheduler_thread);
   _longjmp(block().scheduler, 1);
 }
 
-inline void resume(int thread) {
+RWKV_CLIP_UNSEEN inline void wait_at(State state, void* barrier) {
+  Fiber& fiber = block().fibers[block().current];
+  arrive(barrier);
+  if (_setjmp(fiber.resume) == 0) to_scheduler(fiber, state);
+  leave(barrier);
+}
+
+RWKV_CLIP_UNSEEN inline void* next_block_barrier() {
+  Block& b = block();
+  return &b.barriers[b.fibers[b.current].barriers++ % 2];
+}
+
+RWKV_CLIP_UNSEEN inline void fiber_main() {
+  Block& b = block();
+  b.body();
+  arrive(&b.end);
+  to_scheduler(b.fibers[b.current], State::kDone);
+}
+
+RWKV_CLIP_UNSEEN inline void resume(int thread) {
   Block& b = block();
   b.current = thread;
   Fiber& fiber = b.fibers[thread];
   if (_setjmp(b.scheduler) != 0) return;
+  switch_to(fiber.thread);
   if (fiber.started) _longjmp(fiber.resume, 1);
   fiber.started = true;
   getcontext(&fiber.entry);
@@ -131,7 +182,7 @@ inline void fail(const char* text) {
 }
 
 // Runs one warp until every lane is done or waits for the block; returns whether any waits.
-inline bool run_warp(int first) {
+RWKV_CLIP_UNSEEN inline bool run_warp(int first) {
   Block& b = block();
   for (;;) {
     int ready = 0, at_warp = 0, at_block = 0;
@@ -155,11 +206,14 @@ inline bool run_warp(int first) {
   }
 }
 
-inline void run_block(int threads) {
+RWKV_CLIP_UNSEEN inline void run_block(int threads) {
   Block& b = block();
+  b.scheduler_thread = this_thread();
   for (int t = 0; t < threads; ++t) {
     b.fibers[t].started = false;
     b.fibers[t].state = State::kReady;
+    b.fibers[t].barriers = 0;
+    b.fibers[t].thread = make_thread();
   }
   const int warps = threads / kWarp;
   for (;;) {
@@ -167,7 +221,11 @@ inline void run_block(int threads) {
     for (int i = 0; i < warps; ++i) {
       waiting += run_warp((reversed() ? warps - 1 - i : i) * kWarp);
     }
-    if (waiting == 0) return;
+    if (waiting == 0) {
+      leave(&b.end);
+      for (int t = 0; t < threads; ++t) end_thread(b.fibers[t].thread);
+      return;
+    }
     for (int t = 0; t < threads; ++t) {
       if (b.fibers[t].state != State::kAtBlockBarrier) fail("a thread left before a barrier");
       b.fibers[t].state = State::kReady;
@@ -177,7 +235,7 @@ inline void run_block(int threads) {
 
 struct ThreadIndex {
   struct Value {
-    operator unsigned() const { return static_cast<unsigned>(block().current); }
+    operator unsigned() const { return static_cast<unsigned>(current_thread()); }
   } x;
 };
 
@@ -188,7 +246,8 @@ static ::rwkv_clip::emulation::ThreadIndex threadIdx;
 #define blockDim (::rwkv_clip::emulation::block_size())
 
 inline void __syncthreads() {
-  ::rwkv_clip::emulation::back_to_scheduler(::rwkv_clip::emulation::State::kAtBlockBarrier);
+  ::rwkv_clip::emulation::wait_at(::rwkv_clip::emulation::State::kAtBlockBarrier,
+                                  ::rwkv_clip::emulation::next_block_barrier());
 }
 
 namespace rwkv_clip::cuda {
@@ -277,16 +336,17 @@ template <typename T>
 const emulation::Deposit* exchange(const T& value) {
   static_assert(sizeof(T) <= sizeof(emulation::Deposit));
   emulation::Block& block = emulation::block();
-  emulation::Warp& warp = block.warps[block.current / emulation::kWarp];
-  const int lane = block.current % emulation::kWarp;
+  const int thread = emulation::current_thread();
+  emulation::Warp& warp = block.warps[thread / emulation::kWarp];
+  const int lane = thread % emulation::kWarp;
   emulation::Deposit* deposits = warp.deposits[warp.parity[lane] ^= 1];
   std::memcpy(deposits[lane].words, &value, sizeof(T));
-  emulation::back_to_scheduler(emulation::State::kAtWarpBarrier);
+  emulation::wait_at(emulation::State::kAtWarpBarrier, &warp.barriers[warp.parity[lane]]);
   return deposits;
 }
 inline float shuffle(float x, int lane) { return bits_to_float(exchange(x)[lane].words[0]); }
 inline float shuffle_xor(float x, int mask) {
-  return shuffle(x, emulation::block().current % emulation::kWarp ^ mask);
+  return shuffle(x, emulation::current_thread() % emulation::kWarp ^ mask);
 }
 inline bool any_of_warp(bool x) {
   const emulation::Deposit* deposits = exchange(uint32_t{x});
@@ -309,7 +369,7 @@ inline void wait_for_copies() {}
 
 inline void load_matrices(uint32_t (&x)[4], const bf16* row, bool transposed = false) {
   check_aligned(row, 16);
-  const int lane = emulation::block().current % emulation::kWarp;
+  const int lane = emulation::current_thread() % emulation::kWarp;
   const emulation::Deposit* deposits = exchange(row);
   for (int m = 0; m < 4; ++m) {
     uint16_t words[2];
@@ -330,7 +390,7 @@ inline void load_matrices_transposed(uint32_t (&x)[4], const bf16* row) {
 // a[i] holds row g + 8 (i % 2), columns 2c + 8 (i / 2) and the next; b[i] rows 2c + 8 i and the
 // next, column g; c[i] row g + 8 (i / 2), column 2c + i % 2.
 inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const int lane = emulation::block().current % emulation::kWarp;
+  const int lane = emulation::current_thread() % emulation::kWarp;
   emulation::Deposit own;
   std::memcpy(own.words, a, 16);
   std::memcpy(own.words + 4, b, 8);
@@ -357,10 +417,9 @@ inline size_t shared_memory_limit() { return emulation::shared_limit(); }
 template <typename... Params, typename... Args>
 const char* launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, void*,
                    Args... args) {
-  if (threads % emulation::kWarp || threads > 1024) return "emulation: bad block size";
+  if (threads % emulation::kWarp || threads > emulation::kMostThreads) return "emulation: bad block size";
   if (shared > emulation::shared_limit()) return "emulation: too much shared memory";
   emulation::Block& block = emulation::block();
-  if (block.fibers.size() < static_cast<size_t>(threads)) block.fibers.resize(threads);
   block.warps.assign(threads / emulation::kWarp, {});
   block.body = [=] { kernel(args...); };
   emulation::block_size().x = threads;

@@ -1,6 +1,8 @@
 """Where encoders compute, and what they fetch."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,14 +12,14 @@ from ray.train import Checkpoint
 
 from ray_jobs.classification import PromptEncoder
 from ray_jobs.embed import EmbedConfig, PartEncoder
-from ray_jobs.encoding import ImageEncoder, fetch_checkpoint
+from ray_jobs.encoding import Computing, ImageEncoder, fetch_checkpoint
 from ray_jobs.evaluate import Encoder, EvaluationConfig
 from ray_jobs.image_sets import SetEncoder
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 from ray_jobs.training.config import ValidationConfig
 from ray_jobs.training.validation import Validator
 from rwkv_clip.model import CheckpointError, create_model, save_checkpoint
-from tests.serve.small import small_config
+from tests.serve.small import picture, small_config
 
 NOTHING: Any = None  # to encode
 
@@ -28,6 +30,32 @@ def test_a_process_that_was_given_no_gpu_takes_none(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     encoder = ImageEncoder(create_model(small_config()), gpus_key="embed.gpus_per_worker")
     assert encoder.device.type == "cpu"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_compiled_model_embeds_batches_of_any_size_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The default backend takes a minute to write its programs, for the same graphs.
+    compiler = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiler)
+    torch.manual_seed(0)
+    model = create_model(small_config())
+    for parameter in model.parameters():  # a fresh block gives zeros
+        torch.nn.init.normal_(parameter, std=0.05)
+    plain, compiled = (
+        ImageEncoder(deepcopy(model), Computing(1, "bfloat16", compiled), gpus_key="none")
+        for compiled in (False, True)
+    )
+    images = [picture(seed) for seed in range(3)]
+    for many in (3, 1, 2):
+        one, other = (each.encode_images(images[:many], range(many)) for each in (plain, compiled))
+        assert one[1] == other[1] == [*range(many)]
+        torch.testing.assert_close(one[0], other[0], atol=2e-3, rtol=0)
+        texts = ["a heart", "two dogs", ""][:many]
+        torch.testing.assert_close(
+            plain.encode_texts(texts), compiled.encode_texts(texts), atol=2e-3, rtol=0
+        )
 
 
 def validate(storage: Storage) -> None:
@@ -49,7 +77,7 @@ def validate(storage: Storage) -> None:
             lambda held: SetEncoder(held, "model", NOTHING, EvaluationConfig(), template=None),
             "evaluation.gpus_per_worker",
         ),
-        (lambda held: PromptEncoder(held, "model", "float32"), "evaluation.gpus_per_worker"),
+        (lambda held: PromptEncoder(held, "model", Computing()), "evaluation.gpus_per_worker"),
     ],
     ids=["validation", "embed", "pairs", "sets", "prompts"],
 )

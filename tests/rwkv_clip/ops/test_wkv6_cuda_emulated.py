@@ -2,7 +2,8 @@
 
 The very source that nvcc compiles is compiled for the host over tests/csrc/cuda_emulation.h, which
 runs every CUDA thread as a fiber, starts shared memory as NaN and can reverse the order of warps
-and lanes. Outputs start as NaN too. Results are compared with the definition in float64.
+and lanes. Outputs start as NaN too. Results are compared with the definition in float64, and
+ThreadSanitizer looks for accesses that no barrier puts in order.
 """
 
 import ctypes
@@ -47,17 +48,22 @@ def expected(inputs: Tensors) -> Tensors:
     return [y.detach(), *torch.autograd.grad(y, leaves, inputs[5].double())]
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The launchers over the emulation."""
+def build(source: str, path: Path, *flags: str) -> None:
+    """Compile a source of tests/csrc over the emulation."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no host C++ compiler")
-    path = tmp_path_factory.mktemp("emulation") / "wkv6_cuda_emulated.so"
-    command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE"]
+    command = [compiler, "-std=c++17", "-U_FORTIFY_SOURCE", *flags]
     command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'csrc'}"]
-    command += [str(ROOT / "tests" / "csrc" / "wkv6_cuda_emulated.cpp"), "-o", str(path)]
+    command += [str(ROOT / "tests" / "csrc" / source), "-o", str(path)]
     subprocess.run(command, check=True)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The launchers over the emulation."""
+    path = tmp_path_factory.mktemp("emulation") / "wkv6_cuda_emulated.so"
+    build("wkv6_cuda_emulated.cpp", path, "-O2", "-shared", "-fPIC")
     loaded = ctypes.CDLL(str(path))
     for name in ("forward", "backward"):
         getattr(loaded, name).restype = ctypes.c_char_p
@@ -237,6 +243,52 @@ def test_results_do_not_depend_on_the_order_of_threads(
         run(library, inputs, shared), run(library, inputs, shared, reverse=True), strict=True
     ):
         assert torch.equal(one, other)
+
+
+@pytest.fixture(scope="session")
+def races(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int, str]]:
+    """Runs the kernels of one head size under ThreadSanitizer: exit code and output."""
+    path = tmp_path_factory.mktemp("races") / "wkv6_cuda_races"
+    build("wkv6_cuda_races.cpp", path, "-O1", "-g", "-fsanitize=thread")
+    # It knows fewer places for memory than recent kernels choose from.
+    fixed = ["setarch", "-R"]
+    if shutil.which("setarch") is None or subprocess.run([*fixed, "true"], check=False).returncode:
+        fixed = []
+
+    def run(*arguments: object) -> tuple[int, str]:
+        command = [*fixed, str(path), *map(str, arguments)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if "unexpected memory mapping" in done.stderr:
+            pytest.skip("ThreadSanitizer cannot run here: addresses are too random")
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+# One kernel, three, chunks; levels in one chunk and in several.
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "shared"),
+    [
+        ("bfloat16", 49, H200_SHARED),
+        ("bfloat16", 130, H200_SHARED),
+        ("bfloat16", 300, H200_SHARED),
+        ("bfloat16", 70, 20_000),
+        ("float32", 49, H200_SHARED),
+        ("float32", 70, 20_000),
+        ("float16", 130, H200_SHARED),
+    ],
+)
+def test_every_two_accesses_to_the_same_memory_have_a_barrier_between(
+    races: Callable[..., tuple[int, str]], dtype: str, tokens: int, shared: int
+) -> None:
+    assert races(dtype, tokens, shared) == (0, "done\n")
+
+
+def test_a_barrier_that_is_missing_is_seen(races: Callable[..., tuple[int, str]]) -> None:
+    code, told = races("none", 1, H200_SHARED)
+    assert code != 0
+    assert "data race" in told
+    assert "unordered_kernel" in told
 
 
 def test_golden_values(library: ctypes.CDLL, golden: Callable[[str], Path]) -> None:
