@@ -176,6 +176,7 @@ def test_a_folder_that_changed_is_not_served_as_what_it_was(tmp_path):
         """A replica that begins while the folder's new model is on its way."""
         encoder = Encoder.__new__(Encoder)
         encoder.config, encoder.device = config, torch.device("cpu")
+        encoder.precision = config.serve.image.precision
         encoder.loader, encoder.held = ThreadPoolExecutor(1), {}
         encoder.serving = before
         await encoder._begin(Orders(before, (before, after)))
