@@ -5,11 +5,7 @@ namespace rwkv_clip::cuda {
 namespace {
 
 template <>
-struct LaunchesOf<DType::kBFloat16> {
-  using Type = bf16;
-  template <int NP>
-  using Kernels = DenseKernels<NP>;
-};
+struct LaunchesOf<DType::kBFloat16> : DenseLaunches {};
 
 }  // namespace
 

@@ -115,6 +115,22 @@ __device__ __forceinline__ void multiply_rows(float (&out)[NP / 8][4], const uin
   }
 }
 
+// tile[:, c] *= factor[c], once or twice, of any number of fragments side by side.
+template <int kFragments, typename T>
+__device__ __forceinline__ void scale_columns(float (&tile)[kFragments][4], const T* factor,
+                                              bool twice, const Lane& lane) {
+#pragma unroll
+  for (int n = 0; n < kFragments; ++n) {
+    const float2 pair = load_pair(factor + 8 * n + lane.pair);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float f = i % 2 == 0 ? pair.x : pair.y;
+      tile[n][i] *= f;
+      if (twice) tile[n][i] *= f;
+    }
+  }
+}
+
 // Whether the token of this lane's row of a 16 x 16 score comes after (positive) or before (negative)
 // the one of its column.
 __device__ __forceinline__ int row_less_column(int n, int i, const Lane& lane) {
@@ -126,19 +142,27 @@ __device__ __forceinline__ int between_tiles(int first, int second) {
   return second * (second - 1) / 2 + first;
 }
 
+// Starts to copy [rows, columns] to [length, NP], zeros beyond.
+template <int NP>
+__device__ __forceinline__ void copy_rows(bf16* shared, const bf16* global, int length, int rows,
+                                          int columns, int stride) {
+  constexpr int kVector = 8;
+  constexpr int kPerRow = NP / kVector;
+  for (int index = threadIdx.x; index < length * kPerRow; index += blockDim.x) {
+    const int row = index / kPerRow;
+    const int column = index % kPerRow * kVector;
+    const bool inside = row < rows && column < columns;
+    const bf16* from = global;
+    if (inside) from += row * stride + column;
+    copy_16_bytes(shared + row * kStride<NP> + column, from, inside);
+  }
+}
+
 // As load_tokens, without waiting.
 template <int NP>
 __device__ __forceinline__ void copy_tokens(bf16* shared, const bf16* global, const Chunk& chunk) {
-  constexpr int kVector = 8;
-  constexpr int kPerRow = NP / kVector;
-  for (int index = threadIdx.x; index < chunk.length * kPerRow; index += blockDim.x) {
-    const int row = index / kPerRow;
-    const int column = index % kPerRow * kVector;
-    const bool inside = row < chunk.rows && column < chunk.N;
-    const bf16* from = global + chunk.offset;
-    if (inside) from += row * static_cast<int>(chunk.token) + column;
-    copy_16_bytes(shared + row * kStride<NP> + column, from, inside);
-  }
+  copy_rows<NP>(shared, global + chunk.offset, chunk.length, chunk.rows, chunk.N,
+                static_cast<int>(chunk.token));
 }
 
 // Where eight tokens of four channels lie, which one thread takes from the tile's middle outwards.
@@ -235,6 +259,20 @@ __device__ __forceinline__ void next_factors(float& inner, float& outer, float& 
   inner = exp2_fast(log);
   log += decay;
   outer = exp2_fast(-log);
+}
+
+// The same for a piece's channels, as F and G: which of the two is the inner one, its side says. Chosen by
+// value, since what is chosen by address lies in memory.
+__device__ __forceinline__ void next_factors(float (&from)[kQuad], float (&to)[kQuad],
+                                             float (&log)[kQuad], const float (&decay)[kQuad],
+                                             const Piece& piece) {
+#pragma unroll
+  for (int c = 0; c < kQuad; ++c) {
+    float inner, outer;
+    next_factors(inner, outer, log[c], decay[c]);
+    from[c] = piece.upper ? inner : outer;
+    to[c] = piece.upper ? outer : inner;
+  }
 }
 
 __device__ __forceinline__ uint2 scale_quad(const float (&x)[kQuad], const float (&factor)[kQuad]) {

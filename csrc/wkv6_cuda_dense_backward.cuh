@@ -17,22 +17,6 @@
 
 namespace rwkv_clip::cuda {
 
-// tile[:, c] *= factor[c], once or twice.
-template <int NP>
-__device__ __forceinline__ void scale_columns(float (&tile)[NP / 8][4], const float* factor,
-                                              bool twice, const Lane& lane) {
-#pragma unroll
-  for (int n = 0; n < NP / 8; ++n) {
-    const float2 pair = load_pair(factor + 8 * n + lane.pair);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float f = i % 2 == 0 ? pair.x : pair.y;
-      tile[n][i] *= f;
-      if (twice) tile[n][i] *= f;
-    }
-  }
-}
-
 // What one gradient sums: M[t, s] = x[t] . z[s], over the other tokens' r or k.
 struct Gathering {
   const bf16* z;
@@ -72,7 +56,7 @@ __device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (
     get_operand<NP>(a, x, tile);
     score_tile<NP>(scores, a, of.z, other);
     apply_tile<NP>(before, scores, of.other_to, other);
-    scale_columns<NP>(before, of.step + (other + 1) * NP,
+    scale_columns(before, of.step + (other + 1) * NP,
                       of.rooted[between_tiles(other, other + 1)], lane);
   }
 #pragma unroll 1
@@ -81,7 +65,7 @@ __device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (
     get_operand<NP>(a, x, tile);
     score_tile<NP>(scores, a, of.z, other);
     apply_tile<NP>(behind, scores, of.other_from, other);
-    scale_columns<NP>(behind, of.step + other * NP, of.rooted[between_tiles(other - 1, other)],
+    scale_columns(behind, of.step + other * NP, of.rooted[between_tiles(other - 1, other)],
                       lane);
   }
   float scores[2][4] = {};
@@ -150,21 +134,16 @@ __device__ void finish_tokens(const Sums& sums, float* crossing, float* bonus,
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         float r[kQuad], k[kQuad], r_from[kQuad], r_to[kQuad], k_from[kQuad], k_to[kQuad];
-        float inner[kQuad], outer[kQuad], slope[kQuad];
+        float from[kQuad], to[kQuad], decay[kQuad], slope[kQuad];
 #pragma unroll
         for (int c = 0; c < kQuad; ++c) {
           const float rate = decay_rate(x.w[step][c]);
-          next_factors(inner[c], outer[c], log[c], held_decay(rate));
+          decay[c] = held_decay(rate);
           slope[c] = decay_slope(rate);
         }
+        next_factors(from, to, log, decay, piece);
         unpack_quad(r, x.r[step]);
         unpack_quad(k, x.k[step]);
-        float from[kQuad], to[kQuad];
-#pragma unroll
-        for (int c = 0; c < kQuad; ++c) {
-          from[c] = piece.upper ? inner[c] : outer[c];
-          to[c] = piece.upper ? outer[c] : inner[c];
-        }
         unpack_quad(r_from, scale_quad(r, from));
         unpack_quad(r_to, scale_quad(r, to));
         unpack_quad(k_from, scale_quad(k, from));

@@ -152,8 +152,9 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxDenseThreads
                       halves, middles,       own};
   copy_tokens<NP>(v, in.v, chunk);
   if constexpr (kChunked) {
-    copy_state<NP>(left, states.left + block_of(chunk) * (NP * NP));
-    copy_state<NP>(right, states.right + block_of(chunk) * (NP * NP));
+    const int64_t state = block_of(chunk) * (NP * NP);
+    copy_rows<NP>(left, states.left + state, NP, NP, NP, NP);
+    copy_rows<NP>(right, states.right + state, NP, NP, NP, NP);
   }
   scale_tokens<NP, true>(scaled, in, chunk, shape.H);
   __syncthreads();

@@ -10,53 +10,48 @@ namespace {
 
 template <int NP>
 struct DenseKernels {
-  static bool fits(int64_t length, int most_threads, size_t shared) {
-    return dense_threads<NP>(length) <= most_threads && shared <= shared_memory_limit();
+  static size_t forward_shared(int length) { return dense_forward_shared<NP>(length, false); }
+  static size_t side_shared(int length) { return dense_side_shared<NP>(length, false); }
+
+  // Whether a block of at most `most` threads takes a whole sequence.
+  static bool fits(const Wkv6Args& args, int most, size_t (*shared)(int)) {
+    const int64_t length = round_up(args.T, kTile);
+    return length <= most && dense_threads<NP>(args.T) <= most &&
+           shared(static_cast<int>(length)) <= shared_memory_limit();
   }
-  // What a chunk takes at most, by the kernels for it.
-  static size_t chunk_shared(int length, bool backward) {
-    const size_t forward = dense_forward_shared<NP>(length, true);
-    const size_t side = backward ? dense_side_shared<NP>(length, true) : 0;
-    return forward > side ? forward : side;
+  static Plan whole_plan(const Wkv6Args& args, Form form) {
+    return make_plan(args, form, static_cast<int>(round_up(args.T, kTile)));
   }
-  // The longest chunk of which a multiprocessor takes two, each with a kilobyte that is not the block's
-  // own; or else of which it takes one.
-  static int longest_chunk(bool backward) {
+
+  // In the longest chunks of which a multiprocessor takes two, each with a kilobyte that is not the
+  // block's own; or else of which it takes one.
+  static Plan chunked_plan(const Wkv6Args& args, bool backward) {
     constexpr size_t kNotItsOwn = 1024;
-    const size_t all = shared_memory_limit();
-    if (all < kNotItsOwn) return 0;  // the device was not found
-    for (const size_t limit : {(all - kNotItsOwn) / 2, all}) {
-      int length = kMaxChunkTiles * kTile;
-      while (length > 0 && (dense_threads<NP>(length) > kMaxChunkThreads ||
-                            chunk_shared(length, backward) > limit)) {
-        length -= kTile;
-      }
-      if (length >= 2 * kTile || limit == all) return length;
-    }
-    return 0;
+    const auto longest = [&](size_t limit) {
+      return longest_fitting(kMaxChunkThreads / 32, [&](int length) {
+        return dense_threads<NP>(length) <= kMaxChunkThreads &&
+               dense_forward_shared<NP>(length, true) <= limit &&
+               (!backward || dense_side_shared<NP>(length, true) <= limit);
+      });
+    };
+    const size_t limit = shared_memory_limit();  // 0 where there is no device
+    const int length = limit < kNotItsOwn ? 0 : longest((limit - kNotItsOwn) / 2);
+    return make_plan(args, Form::kChunks, length >= 2 * kTile ? length : longest(limit));
   }
 
   static Plan forward_plan(const Wkv6Args& args) {
-    const int64_t whole = round_up(args.T, kTile);
-    if (whole <= kMaxDenseThreads &&
-        fits(args.T, kMaxDenseThreads, dense_forward_shared<NP>(static_cast<int>(whole), false))) {
-      return make_plan(args, Form::kWhole, static_cast<int>(whole));
-    }
-    return make_plan(args, Form::kChunks, longest_chunk(false));
+    if (fits(args, kMaxDenseThreads, forward_shared)) return whole_plan(args, Form::kWhole);
+    return chunked_plan(args, false);
   }
   static Plan backward_plan(const Wkv6Args& args) {
-    const int64_t whole = round_up(args.T, kTile);
-    if (whole <= kMaxDenseThreads) {
-      const int length = static_cast<int>(whole);
-      if (fits(args.T, kMaxDenseBackwardThreads, dense_backward_shared<NP>(length))) {
-        return make_plan(args, Form::kWhole, length);
-      }
-      if (fits(args.T, kMaxSideThreads<NP>, dense_side_shared<NP>(length, false)) &&
-          fits(args.T, kMaxDenseThreads, dense_forward_shared<NP>(length, false))) {
-        return make_plan(args, Form::kSides, length);
-      }
+    if (fits(args, kMaxDenseBackwardThreads, dense_backward_shared<NP>)) {
+      return whole_plan(args, Form::kWhole);
     }
-    return make_plan(args, Form::kChunks, longest_chunk(true));
+    if (fits(args, kMaxSideThreads<NP>, side_shared) &&
+        fits(args, kMaxDenseThreads, forward_shared)) {
+      return whole_plan(args, Form::kSides);
+    }
+    return chunked_plan(args, true);
   }
 
   // Floats of one pair of states with its totals.
@@ -148,6 +143,12 @@ struct DenseKernels {
     const int64_t T = plan.shape.T;
     return dense_threads<NP>(T < plan.shape.length ? T : plan.shape.length);
   }
+};
+
+struct DenseLaunches {
+  using Type = bf16;
+  template <int NP>
+  using Kernels = DenseKernels<NP>;
 };
 
 }  // namespace

@@ -83,18 +83,11 @@ __device__ void finish_side(const DenseSide& side, float* before, float* behind,
     load_piece(x, side.in, piece, chunk, first);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      float own[kQuad], other[kQuad], own_from[kQuad], own_to[kQuad], inner[kQuad], outer[kQuad];
-      float later[kQuad], earlier[kQuad], gradient[kQuad];
+      float own[kQuad], other[kQuad], own_from[kQuad], own_to[kQuad], from[kQuad], to[kQuad];
+      float decay[kQuad], later[kQuad], earlier[kQuad], gradient[kQuad];
 #pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        next_factors(inner[c], outer[c], log[c], held_decay(decay_rate(x.w[step][c])));
-      }
-      float from[kQuad], to[kQuad];
-#pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        from[c] = piece.upper ? inner[c] : outer[c];
-        to[c] = piece.upper ? outer[c] : inner[c];
-      }
+      for (int c = 0; c < kQuad; ++c) decay[c] = held_decay(decay_rate(x.w[step][c]));
+      next_factors(from, to, log, decay, piece);
       unpack_quad(own, x.r[step]);
       unpack_quad(other, x.k[step]);
       unpack_quad(own_from, scale_quad(own, from));

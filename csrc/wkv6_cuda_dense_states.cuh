@@ -21,7 +21,8 @@ __device__ __forceinline__ int64_t block_of(const Chunk& chunk) {
   return chunk.head * chunk.count + chunk.index;
 }
 
-// The last chunk of a sequence has only the tiles that it needs.
+// The last chunk of a sequence has only the tiles that it needs. (A sequence in one piece always has, and
+// its kernels take chunk_of_block, which leaves them more registers.)
 __device__ __forceinline__ Chunk tiles_of_block(const Shape& shape) {
   Chunk chunk = chunk_of_block(shape);
   chunk.length = (chunk.rows + kTile - 1) / kTile * kTile;
@@ -30,7 +31,6 @@ __device__ __forceinline__ Chunk tiles_of_block(const Shape& shape) {
 
 // So that two blocks of a chunk each may share a multiprocessor.
 constexpr int kMaxChunkThreads = 224;
-constexpr int kMaxChunkTiles = kMaxChunkThreads / 32;
 
 template <int NP>
 size_t dense_state_shared(int length) {
@@ -177,16 +177,6 @@ __device__ void root_edges(bf16* roots, const float* middles, const float* total
   }
 }
 
-template <int NP>
-__device__ void copy_state(bf16* shared, const bf16* state) {
-  constexpr int kVector = 8;
-  constexpr int kPerRow = NP / kVector;
-  for (int index = threadIdx.x; index < NP * kPerRow; index += blockDim.x) {
-    copy_16_bytes(shared + index / kPerRow * kStride<NP> + index % kPerRow * kVector,
-                  state + index * kVector, true);
-  }
-}
-
 // out[t, i] += sum_j own[t, j] edge[j] state[j, i] for a tile's tokens t, with the edge's root.
 template <int NP>
 __device__ __forceinline__ void attend_state(float (&out)[NP / 8][4], const bf16* own,
@@ -221,15 +211,7 @@ __device__ __forceinline__ void gather_state(const bf16* x, const bf16* root, co
         mma(sums[side], a[k], {load_packed(row), load_packed(row + 8)});
       }
     }
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const float2 edge = load_pair(root + 8 * (n + side) + lane.pair);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float f = i % 2 == 0 ? edge.x : edge.y;
-        sums[side][i] = sums[side][i] * f * f;
-      }
-    }
+    scale_columns(sums, root + 8 * n, true, lane);
     body(n, sums);
   }
 }

@@ -5,11 +5,7 @@ namespace rwkv_clip::cuda {
 namespace {
 
 template <>
-struct LaunchesOf<DType::kFloat16> {
-  using Type = fp16;
-  template <int NP>
-  using Kernels = LevelKernels<NP, fp16>;
-};
+struct LaunchesOf<DType::kFloat16> : LevelLaunches<fp16> {};
 
 }  // namespace
 

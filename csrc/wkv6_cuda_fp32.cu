@@ -5,11 +5,7 @@ namespace rwkv_clip::cuda {
 namespace {
 
 template <>
-struct LaunchesOf<DType::kFloat32> {
-  using Type = float;
-  template <int NP>
-  using Kernels = LevelKernels<NP, float>;
-};
+struct LaunchesOf<DType::kFloat32> : LevelLaunches<float> {};
 
 }  // namespace
 

@@ -20,6 +20,14 @@ struct Plan {
   int64_t blocks() const { return heads * shape.chunks; }
 };
 
+// The most tokens, in whole tiles, that fit; 0 if not even one tile does.
+template <typename Fits>
+int longest_fitting(int most_tiles, Fits fits) {
+  int length = most_tiles * kTile;
+  while (length > 0 && !fits(length)) length -= kTile;
+  return length;
+}
+
 // In chunks of at most `longest` tokens, all about as long; 0: none fits in shared memory.
 Plan make_plan(const Wkv6Args& args, Form form, int longest) {
   Plan plan{form, {args.T, args.H, static_cast<int>(args.N), 0, 1}, args.B * args.H, nullptr};

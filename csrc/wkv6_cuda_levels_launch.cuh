@@ -13,9 +13,7 @@ template <int NP, typename T>
 struct LevelKernels {
   static int longest(int most_tiles, size_t (*shared)(int)) {
     const size_t limit = shared_memory_limit();
-    int length = most_tiles * kTile;
-    while (length > 0 && shared(length) > limit) length -= kTile;
-    return length;
+    return longest_fitting(most_tiles, [&](int length) { return shared(length) <= limit; });
   }
   static Plan forward_plan(const Wkv6Args& args) {
     return make_plan(args, Form::kChunks, longest(kMaxForwardTiles, forward_shared<NP, T>));
@@ -78,6 +76,13 @@ struct LevelKernels {
     if (error != nullptr) return error;
     return sum_bonus(plan, out.bonus, gu, stream);
   }
+};
+
+template <typename T>
+struct LevelLaunches {
+  using Type = T;
+  template <int NP>
+  using Kernels = LevelKernels<NP, T>;
 };
 
 }  // namespace

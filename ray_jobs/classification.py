@@ -31,7 +31,6 @@ import torch
 from pydantic import Field, model_validator
 
 from ray_jobs.encoding import (
-    Computing,
     EncoderConfig,
     ImageEncoder,
     fetch_checkpoint,
@@ -231,8 +230,8 @@ def score_set(
 class PromptEncoder(ImageEncoder):
     """Embeds prompts; one in each of Ray Data's actors."""
 
-    def __init__(self, storage: Storage, checkpoint: str, computing: Computing) -> None:
-        super().__init__(fetch_checkpoint(storage, checkpoint), computing, gpus_key=_GPUS)
+    def __init__(self, storage: Storage, checkpoint: str, config: EncoderConfig) -> None:
+        super().__init__(fetch_checkpoint(storage, checkpoint), config, gpus_key=_GPUS)
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         """`text_embedding` of some prompts."""
@@ -255,7 +254,7 @@ def _classes(
         return zero_shot_classifier(model, class_names, templates, batch)
     work = [{"texts": texts[at : at + batch]} for at in range(0, len(texts), batch)]
     told = f"prompts of {config.name}"
-    arguments = (storage, checkpoint, encoder.computing)
+    arguments = (storage, checkpoint, encoder)
     table = encoder.gather(told, len(texts), "prompts", work, PromptEncoder, *arguments)
     embedded = torch.tensor(matrix(table["text_embedding"]))
     return class_embeddings(embedded.unflatten(0, (len(class_names), -1)))

@@ -151,7 +151,7 @@ class PartEncoder(ImageEncoder):
 
     def __init__(self, storage: Storage, checkpoint: str, config: EmbedConfig) -> None:
         model = fetch_checkpoint(storage, checkpoint)
-        super().__init__(model, config.computing, gpus_key="embed.gpus_per_worker")
+        super().__init__(model, config, gpus_key="embed.gpus_per_worker")
         self.storage, self.config = storage, config
         self.files = PairFiles.of(storage, config.data)
 

@@ -36,21 +36,6 @@ from rwkv_clip.transforms import TransformedBatch
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Computing:
-    """How a process embeds.
-
-    Attributes:
-        threads: that decode images, beside the model.
-        precision: of matrix products.
-        compile: whether the model is compiled, when it is first called.
-    """
-
-    threads: int = 1
-    precision: Precision = "float32"
-    compile: bool = False
-
-
 class EncoderConfig(BaseConfig):
     """What embeds."""
 
@@ -58,10 +43,7 @@ class EncoderConfig(BaseConfig):
     workers: PositiveInt = Field(1, description="processes that embed")
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that each holds")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each holds")
-    precision: Precision = Field(
-        "float32",
-        description="of matrix products; bfloat16 is for GPUs, and CPUs with matrix units",
-    )
+    precision: Precision = "float32"
     compile: bool = Field(
         False, description="compile the model in each process, for GPUs and much to embed"
     )
@@ -74,11 +56,6 @@ class EncoderConfig(BaseConfig):
     def threads(self) -> int:
         """That decode images beside the model; alone on its CPUs, the model wants all of them."""
         return max(1, int(self.cpus_per_worker)) if self.gpus_per_worker else 1
-
-    @property
-    def computing(self) -> "Computing":
-        """How each computes."""
-        return Computing(self.threads, self.precision, self.compile)
 
     def embedded(
         self,
@@ -173,25 +150,24 @@ class ImageEncoder:
 
     Args:
         model: the model, which is the encoder's own from then on.
-        computing: how.
+        config: how.
         gpus_key: of the configuration, that says how many GPUs it is given; for errors.
 
     Raises:
         RuntimeError: it was given a GPU that PyTorch does not see.
     """
 
-    def __init__(
-        self, model: RWKVCLIP, computing: Computing = Computing(), *, gpus_key: str
-    ) -> None:
+    def __init__(self, model: RWKVCLIP, config: EncoderConfig, *, gpus_key: str) -> None:
         self.device = given_device(gpus_key)
         self.model = model.to(self.device).eval()
-        self.computing = computing
-        round_weights(self.model, computing.precision)
-        compiled = torch.compile if computing.compile else _as_it_is
-        self._encode_image = compiled(self.model.encode_image)
-        self._encode_text = compiled(self.model.encode_text)
+        self.precision = config.precision
+        round_weights(self.model, self.precision)
+        self._encode_image, self._encode_text = self.model.encode_image, self.model.encode_text
+        if config.compile:
+            self._encode_image = torch.compile(self._encode_image)
+            self._encode_text = torch.compile(self._encode_text)
         self.transform = rwkv_clip.image_transform(self.model.config)
-        self.pieces = computing.threads
+        self.pieces = config.threads
         self.threads = ThreadPoolExecutor(self.pieces, "decode") if self.pieces > 1 else None
 
     @torch.inference_mode()
@@ -202,7 +178,7 @@ class ImageEncoder:
         found = self._decode(images, names)
         for error in found.errors:
             logger.warning("left out: %s", error)
-        with products_in(self.computing.precision, self.device):
+        with products_in(self.precision, self.device):
             embedded = self._encode_image(found.pixels.to(self.device))
         return embedded, found.indices, found.errors
 
@@ -211,7 +187,7 @@ class ImageEncoder:
         """Embeddings [n, D] of n texts, so many at a time."""
         tokens = rwkv_clip.tokenize(list(texts), self.model.config.context_length)
         parts = [tokens] if at_once is None else tokens.split(at_once)
-        with products_in(self.computing.precision, self.device):
+        with products_in(self.precision, self.device):
             return torch.cat([self._encode_text(part.to(self.device)) for part in parts])
 
     def _decode(self, images: Sequence[bytes], names: Sequence[object]) -> TransformedBatch:
@@ -239,7 +215,7 @@ class PairEncoder(ImageEncoder):
         model: the model.
         files: the pairs.
         text: the column whose texts are embedded.
-        computing: how.
+        config: how.
         gpus_key: of the configuration, that says how many GPUs it is given; for errors.
 
     Raises:
@@ -251,11 +227,11 @@ class PairEncoder(ImageEncoder):
         model: RWKVCLIP,
         files: PairFiles,
         text: str,
-        computing: Computing = Computing(),
+        config: EncoderConfig,
         *,
         gpus_key: str,
     ) -> None:
-        super().__init__(model, computing, gpus_key=gpus_key)
+        super().__init__(model, config, gpus_key=gpus_key)
         self.files, self.text = files, text
 
     @torch.inference_mode()
@@ -266,10 +242,6 @@ class PairEncoder(ImageEncoder):
         image_emb, usable, _ = self.encode_images([pair["image"] for pair in pairs], ids)
         texts = [pairs[at][self.text] or "" for at in usable]
         return Encoded([ids[at] for at in usable], texts, image_emb, self.encode_texts(texts))
-
-
-def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return function
 
 
 class TextsError(ValueError):

@@ -305,7 +305,7 @@ class Encoder(PairEncoder):
     ) -> None:
         model = fetch_checkpoint(storage, checkpoint)
         gpus_key = "evaluation.gpus_per_worker"
-        super().__init__(model, files, config.text, config.computing, gpus_key=gpus_key)
+        super().__init__(model, files, config.text, config, gpus_key=gpus_key)
 
     def __call__(self, batch: Mapping[str, Array]) -> pa.Table:
         """Embeddings of the rows first .. first + rows of the data set."""

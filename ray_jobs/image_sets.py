@@ -190,7 +190,7 @@ class SetEncoder(ImageEncoder):
         template: str | None,
     ) -> None:
         model = fetch_checkpoint(storage, checkpoint)
-        super().__init__(model, config.computing, gpus_key="evaluation.gpus_per_worker")
+        super().__init__(model, config, gpus_key="evaluation.gpus_per_worker")
         self.images, self.batch, self.template = images, config.batch, template
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:

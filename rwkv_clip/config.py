@@ -12,14 +12,17 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Config = TypeVar("Config", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
-Precision = Literal["float32", "bfloat16"]  # see rwkv_clip.precision
+Precision = Annotated[  # see rwkv_clip.precision
+    Literal["float32", "bfloat16"],
+    Field(description="of matrix products; bfloat16 is for GPUs, and CPUs with matrix units"),
+]
 
 _MOST_VALUES = 100_000  # of one file
 

@@ -59,10 +59,7 @@ class EncoderConfig(BaseConfig):
     cpus: float = Field(0.5, ge=0, description="that each holds")
     gpus: float = Field(0.0, ge=0, description="that each holds; a fraction shares a GPU")
     threads: PositiveInt = Field(1, description="of PyTorch, where there is no GPU")
-    precision: Precision = Field(
-        "float32",
-        description="of matrix products; bfloat16 is for GPUs, and CPUs with matrix units",
-    )
+    precision: Precision = "float32"
     decode_threads: PositiveInt = Field(2, description="that decode images and tokenize")
     batch: PositiveInt = Field(64, description="items that travel through the model together")
     max_ongoing: PositiveInt = Field(256, description="requests in a replica at once")

@@ -160,10 +160,7 @@ class TrainConfig(BaseConfig):
         0.0, ge=0, le=1, description="GPUs that a worker holds; it computes on one"
     )
     threads: PositiveInt | None = Field(None, description="of a CPU worker; PyTorch's default")
-    precision: Precision = Field(
-        "float32",
-        description="of matrix products; bfloat16 is for GPUs, and CPUs with matrix units",
-    )
+    precision: Precision = "float32"
     sharding: Literal["none", "fsdp2"] = Field("none", description="of parameters over workers")
     compile: bool = Field(False, description="compile the model")
     activation_checkpointing: bool = Field(False, description="less memory for a third more time")

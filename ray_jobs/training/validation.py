@@ -14,7 +14,7 @@ from typing import Any
 import ray.train
 import torch
 
-from ray_jobs.encoding import PairEncoder, fetch_model, with_text
+from ray_jobs.encoding import EncoderConfig, PairEncoder, fetch_model, with_text
 from ray_jobs.storage import Storage
 from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.config import ValidationConfig
@@ -55,7 +55,13 @@ class Validator:
     def __call__(self, checkpoint: "ray.train.Checkpoint", *, step: int) -> dict[str, float]:
         """Metrics of a checkpoint, all of them named `validation_...`."""
         model = fetch_model(checkpoint.filesystem, checkpoint.path)
-        encoder = PairEncoder(model, self.files, self.config.text, gpus_key="train.validation.gpus")
+        encoder = PairEncoder(
+            model,
+            self.files,
+            self.config.text,
+            EncoderConfig(),
+            gpus_key="train.validation.gpus",
+        )
         rows = min(self.config.pairs, sum(self.files.flat_row_groups))
         batches = [
             encoder.encode(first, min(self.config.batch, rows - first))

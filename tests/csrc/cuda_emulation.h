@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #if defined(__SANITIZE_THREAD__)
@@ -80,7 +81,7 @@ inline void leave(void*) {}
 enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
 
 struct Fiber {
-  std::vector<char> stack = std::vector<char>(kStack);
+  std::unique_ptr<char[]> stack{new char[kStack]};  // no page of which is there before it is used
   ucontext_t entry;
   jmp_buf resume;
   bool started = false;
@@ -169,8 +170,8 @@ RWKV_CLIP_UNSEEN inline void resume(int thread) {
   if (fiber.started) _longjmp(fiber.resume, 1);
   fiber.started = true;
   getcontext(&fiber.entry);
-  fiber.entry.uc_stack.ss_sp = fiber.stack.data();
-  fiber.entry.uc_stack.ss_size = fiber.stack.size();
+  fiber.entry.uc_stack.ss_sp = fiber.stack.get();
+  fiber.entry.uc_stack.ss_size = kStack;
   fiber.entry.uc_link = nullptr;
   makecontext(&fiber.entry, fiber_main, 0);
   setcontext(&fiber.entry);

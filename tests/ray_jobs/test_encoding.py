@@ -1,7 +1,6 @@
 """Where encoders compute, and what they fetch."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -12,14 +11,14 @@ from ray.train import Checkpoint
 
 from ray_jobs.classification import PromptEncoder
 from ray_jobs.embed import EmbedConfig, PartEncoder
-from ray_jobs.encoding import Computing, ImageEncoder, fetch_checkpoint
+from ray_jobs.encoding import EncoderConfig, ImageEncoder, fetch_checkpoint
 from ray_jobs.evaluate import Encoder, EvaluationConfig
 from ray_jobs.image_sets import SetEncoder
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 from ray_jobs.training.config import ValidationConfig
 from ray_jobs.training.validation import Validator
 from rwkv_clip.model import CheckpointError, create_model, save_checkpoint
-from tests.serve.small import picture, small_config
+from tests.serve.small import drawn_model, picture, small_config
 
 NOTHING: Any = None  # to encode
 
@@ -28,7 +27,8 @@ NOTHING: Any = None  # to encode
 def test_a_process_that_was_given_no_gpu_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a node with GPUs, which Ray does not hide from tasks that hold none.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    encoder = ImageEncoder(create_model(small_config()), gpus_key="embed.gpus_per_worker")
+    model = create_model(small_config())
+    encoder = ImageEncoder(model, EncoderConfig(), gpus_key="embed.gpus_per_worker")
     assert encoder.device.type == "cpu"
 
 
@@ -39,12 +39,10 @@ def test_a_compiled_model_embeds_batches_of_any_size_as_it_is(
     # The default backend takes a minute to write its programs, for the same graphs.
     compiler = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compiler)
-    torch.manual_seed(0)
-    model = create_model(small_config())
-    for parameter in model.parameters():  # a fresh block gives zeros
-        torch.nn.init.normal_(parameter, std=0.05)
     plain, compiled = (
-        ImageEncoder(deepcopy(model), Computing(1, "bfloat16", compiled), gpus_key="none")
+        ImageEncoder(
+            drawn_model(), EncoderConfig(precision="bfloat16", compile=compiled), gpus_key="none"
+        )
         for compiled in (False, True)
     )
     images = [picture(seed) for seed in range(3)]
@@ -77,7 +75,7 @@ def validate(storage: Storage) -> None:
             lambda held: SetEncoder(held, "model", NOTHING, EvaluationConfig(), template=None),
             "evaluation.gpus_per_worker",
         ),
-        (lambda held: PromptEncoder(held, "model", Computing()), "evaluation.gpus_per_worker"),
+        (lambda held: PromptEncoder(held, "model", EncoderConfig()), "evaluation.gpus_per_worker"),
     ],
     ids=["validation", "embed", "pairs", "sets", "prompts"],
 )

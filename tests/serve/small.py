@@ -5,16 +5,27 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from mlflow import MlflowClient
 from PIL import Image
 
 from ray_jobs.training.config import ModelConfig
+from rwkv_clip.model import RWKVCLIP, create_model
 from rwkv_clip.model.config import CLIPConfig
 from tests.ray_jobs.small import TRAIN
 
 
 def small_config() -> CLIPConfig:
     return ModelConfig.model_validate(TRAIN["model"]).clip_config()
+
+
+def drawn_model() -> RWKVCLIP:
+    """One whose every parameter says something: a fresh block gives zeros."""
+    torch.manual_seed(0)
+    model = create_model(small_config())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
 
 
 class Registry:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rwkv_clip import tokenize
-from rwkv_clip.model import create_model, save_checkpoint
+from rwkv_clip.model import save_checkpoint
 from serve.config import EncoderConfig, ServeFile
 from serve.encoders import Encoder, _device
 from serve.messages import ModelPlace
-from tests.serve.small import small_config
+from tests.serve.small import drawn_model
 
 
 def failing(error: Exception) -> Any:
@@ -63,11 +63,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_told(monkeypatch):
 
 @pytest.mark.parametrize("tower", ["text", "image"])
 def test_products_are_of_the_precision_that_a_tower_is_to_have(tmp_path, tower):
-    torch.manual_seed(0)
-    model = create_model(small_config())
-    for parameter in model.parameters():  # a fresh block gives zeros
-        torch.nn.init.normal_(parameter, std=0.05)
-    save_checkpoint(model, tmp_path)
+    save_checkpoint(drawn_model(), tmp_path)
     config = ServeFile.model_validate({"serve": {"model": str(tmp_path)}})
     vectors = {}
     for precision in ("float32", "bfloat16"):
