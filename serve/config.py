@@ -60,6 +60,7 @@ class EncoderConfig(BaseConfig):
     gpus: float = Field(0.0, ge=0, description="that each holds; a fraction shares a GPU")
     threads: PositiveInt = Field(1, description="of PyTorch, where there is no GPU")
     precision: Precision = "float32"
+    compile: bool = Field(False, description="compile the model before it is served, for GPUs")
     decode_threads: PositiveInt = Field(2, description="that decode images and tokenize")
     batch: PositiveInt = Field(64, description="items that travel through the model together")
     max_ongoing: PositiveInt = Field(256, description="requests in a replica at once")

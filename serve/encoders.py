@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,12 +16,11 @@ from ray.serve.handle import DeploymentHandle
 from threadpoolctl import threadpool_limits
 
 from rwkv_clip import image_transform, tokenize
-from rwkv_clip.config import Precision
 from rwkv_clip.images import ImageDecodeError
-from rwkv_clip.model import RWKVCLIP
-from rwkv_clip.precision import products_in, round_weights
+from rwkv_clip.model.config import CLIPConfig
 from rwkv_clip.transforms import ImageTransform
 from serve.batching import Batcher, Done, Room
+from serve.compute import Compute, Encode
 from serve.config import EncoderConfig, ServeFile
 from serve.messages import (
     REPORT_SECONDS,
@@ -36,7 +34,7 @@ from serve.messages import (
     Vectors,
 )
 from serve.metrics import TowerMetrics
-from serve.models import check_model, check_vectors, load_model
+from serve.models import check_vectors, load_model
 from serve.registry import ModelError
 from serve.succession import Director
 from serve.together import together
@@ -54,7 +52,8 @@ class Held:
 
     place: ModelPlace
     card: ModelCard
-    model: RWKVCLIP
+    config: CLIPConfig
+    encode: Encode
     transform: ImageTransform
 
 
@@ -77,21 +76,19 @@ class Encoder:
         self.tower, self.config, self.director = tower, config, director
         settings: EncoderConfig = getattr(config.serve, tower)
         self.batch = settings.batch
-        self.device = _device(tower, settings)
-        self.precision: Precision = settings.precision
+        self.compute = Compute(tower, settings)
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.workers = ThreadPoolExecutor(
             settings.decode_threads, "preprocess", initializer=_work_alone
         )
         self.loader = ThreadPoolExecutor(1, "load", initializer=_work_alone)
         self.metrics = TowerMetrics(tower)
-        # OpenMP keeps a number for each thread that calls it, and Ray starts them with its own.
-        threads = None if settings.gpus else partial(torch.set_num_threads, settings.threads)
-        self.batcher = Batcher(self._forward, settings.batch, self._observe, threads)
+        self.batcher = Batcher(
+            self._forward, settings.batch, self._observe, self.compute.take_threads
+        )
         self.room = Room(_BATCHES_AHEAD * settings.batch)
         self.held: dict[ModelPlace, Held] = {}
         self.refused: dict[ModelPlace, str] = {}
-        self.broken: str | None = None
         orders: Orders = await director.orders.remote(Report(tower, self.replica))
         self.serving = orders.current
         await self._begin(orders)
@@ -150,8 +147,10 @@ class Encoder:
         """Fail where this replica takes no orders or computes no more; Serve then replaces it."""
         if self.follower.done():
             raise RuntimeError("this replica no longer follows the director")
-        if self.broken is not None:
-            raise RuntimeError(f"the GPU computes nothing more in this process: {self.broken}")
+        if self.compute.broken is not None:
+            raise RuntimeError(
+                f"the GPU computes nothing more in this process: {self.compute.broken}"
+            )
 
     async def _part(self, held: Held, items: Sequence[bytes | str]) -> Encoded:
         """At most a batch of items."""
@@ -188,7 +187,7 @@ class Encoder:
                 await asyncio.gather(*(run(self.workers, _pixels, held, one) for one in images))
             )
         texts = [item for item in items if isinstance(item, str)]
-        length = held.model.config.context_length
+        length = held.config.context_length
         if sum(map(len, texts)) <= _SHORT:
             return list(tokenize(texts, length))
         rows: list[torch.Tensor | ImageDecodeError] = []
@@ -199,19 +198,11 @@ class Encoder:
     def _units(self, held: Held, inputs: Sequence[torch.Tensor]) -> int:
         """Tokens of texts with their two marks, or patches of images."""
         if self.tower == "image":
-            return len(inputs) * int(held.model.config.image.grid) ** 2
+            return len(inputs) * int(held.config.image.grid) ** 2
         return sum(int(one.argmax()) + 1 for one in inputs)  # the end mark is the largest
 
-    @torch.inference_mode()
     def _forward(self, held: Held, inputs: torch.Tensor) -> Vectors:
-        encode = held.model.encode_image if self.tower == "image" else held.model.encode_text
-        try:
-            with products_in(self.precision, self.device):
-                vectors: Vectors = encode(inputs.to(self.device)).float().cpu().numpy()
-        except torch.AcceleratorError as error:
-            # CUDA's own: whatever comes after fails the same way.
-            self.broken = str(error).partition("\n")[0]
-            raise
+        vectors = self.compute.run(held.encode, inputs)
         check_vectors(vectors, held.card.dimensions, self.tower)
         return vectors
 
@@ -273,10 +264,7 @@ class Encoder:
                 f"its embeddings have {model.config.embed_dim} numbers, and clients keep those of "
                 f"{served.card.dimensions}; start another server for it"
             )
-        model = model.to(self.device)
-        round_weights(model, self.precision)
-        with products_in(self.precision, self.device):
-            check_model(model)
+        encode = self.compute.ready(model)
         card = ModelCard(
             place.name,
             place.version,
@@ -288,16 +276,7 @@ class Encoder:
         transform = image_transform(
             model.config, exif_orientation=True, max_pixels=self.config.serve.limits.image_pixels
         )
-        return Held(place, card, model, transform)
-
-
-def _device(tower: Tower, settings: EncoderConfig) -> torch.device:
-    if settings.gpus and not torch.cuda.is_available():
-        raise ValueError(
-            f"serve.{tower}.gpus: is {settings.gpus:g}, and PyTorch sees no GPU on this node; "
-            "install requirements/cuda.txt there, or set it to 0"
-        )
-    return torch.device("cuda" if settings.gpus else "cpu")
+        return Held(place, card, model.config, encode, transform)
 
 
 def _work_alone() -> None:

@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow.fs as pafs
 import torch
 from mlflow.exceptions import MlflowException
+from torch import Tensor
 
 from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from rwkv_clip.model import RWKVCLIP, load_checkpoint
 from rwkv_clip.model.checkpoint import CheckpointError
+from rwkv_clip.model.config import CLIPConfig
 from serve.config import S3Section
 from serve.files import open_filesystem
-from serve.messages import ModelPlace, Vectors
+from serve.messages import ModelPlace, Tower, Vectors
 from serve.registry import ModelError
 
 
@@ -39,26 +41,29 @@ def load_model(place: ModelPlace, s3: S3Section) -> tuple[RWKVCLIP, str]:
         raise ModelError(f"{place.uri} cannot be loaded: {error}") from error
 
 
-def check_model(model: RWKVCLIP) -> None:
-    """Embed an image and a text, and look at the scale that classifying takes.
+def check_model(model: RWKVCLIP, tower: Tower) -> None:
+    """Embed an image, or a text, and look at the scale that classifying takes.
 
     Raises:
         ModelError: what comes out is no embedding, or the scale is no number.
     """
-    config = model.config
-    pixels = torch.linspace(-1, 1, 3 * config.image_size**2)
     device = next(model.parameters()).device
-    tokens = torch.zeros(1, config.context_length, dtype=torch.int64)
-    tokens[0, :2] = torch.tensor([config.vocab_size - 2, config.vocab_size - 1])
+    encode = model.encode_image if tower == "image" else model.encode_text
     with torch.inference_mode():
-        image = model.encode_image(
-            pixels.view(1, 3, config.image_size, config.image_size).to(device)
-        )
-        text = model.encode_text(tokens.to(device))
+        vectors = encode(sample_input(model.config, tower).to(device))
     if not model.logit_scale.exp().isfinite():
         raise ModelError("the model's scale (logit_scale) is not finite; train it anew")
-    for told, vectors in (("image", image), ("text", text)):
-        check_vectors(vectors.float().cpu().numpy(), config.embed_dim, told)
+    check_vectors(vectors.float().cpu().numpy(), model.config.embed_dim, tower)
+
+
+def sample_input(config: CLIPConfig, tower: Tower) -> Tensor:
+    """An image, [1, 3, S, S], or a text of no words, [1, T]."""
+    if tower == "image":
+        side = config.image_size
+        return torch.linspace(-1, 1, 3 * side**2).view(1, 3, side, side)
+    tokens = torch.zeros(1, config.context_length, dtype=torch.int64)
+    tokens[0, :2] = torch.tensor([config.vocab_size - 2, config.vocab_size - 1])
+    return tokens
 
 
 def check_vectors(vectors: Vectors, dimensions: int, told: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rwkv_clip import image_transform, tokenize
 from rwkv_clip.model import RWKVCLIP, create_model, save_checkpoint
+from serve.compute import Compute
 from serve.config import ServeFile
 from serve.encoders import Encoder
 from serve.messages import Orders
@@ -153,14 +154,15 @@ def test_a_model_that_is_no_good_is_refused(
     np.testing.assert_allclose(answer["data"][0]["embedding"], vectors(model)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 100.0])
-def test_a_scale_that_classifies_nothing_is_no_models(scale):
+def test_a_scale_that_classifies_nothing_is_no_models(scale, tower):
     model = create_model(small_config()).eval()
-    check_model(model)
+    check_model(model, tower)
     with torch.no_grad():
         model.logit_scale.fill_(scale)
     with pytest.raises(ModelError, match=r"scale \(logit_scale\) is not finite"):
-        check_model(model)
+        check_model(model, tower)
 
 
 def test_a_folder_that_changed_is_not_served_as_what_it_was(tmp_path):
@@ -175,8 +177,7 @@ def test_a_folder_that_changed_is_not_served_as_what_it_was(tmp_path):
     async def work() -> None:
         """A replica that begins while the folder's new model is on its way."""
         encoder = Encoder.__new__(Encoder)
-        encoder.config, encoder.device = config, torch.device("cpu")
-        encoder.precision = config.serve.image.precision
+        encoder.config, encoder.compute = config, Compute("image", config.serve.image)
         encoder.loader, encoder.held = ThreadPoolExecutor(1), {}
         encoder.serving = before
         await encoder._begin(Orders(before, (before, after)))
