@@ -59,10 +59,9 @@ class CaptionConfig(BaseConfig):
 
     def identity(self, manifest: Manifest) -> dict[str, Any]:
         """What decides the captions; not where and how fast they are made."""
-        arguments = self.engine.arguments if isinstance(self.engine, PythonConfig) else {}
         return {
             "model": self.engine.model,
-            **({"arguments": arguments} if arguments else {}),
+            **self.engine.identity(),
             "prompt": CAPTION_PROMPT_VERSION,
             "sampling": self.sampling.model_dump(mode="json"),
             "image_side": self.image_side,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -248,16 +249,26 @@ class TextsError(ValueError):
     """There is nothing to search images by; the message says what to do."""
 
 
-def check_texts(files: PairFiles, column: str, key: str) -> None:
-    """Raises TextsError, naming the configuration's key, if no pair has a text in a column."""
+def check_texts(files: PairFiles, column: str, key: str, pairs: int | None = None) -> None:
+    """Look whether pairs have a text to search images by.
+
+    Args:
+        files: of the pairs.
+        column: that the text is in.
+        key: of the configuration, that names the column.
+        pairs: that are looked at, from the first on; all if absent.
+
+    Raises:
+        TextsError: none of them has one.
+    """
     if files.beside:  # where it may be as well
         return
-    for part in files.parts:
-        if any(files.storage.read_table(part, [column])[column].to_pylist()):
-            return
+    if any(pair[column] for pair in islice(files.texts(), pairs)):
+        return
     there = [name for name in TEXTS if name != column]
+    among = "no pair" if pairs is None else f"none of the first {pairs:,} pairs"
     raise TextsError(
-        f"{key}: no pair of {files.storage.child_uri(files.parts[0]).rpartition('/')[0]} has a "
+        f"{key}: {among} of {files.storage.child_uri(files.parts[0]).rpartition('/')[0]} has a "
         f"{column} to search images by; set it to {' or '.join(there)}, or give captions"
     )
 

@@ -96,6 +96,20 @@ class PipelineConfig(BaseConfig):
             raise ValueError("train.validation and validation_data go together; give both or none")
         return self
 
+    @model_validator(mode="after")
+    def _embedded_is_ingested(self) -> "PipelineConfig":
+        there = [
+            name
+            for name in ("train", "test", "validation")
+            if getattr(self, f"{name}_data") is not None
+        ]
+        if self.embed is not None and self.embed.data not in there:
+            raise ValueError(
+                f"embed.data is {self.embed.data!r}, and there is no {self.embed.data}_data; set "
+                f"it to {' or '.join(there)}, or leave embed out"
+            )
+        return self
+
     def baseline_train(self) -> TrainConfig | None:
         """The second training, if one is asked for."""
         if self.baseline is None:
@@ -177,7 +191,8 @@ def _run(stages: Stages, memory: PeakMemory) -> PipelineResult:
             "it trains: leave it out"
         )
     sets = OpenedSets.of(config.evaluation)  # what cannot be read is told before any work
-    data, test = stages.ingest()
+    data, test, validation = stages.ingest()
+    stages.check_training(data)
     captioned = stages.caption(data)
     described = stages.describe(data)
     main = stages.train("train", config.train, data)
@@ -207,7 +222,7 @@ def _run(stages: Stages, memory: PeakMemory) -> PipelineResult:
         title=config.name,
         configuration=config.model_dump(mode="json", exclude={"ray", "serve", "tracking"}),
         versions=_versions(),
-        data=[data, test] if test else [data],
+        data=[one for one in (data, test, validation) if one is not None],
         train=main,
         stages=stages.took,
         captioning=captioned,

@@ -30,11 +30,13 @@ from ray_jobs.summary import Stage
 from ray_jobs.synthesize import SynthesisResult, synthesize
 from ray_jobs.tracking import StageRun, Tracker
 from ray_jobs.tracking.config import STORE_ERRORS
+from ray_jobs.tracking.metrics import counts
 from ray_jobs.tracking.registry import CHAMPION, Registered, champion_of, crown, register
 from ray_jobs.tracking.source import ModelSource, ModelSourceError, model_source, stored_model
 from ray_jobs.train import (
     VALIDATION,
     TrainResult,
+    check_trainable,
     data_identity,
     is_trained,
     total_steps,
@@ -74,23 +76,42 @@ class Stages:
         self.times = StageTimes(storage)
         self.took: list[StageTime] = []
 
-    def ingest(self) -> tuple[Manifest, Manifest | None]:
-        """Read all data sets; gives those that are learnt from and searched."""
+    def ingest(self) -> tuple[Manifest, Manifest | None, Manifest | None]:
+        """Read all data sets; gives those that are learnt from, searched, and validated by."""
         config = self.config
         took: list[tuple[float, int]] = []
         with self._stage("ingest") as told:
             data = self._ingest_one(config.train_data, "train", took)
             test = self._ingest_one(config.test_data, "test", took) if config.test_data else None
+            validation = None
             if config.validation_data is not None:
-                self._ingest_one(config.validation_data, VALIDATION, took)
+                validation = self._ingest_one(config.validation_data, VALIDATION, took)
             self._check_texts(test)
             counts = [f"{data.rows:,} pairs to train"]
             if test is not None:
                 counts.append(f"{test.rows:,} to test")
-            rejected = sum(sum(one.rejected.values()) for one in (data, test) if one)
+            if validation is not None:
+                counts.append(f"{validation.rows:,} to validate")
+            sets = [one for one in (data, test, validation) if one is not None]
+            rejected = sum(sum(one.rejected.values()) for one in sets)
             told.append(", ".join([*counts, f"{rejected:,} rejected"]))
         self._took("ingest", sum(one for one, _ in took), sum(rows for _, rows in took), "pairs")
-        return data, test
+        return data, test, validation
+
+    def check_training(self, data: Manifest) -> None:
+        """Raise TrainError before hours of describing what could not be trained on afterwards."""
+        config = self.config
+        texts = {"train.data.texts": config.train.data.texts}
+        if config.baseline is not None:
+            texts["baseline"] = config.baseline
+        asked = {CAPTIONS: config.captioning, DESCRIPTIONS: config.synthesis}
+        coming = [
+            text
+            for kind, section in asked.items()
+            if section is not None
+            for text in Beside(kind, data.name).says
+        ]
+        check_trainable(config.train, PairFiles.of(self.storage, data.name), texts, coming)
 
     def _ingest_one(
         self, config: IngestConfig, name: str, took: list[tuple[float, int]]
@@ -110,7 +131,7 @@ class Stages:
             check_texts(files, self.config.evaluation.text, "evaluation.text")
         if (validation := self.config.train.validation) is not None:
             files = PairFiles.of(self.storage, VALIDATION)
-            check_texts(files, validation.text, "train.validation.text")
+            check_texts(files, validation.text, "train.validation.text", validation.pairs)
 
     def caption(self, data: Manifest) -> CaptionResult | None:
         """Caption and tag, if that is asked for."""
@@ -128,7 +149,7 @@ class Stages:
                     "rows": result.rows,
                     "incidents": len(result.incidents),
                     "rows_per_second": result.rows / max(result.seconds, 1e-9),
-                    **{f"source_{key}": count for key, count in result.sources.items()},
+                    **counts("source", result.sources),
                 }
             )
             run.json("incidents.json", result.incidents)
@@ -156,8 +177,8 @@ class Stages:
                     "retried": result.retried,
                     "incidents": len(result.incidents),
                     "rows_per_second": result.rows / max(result.seconds, 1e-9),
-                    **{f"source_{key}": count for key, count in result.sources.items()},
-                    **{f"refused_{key}": count for key, count in result.refusals.items()},
+                    **counts("source", result.sources),
+                    **counts("refused", result.refusals),
                 }
             )
             run.json("incidents.json", result.incidents)

@@ -31,6 +31,8 @@ from rwkv_clip.config import BaseConfig
 _TEMPORARY = ".tmp-"
 _ONE_REQUEST = 8_000_000  # bytes; Arrow sends up to 10 MB so
 _PIECE = 80_000_000  # bytes, sent at a time: eight parts of Arrow's
+# Of the file systems that pyarrow knows; any that fsspec knows is reached by `fsspec+NAME://`.
+_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "hf", "mock")
 _ROWS = 16  # at a time: encoded images are large
 _NOBODYS_SECONDS = 86_400.0  # without a byte written, a file that is not finished is given up
 
@@ -61,9 +63,24 @@ class StorageConfig(BaseConfig):
 
     @field_validator("uri")
     @classmethod
-    def _not_empty(cls, uri: str) -> str:
+    def _is_a_place(cls, uri: str) -> str:
         if not uri.strip():
             raise ValueError("takes a folder or a URI such as s3://bucket/prefix")
+        scheme, colon, rest = uri.partition(":")
+        if colon and scheme in _SCHEMES:
+            if not rest.startswith("//"):
+                raise ValueError(f"{uri} lacks slashes; such a URI begins with {scheme}://")
+            if scheme != "file" and not rest.strip("/"):
+                raise ValueError(f"{uri} names no bucket; takes {scheme}://bucket/prefix")
+        elif rest.startswith("//") and not scheme.startswith("fsspec+"):
+            known = ", ".join(f"{one}://" for one in _SCHEMES)
+            raise ValueError(f"{uri} is on no known file system; takes a folder or {known}")
+        try:
+            if scheme == "file":
+                pafs.FileSystem.from_uri(uri)
+            Path(uri).expanduser()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{uri} is no folder: {error}") from error
         return uri.rstrip("/") or "/"
 
 
@@ -229,8 +246,9 @@ class Storage:
 
     def read_json(self, name: str) -> Any:
         """Read a JSON document; raises FileNotFoundError, and ValueError where it is none."""
+        data = self.read_bytes(name)
         try:
-            return json.loads(self.read_bytes(name))
+            return json.loads(data)
         except ValueError as error:
             raise ValueError(f"{self.child_uri(name)} is not JSON: {error}") from error
 

@@ -55,6 +55,7 @@ class SynthesisConfig(BaseConfig):
         """What decides the descriptions; not where and how fast they are made."""
         identity = {
             "model": self.engine.model,
+            **self.engine.identity(),
             "prompt": PROMPT_VERSION,
             "sampling": self.sampling.model_dump(mode="json"),
             "variants": self.variants,

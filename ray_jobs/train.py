@@ -9,12 +9,13 @@ last checkpoint when it is started again; one that ended returns its result at o
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -24,9 +25,9 @@ from ray_jobs.encoding import check_texts
 from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.room import Need, warn_without_room
 from ray_jobs.storage import Storage
-from ray_jobs.training.batches import PairFiles
+from ray_jobs.training.batches import PairFiles, choose_text
 from ray_jobs.training.checkpoint import STATE_FILE, RunState, checkpoint_name
-from ray_jobs.training.config import TrainConfig
+from ray_jobs.training.config import TextWeights, TrainConfig
 from ray_jobs.training.loop import NonFiniteLossError, WorkerTask, train_worker
 from ray_jobs.training.plan import DataPlan, PlanError
 from ray_jobs.training.process_group import ProcessGroupConfig
@@ -110,6 +111,38 @@ def total_steps(config: TrainConfig, files: PairFiles) -> int:
     return max(1, round(config.epochs * plan.steps_per_epoch))
 
 
+def check_trainable(
+    config: TrainConfig,
+    files: PairFiles,
+    texts: Mapping[str, TextWeights],
+    coming: Collection[str] = (),
+) -> None:
+    """Look whether trainings will find pairs enough, and texts.
+
+    Args:
+        config: of the trainings.
+        files: of the pairs.
+        texts: what each chooses from, by the configuration's key.
+        coming: texts that are to be made first.
+
+    Raises:
+        TrainError: the pairs do not fill a batch, or none has a text that is chosen.
+    """
+    total_steps(config, files)
+    for key, chosen in texts.items():
+        weights = chosen.model_dump()
+        wanted = [name for name, weight in weights.items() if weight]
+        if files.beside or not {*wanted}.isdisjoint(coming):
+            continue
+        anything = np.random.default_rng(0)
+        if not any(choose_text(pair, weights, anything) for pair in files.texts()):
+            raise TrainError(
+                f"{key}: no pair has one of the texts that it gives a weight "
+                f"({', '.join(wanted) or 'none'}); weigh those that pairs have, or have captions "
+                "or descriptions made first, by captioning or synthesis"
+            )
+
+
 def train(
     config: TrainConfig,
     storage: Storage,
@@ -151,7 +184,8 @@ def train(
     validator = None
     if config.validation is not None:
         validation = PairFiles.of(storage, VALIDATION)
-        check_texts(validation, config.validation.text, "train.validation.text")
+        text, pairs = config.validation.text, config.validation.pairs
+        check_texts(validation, text, "train.validation.text", pairs)
         validator = Validator(config.validation, validation, folder)
     check_room(config)
     with interruptible():

@@ -14,6 +14,17 @@ from pydantic import (
 from ray_jobs.room import Need
 from rwkv_clip.config import BaseConfig
 
+# Of vLLM's arguments, those that say which model it is and what that reads. All others are of where
+# and how fast, and may be changed when a run goes on.
+_DECIDES = (
+    "hf_overrides",
+    "mm_processor_kwargs",
+    "quantization",
+    "revision",
+    "tokenizer",
+    "tokenizer_revision",
+)
+
 
 class VllmConfig(BaseConfig):
     """Engines of ours: vLLM on Ray's nodes."""
@@ -42,6 +53,11 @@ class VllmConfig(BaseConfig):
         devices = self.devices
         more = (Need(f"{key}.gpus", 0.0, 1.0, devices - 1),) if devices > 1 else ()
         return (Need(key, self.cpus, min(devices, 1)), *more)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers beside the model's name."""
+        decides = {key: self.engine_kwargs[key] for key in _DECIDES if key in self.engine_kwargs}
+        return {"engine_kwargs": decides} if decides else {}
 
     @property
     def devices(self) -> int:
@@ -87,6 +103,10 @@ class HttpConfig(BaseConfig):
         600, description="a server that is away or busy is asked again for so long"
     )
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers beside the model's name."""
+        return {}
+
     @property
     def count(self) -> int:
         """Workers at a time."""
@@ -116,6 +136,10 @@ class PythonConfig(BaseConfig):
     workers: PositiveInt = Field(1, description="processes that caption")
     cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each")
     gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for each")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers beside the model's name."""
+        return {"arguments": self.arguments} if self.arguments else {}
 
     @property
     def count(self) -> int:

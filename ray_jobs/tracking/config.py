@@ -36,6 +36,14 @@ class TrackingConfig(BaseConfig):
         10.0, description="between two samples of the driver's machine; null for none"
     )
 
+    @field_validator("model_name")
+    @classmethod
+    def _mlflow_takes_it(cls, name: str) -> str:
+        if not name.strip() or (refused := sorted(set(name) & set("/:@'\""))):
+            why = f"holds {' '.join(refused)}" if name.strip() else "is empty"
+            raise ValueError(f"{why}; takes a name of letters, digits, blanks, - _ and dots")
+        return name
+
     @field_validator("champion_metric")
     @classmethod
     def _larger_is_better(cls, name: str) -> str:

@@ -1,7 +1,9 @@
-"""Step metrics on their way into MLflow: each step once, whatever was restarted or unreachable."""
+"""Metrics on their way into MLflow: names that it takes, and each step once, whatever befell."""
 
 import logging
+import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 
@@ -13,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 _QUIET_SECONDS = 30.0
 _NOT_METRICS = frozenset({"step", "seconds"})
+_NO_METRIC = re.compile(r"[^A-Za-z0-9_\-. :]")  # in the name of one of MLflow's; / makes folders
+_METRIC_NAME = 100  # characters; MLflow takes 250
+_METRICS = 30  # of one kind
 
 
 class StepMetrics:
@@ -71,3 +76,12 @@ class StepMetrics:
         ]
         self._client.log_batch(self._run_id, metrics=metrics)
         self._logged.add(step)
+
+
+def counts(told: str, counts: Mapping[str, int]) -> dict[str, int]:
+    """Metrics of what the data may call as it likes, in names that MLflow takes, the most first."""
+    metrics: Counter[str] = Counter()
+    for at, (name, count) in enumerate(sorted(counts.items(), key=lambda one: -one[1])):
+        kept = _NO_METRIC.sub("_", name)[:_METRIC_NAME] if at < _METRICS else "others"
+        metrics[f"{told}_{kept}"] += count
+    return dict(metrics)

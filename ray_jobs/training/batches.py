@@ -93,6 +93,13 @@ class PairFiles:
         """Rows in each row group, over all parts."""
         return tuple(rows for part in self.row_groups for rows in part)
 
+    def texts(self) -> Iterator[dict[str, Any]]:
+        """The pairs in order, without images and what was written beside them."""
+        for part in self.parts:
+            with self.storage.parquet(part) as file:
+                for batch in file.iter_batches(columns=[*TEXTS, "tags"]):
+                    yield from batch.to_pylist()
+
     def take(self, rows: Rows) -> list[dict[str, Any]]:
         """The pairs at these positions, in their order."""
         groups = self.address.groups(rows)

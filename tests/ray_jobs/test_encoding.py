@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -11,10 +13,17 @@ from ray.train import Checkpoint
 
 from ray_jobs.classification import PromptEncoder
 from ray_jobs.embed import EmbedConfig, PartEncoder
-from ray_jobs.encoding import EncoderConfig, ImageEncoder, fetch_checkpoint
+from ray_jobs.encoding import (
+    EncoderConfig,
+    ImageEncoder,
+    TextsError,
+    check_texts,
+    fetch_checkpoint,
+)
 from ray_jobs.evaluate import Encoder, EvaluationConfig
 from ray_jobs.image_sets import SetEncoder
 from ray_jobs.storage import S3Config, Storage, StorageConfig
+from ray_jobs.training.batches import PairFiles
 from ray_jobs.training.config import ValidationConfig
 from ray_jobs.training.validation import Validator
 from rwkv_clip.model import CheckpointError, create_model, save_checkpoint
@@ -54,6 +63,18 @@ def test_a_compiled_model_embeds_batches_of_any_size_as_it_is(
         torch.testing.assert_close(
             plain.encode_texts(texts), compiled.encode_texts(texts), atol=2e-3, rtol=0
         )
+
+
+def test_what_validates_is_of_the_pairs_that_are_searched(tmp_path: Path) -> None:
+    storage = Storage.at(tmp_path)
+    texts = {"web_text": ["a", "b", "c"], "caption": [None, None, "a heart"]}
+    table = pa.table({**texts, "description": [None] * 3, "tags": [None] * 3})
+    storage.write_table("pairs/test/part-0.parquet", table)
+    files = PairFiles(storage, ("pairs/test/part-0.parquet",), ((3,),))
+    check_texts(files, "caption", "train.validation.text", 3)
+    check_texts(files, "caption", "evaluation.text")
+    with pytest.raises(TextsError, match=r"train\.validation\.text: none of the first 2 pairs"):
+        check_texts(files, "caption", "train.validation.text", 2)
 
 
 def validate(storage: Storage) -> None:

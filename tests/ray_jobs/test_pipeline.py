@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -15,15 +16,17 @@ from mlflow.exceptions import MlflowException
 
 from ray_jobs.embed import EmbedResult
 from ray_jobs.embed import embed as embed_pairs
-from ray_jobs.ingestion.manifest import Manifest
+from ray_jobs.ingestion.manifest import Manifest, Part
 from ray_jobs.pipeline import PipelineConfig, pipeline, run_stage
+from ray_jobs.stages import Stages
 from ray_jobs.storage import Storage
 from ray_jobs.synthesize import SynthesisError
 from ray_jobs.tracking.registry import CHAMPION, champion_of
 from ray_jobs.tracking.source import stored_model
+from ray_jobs.train import TrainError
 from ray_jobs.training.config import ModelConfig
 from rwkv_clip.cli import main
-from rwkv_clip.config import load_config
+from rwkv_clip.config import ConfigError, load_config
 from rwkv_clip.model import create_model, save_checkpoint
 from tests.machine import small_file_system
 from tests.ray_jobs.small import TRAIN
@@ -169,6 +172,43 @@ def test_a_mistake_in_the_configuration_is_told_before_any_work(tmp_path, capsys
     assert "trian" in told
     assert "did you mean 'train'?" in told
     assert not (tmp_path / "storage").exists()
+
+
+def test_vectors_of_pairs_that_are_not_there_are_told_before_any_work(tmp_path):
+    for data, told in (("tset", "there is no tset_data"), ("test", "set it to train, or leave")):
+        path = config_file(tmp_path, embed={"data": data}, test_data=None)
+        with pytest.raises(ConfigError, match=told):
+            load_config(PipelineConfig, path, ())
+
+
+def test_what_could_not_be_trained_on_is_told_before_it_is_described(tmp_path):
+    """By pairs that have what the web said, and no other text."""
+    engine = {"engine": {"kind": "http", "url": "http://127.0.0.1:9/v1", "model": "m"}}
+    parts = {"id": ["1", "2"], "web_text": ["a heart", "a house"], "caption": [None, None]}
+    texts = pa.table({**parts, "description": [None, None], "tags": [None, None]})
+    storage = Storage.at(tmp_path / "storage")
+    storage.write_table("pairs/train/part-0.parquet", texts)
+    part = Part("part-0", "pairs/train/part-0.parquet", 2, (2,), 100, "0")
+    data = Manifest("train", (part,), {}, {}, "config", "data")
+    data.save(storage)
+
+    def check(*changes: str, **sections: Any) -> None:
+        path = config_file(tmp_path, tracking=None, **sections)
+        changes = ("train.batch=2", "train.data.lanes=1", *changes)
+        config = load_config(PipelineConfig, path, changes)
+        Stages(config, storage, None).check_training(data)
+
+    check()
+    with pytest.raises(TrainError, match=r"train\.batch: "):
+        check("train.batch=3")
+    alone = ("train.data.texts.web_text=0", "train.data.texts.caption=0")
+    with pytest.raises(TrainError, match=r"train\.data\.texts: .*\(description\)"):
+        check(*alone)
+    check(*alone, synthesis=engine)
+    only_captions = {"web_text": 0, "caption": 1, "description": 0}
+    with pytest.raises(TrainError, match=r"baseline: .*\(caption\)"):
+        check(synthesis=engine, baseline=only_captions)
+    check(captioning=engine, baseline=only_captions)
 
 
 def test_a_stage_alone_needs_the_texts_that_the_configuration_asks_for(tmp_path, monkeypatch):

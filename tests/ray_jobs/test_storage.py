@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from ray_jobs import storage as module
 from ray_jobs.ingest import IngestConfig
@@ -29,6 +30,29 @@ def refuse(server: Server, requests: int) -> None:
     """Let the server answer so many requests with 503."""
     until = server.refused + requests
     server.refuses = lambda method, path: server.refused < until
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://", "names no bucket"),
+        ("s3:/bucket/run", "begins with s3://"),
+        ("s4://bucket/run", "on no known file system; takes a folder or .*s3://"),
+        ("file:///a b", "is no folder"),
+        ("~nobody-of-that-name/run", "is no folder"),
+        (" ", "takes a folder or a URI"),
+    ],
+)
+def test_a_place_that_cannot_be_is_told_before_any_work(uri: str, told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        StorageConfig(uri=uri)
+
+
+@pytest.mark.parametrize(
+    "uri", ["runs/a: b", "/", "~/run", "s3://bucket", "gs://b/run", "abfss://c@a/run", "file:///a"]
+)
+def test_other_places_are_taken_as_they_are_called(uri: str) -> None:
+    assert StorageConfig(uri=uri).uri == uri
 
 
 def test_a_busy_server_is_asked_again_in_other_processes_too(s3: Server) -> None:

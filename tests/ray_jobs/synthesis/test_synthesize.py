@@ -158,6 +158,18 @@ def test_other_settings_do_not_mix_with_what_is_there(
         synthesize(other, storage)
 
 
+def test_another_revision_is_another_model_and_more_memory_is_not(
+    storage: Storage, described: SynthesisResult
+) -> None:
+    manifest = Manifest.from_storage(storage)
+    same, other = (
+        config(engine_kwargs=arguments).identity(storage, manifest)
+        for arguments in ({"gpu_memory_utilization": 0.5}, {"revision": "v2"})
+    )
+    assert same == config().identity(storage, manifest)
+    assert other != same
+
+
 def test_a_model_that_is_not_there_is_told_before_any_work(fresh: Storage, tmp_path: Path) -> None:
     with pytest.raises(SynthesisError, match=r"synthesis\.engine\.model: .*no config\.json"):
         synthesize(config(model=str(tmp_path / "nothing")), fresh)

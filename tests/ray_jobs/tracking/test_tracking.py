@@ -26,7 +26,7 @@ from ray_jobs.storage import Storage, StorageConfig, digest_of_json
 from ray_jobs.tracking import Tracker, TrackingConfig, TrackingError
 from ray_jobs.tracking.config import tracking_place
 from ray_jobs.tracking.machine import MachineMetrics
-from ray_jobs.tracking.metrics import StepMetrics
+from ray_jobs.tracking.metrics import StepMetrics, counts
 from ray_jobs.tracking.registry import CHAMPION, champion_of, crown, register
 from ray_jobs.tracking.runs import StageRun, current_store
 from rwkv_clip import __version__, load_checkpoint, tokenize
@@ -505,6 +505,12 @@ def test_a_metric_that_is_better_when_smaller_cannot_make_champions():
         TrackingConfig(champion_metric="text_to_image_median_rank")
 
 
+@pytest.mark.parametrize("name", ["team/clip", "our's", "clip@champion", "a:b", " "])
+def test_a_name_that_the_registry_does_not_take_is_told_before_any_work(name):
+    with pytest.raises(ValidationError, match="takes a name of letters"):
+        TrackingConfig(model_name=name)
+
+
 def test_the_registered_model_embeds_as_the_checkpoint_does(storage, checkpoint, monkeypatch):
     found = registered(storage, checkpoint, 0.25)
     with current_store(store(storage)):
@@ -575,3 +581,16 @@ def picture() -> bytes:
     out = BytesIO()
     Image.new("RGB", (40, 30), (200, 30, 30)).save(out, "PNG")
     return out.getvalue()
+
+
+def test_what_the_data_calls_its_sources_is_counted_in_names_that_mlflow_takes(storage):
+    sources = {"Qwen2-VL (7B)": 5, "none: image": 2, **{f"kind {at}?": 1 for at in range(500)}}
+    metrics = counts("source", sources)
+    assert metrics["source_Qwen2-VL _7B_"] == 5
+    assert metrics["source_none: image"] == 2
+    assert len(metrics) < 50
+    assert sum(metrics.values()) == sum(sources.values())
+    with Tracker(TrackingConfig(), storage, {}, "run") as tracker:
+        tracker.parent.metrics(metrics)
+        run = tracker.client.get_run(tracker.parent.run_id)
+    assert {name: run.data.metrics[name] for name in metrics} == metrics
