@@ -90,7 +90,7 @@ class Held:
     """What a replica's model is read for; its pictures come when `more` is set."""
 
     def __init__(self) -> None:
-        self.model = SimpleNamespace(config=SimpleNamespace(context_length=16))
+        self.config = SimpleNamespace(context_length=16)
         self.begun: list[bytes] = []
         self.first, self.more = threading.Event(), threading.Event()
 
@@ -135,7 +135,7 @@ def end_before_it_is_done(
 
     async def cancel() -> None:
         task = asyncio.ensure_future(work())
-        await asyncio.to_thread(first.wait)
+        assert await asyncio.to_thread(first.wait, 60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
