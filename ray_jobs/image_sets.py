@@ -31,8 +31,7 @@ from ray_jobs.storage import Storage, digest_of_json
 logger = logging.getLogger(__name__)
 
 _PARQUET = (".parquet", ".pq")
-_LOWER = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_IMAGES = (*_LOWER, *(suffix.upper() for suffix in _LOWER))
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SET_NAME = r"^[\w.-][\w. -]*$"  # what MLflow takes in a metric's name, and files in theirs
 _UNIT_BYTES = 1 << 29  # a task reads at most, about
 
@@ -67,7 +66,7 @@ class ImageSet:
         files = find_files(config, (*_PARQUET, *_IMAGES) if labels else _PARQUET)
         self.units: list[list[Unit]] = []
         rows = config.unit_rows
-        parquet = [file for file in files if file.uri.endswith(_PARQUET)]
+        parquet = [file for file in files if file.uri.lower().endswith(_PARQUET)]
         for file in parquet:
             metadata, schema = read_footer(file.uri, config.s3, f"{key}.path")
             self._check(schema, file.uri)

@@ -1,7 +1,8 @@
 """Ingest: from a source to pairs in the storage, with a manifest that later stages build on.
 
 A unit of the source becomes a part, by one task:
-    pairs/NAME/part-00000.parquet      the pairs, in row groups of at most `row_group_rows`
+    pairs/NAME/part-00000.parquet      the pairs, in row groups of at most `row_group_rows`; ends
+                                       with the digest of what was dropped, if anything was
     rejected/NAME/part-00000.parquet   the rows that could not be used, each with its reason
     keys/NAME/part-00000.parquet       64-bit hashes of ids, images and texts, to find duplicates
     pairs/NAME/part-00000.json         the part's record, written last
@@ -12,14 +13,15 @@ Choices:
   the same bytes to the same names. A record knows what it was made from, and a run with another
   configuration is refused instead of mixed in.
 - A duplicate id loses to the first row with that id, in the order of the units. Duplicates' parts
-  are rewritten without them; dropping is by id, so to do it twice changes nothing.
+  are written anew without them, to names of their own, so that whoever still reads a unit, in
+  another run or on a node that was given up, changes nothing of what is done.
 """
 
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -35,7 +37,7 @@ from ray_jobs import job
 from ray_jobs.execution import arrange, work_items
 from ray_jobs.ingestion.duplicates import Drop, DuplicateSearch, digest_of
 from ray_jobs.ingestion.manifest import IngestError, Manifest, Part, manifest_name, part_name
-from ray_jobs.ingestion.parts import PartWriter, Record
+from ray_jobs.ingestion.parts import DUPLICATES, PartWriter, Record
 from ray_jobs.pairs import RowLimits
 from ray_jobs.progress import Progress
 from ray_jobs.room import Need, warn_without_room
@@ -187,12 +189,7 @@ class _Ingestion:
         done = [
             index
             for index in range(max(len(units), len(there)))
-            if {
-                self.writer.path("pairs", index, ".json"),
-                self.writer.path("pairs", index),
-                self.writer.path("keys", index),
-            }
-            <= there
+            if {self.writer.path("pairs", index, ".json"), self.writer.path("keys", index)} <= there
         ]
         with ThreadPoolExecutor(16) as pool:
             paths = [self.writer.path("pairs", index, ".json") for index in done]
@@ -205,7 +202,11 @@ class _Ingestion:
             else:
                 continue
             raise _mismatch(self.storage, self.name, problem)
-        return dict(zip(done, found, strict=True))
+        return {
+            index: record
+            for index, record in zip(done, found, strict=True)
+            if (record.path or self.writer.path("pairs", index)) in there
+        }
 
     def _add(self, index: int, record: Record) -> None:
         self.records[index] = record
@@ -244,7 +245,17 @@ class _Ingestion:
         self._check_share(duplicate_ids=counts["id"])
         counts["id"] += self.rejected["duplicate_id"]
         self._rewrite(drops)
+        self._clear_away(drops)
         return counts
+
+    def _clear_away(self, dropped: Collection[int]) -> None:
+        """Remove what no record means: of a crash, or of an earlier ingestion."""
+        whole = {self.writer.path("pairs", index) for index in dropped}
+        explained = {self.writer.path("rejected", index, DUPLICATES) for index in dropped}
+        left = whole.intersection(self.storage.names(f"pairs/{self.name}"))
+        left |= {*self.storage.names(f"rejected/{self.name}", DUPLICATES)} - explained
+        for name in left:
+            self.storage.delete(name)
 
     def _rewrite(self, drops: Mapping[int, Sequence[Drop]]) -> None:
         items = [
@@ -322,7 +333,7 @@ class _Ingestion:
         parts = tuple(
             Part(
                 name=part_name(index),
-                path=self.writer.path("pairs", index),
+                path=record.path or self.writer.path("pairs", index),
                 rows=record.rows,
                 row_groups=tuple(record.row_groups),
                 bytes=record.bytes,

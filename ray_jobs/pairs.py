@@ -51,6 +51,8 @@ _ID_DIGITS = 32  # of the digest that ends a longer one
 _MAX_DETAIL = 200
 # What steers a terminal, or turns a line around. Joiners, which emoji are made of, do neither.
 _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# What is in no text: control characters, but for blanks, and what stands for what is not UTF-8.
+_UNTOLD = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd]")
 
 
 @dataclass(frozen=True)
@@ -132,15 +134,25 @@ def _no_text_in(raw: Mapping[str, Any]) -> str:
 def clean_id(identity: object) -> str:
     """An id as one printable line of at most 512 characters.
 
-    The end of a longer one becomes a digest of all of it: what tells ids apart is often there.
+    The end of a longer one becomes a digest of all of it: what tells ids apart is often there. So
+    one ends that holds what is in no text, and may be all that tells it from others.
     """
-    if not isinstance(identity, str | bytes | bytearray | memoryview):
+    if isinstance(identity, str):
+        identity = identity.encode("utf-8", "surrogatepass")  # no two strings give the same bytes
+    if not isinstance(identity, bytes | bytearray | memoryview):
         return ""
-    whole = printable(clean_text(identity, len(identity)))
-    if len(whole) <= _MAX_ID:
+    raw = bytes(identity)
+    whole = printable(clean_text(raw, len(raw)))
+    told = is_text(raw)
+    if told and len(whole) <= _MAX_ID:
         return whole
-    digest = hashlib.sha256(whole.encode()).hexdigest()[:_ID_DIGITS]
+    digest = hashlib.sha256(whole.encode() if told else raw).hexdigest()[:_ID_DIGITS]
     return f"{whole[: _MAX_ID - _ID_DIGITS - 1]}:{digest}"
+
+
+def is_text(value: bytes) -> bool:
+    """Whether bytes are UTF-8 without control characters, of which a text has blanks alone."""
+    return _UNTOLD.search(value.decode("utf-8", "replace")) is None
 
 
 def printable(text: str) -> str:

@@ -37,6 +37,7 @@ _TEXTS = [name for name in PAIR_SCHEMA.names if name != "image"]
 # one holds all of it, and Arrow joins no more than 2 GB of a column.
 _GROUP_BYTES = 64_000_000
 _EXAMPLES = 3  # a reason
+DUPLICATES = "-duplicates.parquet"  # ends the name of a part's rows that were taken out
 _TOLD = 500  # characters, of what was wrong with a row
 
 
@@ -52,6 +53,7 @@ class Record:
         examples: a few of them, by reason.
         dropped: rows taken out when all parts were there, because they repeat others.
         drop_digest: over these; empty if there are none.
+        path: of the pairs' file; empty for the one that the unit was read into.
     """
 
     config: str
@@ -64,6 +66,7 @@ class Record:
     examples: dict[str, list[str]]
     dropped: dict[str, int] = field(default_factory=dict)
     drop_digest: str = ""
+    path: str = ""
 
     @property
     def accepted(self) -> int:
@@ -90,9 +93,6 @@ class PartWriter:
 
     def write(self, index: int, unit: Unit, source: Source) -> Record:
         """Read a unit and write its part, the record last."""
-        for end in (".parquet", "-duplicates.parquet"):
-            # What is rejected may be that of another configuration whose pairs were deleted.
-            self.storage.delete(self.path("rejected", index, end))
         reading = Reading(self.limits)
         pairs = reading.pairs(source.read(unit))
         row_groups = self._write_pairs(
@@ -101,6 +101,8 @@ class PartWriter:
         if reading.rejected:
             table = rejected_table([asdict(row) for row in reading.rejected])
             self.storage.write_table(self.path("rejected", index), table)
+        else:  # there may be those of another configuration whose pairs were deleted
+            self.storage.delete(self.path("rejected", index))
         self.storage.write_table(self.path("keys", index), reading.keys())
         record = Record(
             config=self.config_digest,
@@ -116,33 +118,43 @@ class PartWriter:
         return record
 
     def drop(self, index: int, drops: Sequence[Drop]) -> Record:
-        """Take duplicates out of a part. May be repeated after a crash between any two writes."""
-        path = self.path("pairs", index)
-        explained = self.path("rejected", index, "-duplicates.parquet")
-        if not self.storage.exists(explained):
-            # Before the part is rewritten, because afterwards nobody knows the ids.
-            ids = self.storage.read_table(path, ["id"])["id"].to_pylist()
-            self.storage.write_table(explained, explain(index, ids, drops))
+        """Write a part anew without duplicates, in a file of its own, and remove the other.
+
+        May be repeated after a crash between any two writes. What another run still does with the
+        part's unit changes nothing of the file that is made here.
+        """
+        digest = digest_of(drops)
+        record = Record(**self.storage.read_json(self.path("pairs", index, ".json")))
+        if record.drop_digest == digest:
+            return record
+        source = record.path or self.path("pairs", index)
         dropped = {key for one in drops for key in one.ids.tolist()}
         content = _Content()
+        ids: list[str] = []  # of all
 
         def kept() -> Iterator[dict[str, Any]]:
-            for pair in self.storage.rows(path):
+            for pair in self.storage.rows(source):
+                ids.append(pair["id"])
                 if hash_of(pair["id"].encode()) not in dropped:
                     content.add(pair, hash_of(pair["image"]))
                     yield pair
 
+        path = self.path("pairs", index, f"-{digest[:12]}.parquet")
         row_groups = self._write_pairs(path, _tables(kept(), self.row_group_rows))
+        explained = self.path("rejected", index, DUPLICATES)
+        self.storage.write_table(explained, explain(index, ids, drops))
         record = replace(
-            Record(**self.storage.read_json(self.path("pairs", index, ".json"))),
+            record,
+            path=path,
             rows=sum(row_groups),
             row_groups=row_groups,
             bytes=self.storage.size(path),
             digest=content.hexdigest(),
             dropped={one.reason: len(one.ids) for one in drops},
-            drop_digest=digest_of(drops),
+            drop_digest=digest,
         )
         self.storage.write_json(self.path("pairs", index, ".json"), asdict(record))
+        self.storage.delete(source)
         return record
 
     def _write_pairs(self, path: str, tables: Iterable[pa.Table]) -> list[int]:

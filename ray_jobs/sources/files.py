@@ -18,7 +18,9 @@ from ray_jobs.sources.base import FilesConfig, SourceError
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 
 _MAGIC = re.compile(r"[*?\[]")
-HIDDEN = (".", "_")  # what is left behind or begun by others, such as _temporary and .cache
+HIDDEN = (".", "_")  # folders that others left behind or began, such as _temporary and .cache
+# Such files. Spark's _SUCCESS and _metadata have no ending that any source asks for.
+_HIDDEN_FILES = (".", "_committed_", "_started_")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def find_files(
         usual: names of files which, where a folder has any, are all that is read of it; then it
             is not listed.
         hidden: what folders' names begin with that are not looked into, unless a pattern names
-            some such.
+            some such. So it is with files that others left behind, whatever this says.
     """
     found: dict[str, File] = {}
     if not config.paths:
@@ -205,8 +207,10 @@ def _find(
         raise SourceError(f"source.path: {base} cannot be listed: {error}") from error
     wanted = path.removeprefix(base).lstrip("/")
     pattern = _pattern(wanted)
-    if any(part.startswith(hidden) for part in wanted.split("/")):
+    *folders, name = wanted.replace("**", "**/").split("/")  # a ** is of folders, too
+    if any(part.startswith(hidden) for part in folders):
         hidden = ()
+    hidden_files = () if name.startswith(HIDDEN) else _HIDDEN_FILES
     # What the file system calls the folder may lack a part of its URI, such as the host.
     start = base.rstrip("/") if "://" in base else root.rstrip("/")
     named = ((info, info.path.removeprefix(prefix)) for info in below)
@@ -215,7 +219,7 @@ def _find(
         for info, label in named
         if info.type == pafs.FileType.File
         and label.lower().endswith(tuple(suffixes))
-        and not posixpath.basename(label).startswith(HIDDEN)
+        and not posixpath.basename(label).startswith(hidden_files)
         and not any(part.startswith(hidden) for part in label.split("/")[:-1])
         and pattern.fullmatch(label)
     ]

@@ -9,6 +9,8 @@ Choices:
   a quote that nothing closes, which would take the lines after it into its field: many data sets
   are written as TSV without any quoting. Quoted fields of several lines are read, if they are
   closed as CSV closes them and are no longer than any text is.
+- The lines of CSV end with LF, or CRLF. Where the header ends with a CR alone, as Excel's for the
+  Macintosh do, they end with any of these: such a file may well have LF within its fields.
 - A compressed file that breaks off gives the rows before the break; the break is one rejected row,
   of the last unit.
 """
@@ -16,6 +18,7 @@ Choices:
 import csv
 import json
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +39,13 @@ from ray_jobs.sources.base import (
     require_text,
 )
 from ray_jobs.sources.files import HIDDEN, File, WatchedFile, find_files, open_file
-from ray_jobs.sources.parquet import check_columns, read_footer, read_rows, row_group_units
+from ray_jobs.sources.parquet import (
+    check_columns,
+    check_single,
+    read_footer,
+    read_rows,
+    row_group_units,
+)
 from ray_jobs.storage import S3Config
 
 logger = logging.getLogger(__name__)
@@ -51,6 +60,9 @@ _BLOCK_BYTES = 1 << 20
 _SAMPLE_ROWS = 1000  # looked at for the names of columns
 _ANY_SIZE = 1 << 62
 _MANY_UNITS = 1000  # of a packed file
+# With their ends, where a CR is one. Several, also before an LF, are the end of one line: so some
+# write CRLF on Windows.
+_CR_LINES = re.compile(rb"[^\r\n]*+(?:\r+\n?|\n)|[^\r\n]+")
 
 
 def list_units(
@@ -97,16 +109,21 @@ def present_columns(
             values that are not taken whole.
 
     Raises:
-        SourceError: a column is missing, there is no text among them, or a given one holds none.
+        SourceError: a column is missing or there twice, there is no text among them, or a given one
+            holds none.
     """
     schema = read_footer(unit.path, s3)[1] if _kind(unit.path) == "parquet" else None
-    seen, whole = _columns(unit, s3) if schema is None else (_untold(schema.names), True)
+    names = _names(unit, s3) if schema is None else schema.names
+    seen, whole = _sampled(unit, s3) if names is None else ({name: set() for name in names}, True)
     where = unit.path if whole else f"the beginning of {unit.path}"
     present = columns.present(seen, where, required, whole=whole)
     later = {name: theirs for name, theirs in present.items() if theirs not in seen}
     require_text(present.keys() - later, seen, where)
     if schema is not None:
         check_columns(schema, present, where)
+    else:
+        for ours, theirs in present.items():
+            check_single(names or (), theirs, f"source.columns.{ours}", where)
     told = _check_values(seen, present, columns.model_fields_set, where)
     for name in sorted(later.keys() & columns.model_fields_set):
         told.append(f"source.columns.{name}: {where} has no {later[name]!r}; its later rows may")
@@ -119,17 +136,26 @@ def present_columns(
 _Seen = dict[str, set[type]]
 
 
-def _columns(unit: Unit, s3: S3Config) -> tuple[_Seen, bool]:
-    """The columns of a unit's file of lines, or of its beginning; and whether these are all.
+def _names(unit: Unit, s3: S3Config) -> list[str] | None:
+    """The names of the columns of a unit's CSV file, some perhaps twice; None if it is no CSV.
+
+    Raises:
+        SourceError: it cannot be unpacked.
+    """
+    if _kind(unit.path) not in ("csv", "tsv"):
+        return None
+    try:
+        return _header(unit, s3, has_cr=_has_cr(unit, s3))
+    except _BrokenFileError as error:
+        raise SourceError(f"source.path: {unit.path} {error}") from error
+
+
+def _sampled(unit: Unit, s3: S3Config) -> tuple[_Seen, bool]:
+    """The columns of the beginning of a unit's JSON lines; and whether these are all.
 
     Raises:
         SourceError: none of its rows can be read.
     """
-    if _kind(unit.path) in ("csv", "tsv"):
-        try:
-            return _untold(_header(unit, s3)), True
-        except _BrokenFileError as error:
-            raise SourceError(f"source.path: {unit.path} {error}") from error
     # From the file's beginning, so that all its units are read alike.
     rows = read_list(Unit(unit.path), None, s3)
     seen: _Seen = {}
@@ -146,10 +172,6 @@ def _columns(unit: Unit, s3: S3Config) -> tuple[_Seen, bool]:
             "lines of UTF-8, each a JSON object"
         )
     return seen, next(rows, None) is None
-
-
-def _untold(names: Sequence[str]) -> _Seen:
-    return {name: set() for name in names}
 
 
 def _check_values(
@@ -224,8 +246,9 @@ def _parse(line: bytes) -> Mapping[str, Any] | str:
 
 
 def _read_csv(unit: Unit, s3: S3Config) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    header = _header(unit, s3)
-    records = iter(_Records(_lines(unit, s3), unit.path, len(header)))
+    has_cr = _has_cr(unit, s3)
+    header = _header(unit, s3, has_cr=has_cr)
+    records = iter(_Records(_lines(unit, s3, has_cr=has_cr), unit.path, len(header)))
     if not unit.offset:
         next(records, None)
     for number, record in enumerate(records, unit.first):
@@ -239,10 +262,17 @@ def _read_csv(unit: Unit, s3: S3Config) -> Iterator[tuple[int, Mapping[str, Any]
             yield number, dict(zip(header, record, strict=True))
 
 
-def _header(unit: Unit, s3: S3Config) -> list[str]:
+def _header(unit: Unit, s3: S3Config, *, has_cr: bool) -> list[str]:
     """The names in the first line of a unit's file, if it is one; raises _BrokenFileError."""
-    first = next(iter(_Records(_lines(unit, s3, 0), unit.path)), None)
+    first = next(iter(_Records(_lines(unit, s3, 0, has_cr=has_cr), unit.path)), None)
     return first if isinstance(first, list) else []
+
+
+def _has_cr(unit: Unit, s3: S3Config) -> bool:
+    """Whether the header of a unit's CSV file ends with a CR alone; raises _BrokenFileError."""
+    records = _Records(_lines(unit, s3, 0, has_cr=True), unit.path)
+    next(iter(records), None)
+    return records.ends_with_cr
 
 
 class _Records:
@@ -263,6 +293,11 @@ class _Records:
         self._delimiter = "\t" if _kind(path) == "tsv" else ","
         self._held: list[bytes] = []  # the lines of the record that is being read
         self._again: deque[bytes] = deque()  # lines that were read for a record, and are not its
+
+    @property
+    def ends_with_cr(self) -> bool:
+        """Whether the record that was read last does, and no LF comes after it."""
+        return bool(self._held) and self._held[-1].endswith(b"\r")
 
     def __iter__(self) -> Iterator[list[str] | str]:
         csv.field_size_limit(_LINE_BYTES)
@@ -323,7 +358,8 @@ class _Records:
 
         Commas are in many texts; a tab is in few, and as many as a row has, between words, in none.
         """
-        rows = (line.split("\t") for line in field.split("\n")[1:])
+        end = "\r" if self._held[0].endswith(b"\r") else "\n"
+        rows = (line.split("\t") for line in field.split(end)[1:])
         return any(1 < len(row) == self._fields and all(map(str.strip, row)) for row in rows)
 
 
@@ -361,13 +397,13 @@ def _row_starts(whole: Unit, config: FilesConfig) -> list[tuple[int, int | None,
 
     The last unit of a file that breaks off has no number of rows: it takes the break too.
     """
-    lines = _lines(whole, config.s3)
     is_json = _kind(whole.path) in ("jsonl", "ndjson")
-    counted = _Counted(lines) if is_json else _Records(lines, whole.path)
-    rows = iter(counted)
     starts: list[tuple[int, int | None, int]] = []
     start = count = 0
     try:
+        lines = _lines(whole, config.s3, has_cr=not is_json and _has_cr(whole, config.s3))
+        counted = _Counted(lines) if is_json else _Records(lines, whole.path)
+        rows = iter(counted)
         if not is_json:
             next(rows, None)  # the header
         start = counted.position
@@ -398,14 +434,31 @@ class _Counted:
             yield line
 
 
-def _lines(unit: Unit, s3: S3Config, offset: int | None = None) -> Iterator[bytes]:
-    """Lines from the unit's offset on, or from another; raises _BrokenFileError."""
+def _lines(
+    unit: Unit, s3: S3Config, offset: int | None = None, *, has_cr: bool = False
+) -> Iterator[bytes]:
+    """Lines with their ends, from the unit's offset on, or from another.
+
+    Args:
+        unit: of the file.
+        s3: where the file is on S3.
+        offset: in bytes, where a line begins.
+        has_cr: whether lines end with a CR too; only with an LF if not.
+
+    Raises:
+        _BrokenFileError: the file cannot be unpacked from there on.
+        OSError: it does not come.
+    """
     start = (unit.offset or 0) if offset is None else offset
     blocks = _unpacked if _is_packed(unit.path) else _blocks
     rest = b""
     for block in blocks(unit, start, s3):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from (line + b"\n" for line in lines)
+        if has_cr:
+            *lines, rest = _CR_LINES.findall(rest + block)
+            yield from lines
+        else:
+            *lines, rest = (rest + block).split(b"\n")
+            yield from (line + b"\n" for line in lines)
         if len(rest) > _LINE_BYTES:
             yield rest
             rest = b""

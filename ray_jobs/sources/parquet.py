@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 from pydantic import Field, PositiveInt
 
-from ray_jobs.pairs import RejectedRowError, clean_text, printable
+from ray_jobs.pairs import RejectedRowError, clean_text, is_text, printable
 from ray_jobs.sources.arrays import ArrayFile
 from ray_jobs.sources.base import (
     ColumnsConfig,
@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH_ROWS = 64  # in memory at once: encoded images are large
 _UUID_BYTES = 16
+_HEX = "hex:"  # begins ids of bytes that are no text
 _TOKENS = 77  # a text, in columns of token ids
 _SMALL_GROUP_BYTES = 64_000_000
 _BUFFER_BYTES = 8_000_000  # a column
@@ -441,7 +442,7 @@ def image_bytes(value: object) -> object:
 
 
 def id_text(value: object) -> object:
-    """Ids may be numbers, which come as fractions where some are missing, or a UUID's bytes."""
+    """Ids may be numbers, which come as fractions where some are missing, or bytes."""
     if isinstance(value, bool):
         return value
     if isinstance(value, float | Decimal) and math.isfinite(value):
@@ -455,9 +456,12 @@ def id_text(value: object) -> object:
 
 
 def _id_of_bytes(value: bytes) -> str:
+    """The text, the UUID, or hexadecimal digits; these also of a text that looks like such."""
     text = clean_text(value, len(value))
-    is_text = text.encode() == value.strip() and printable(text) == text
-    return text if is_text or len(value) != _UUID_BYTES else str(uuid.UUID(bytes=value))
+    is_whole = text.encode() == value.strip() and printable(text) == text
+    if len(value) == _UUID_BYTES and not is_whole:
+        return str(uuid.UUID(bytes=value))
+    return text if is_text(value) and not text.startswith(_HEX) else f"{_HEX}{value.hex()}"
 
 
 def split_texts(values: object, names: Sequence[str], key: str) -> dict[str, str]:
@@ -567,9 +571,21 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 def _field(schema: pa.Schema, name: str, key: str, where: str) -> pa.Field:
     """A column that is there; raises SourceError if there are several of its name."""
-    if schema.names.count(name) > 1:
-        raise SourceError(f"{key}: {where} has several columns {name!r}; rename all but one")
+    check_single(schema.names, name, key, where)
     return schema.field(name)
+
+
+def check_single(names: Sequence[str], name: str, key: str, where: str) -> None:
+    """Raises SourceError if several columns of a file have one name.
+
+    Args:
+        names: of its columns.
+        name: of the one that is asked for.
+        key: of the configuration, that asks for it; for errors.
+        where: the file, for errors.
+    """
+    if names.count(name) > 1:
+        raise SourceError(f"{key}: {where} has several columns {name!r}; rename all but one")
 
 
 def _check_texts_column(field: pa.Field, where: str) -> None:

@@ -29,6 +29,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, Literal
@@ -508,6 +509,8 @@ def retry_after(header: str | None, now: float | None = None) -> float:
         date = email.utils.parsedate_to_datetime(header)
     except (ValueError, OverflowError):
         return 0.0
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=UTC)  # HTTP has no other, and its oldest form does not say so
     return max(0.0, date.timestamp() - (time.time() if now is None else now))
 
 

@@ -235,6 +235,20 @@ def test_images_outside_of_class_folders_are_told(tmp_path):
         labelled(LabelledConfig(path=str(tmp_path)), "evaluation.classification.0.test")
 
 
+def test_files_of_a_set_may_end_in_either_case_and_begin_with_an_underscore(tmp_path):
+    path = tmp_path / "parquet" / "_TEST.PARQUET"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"image": [picture((1, 2, 3), 0)], "caption": ["a"]}), path)
+    for where in (path, path.parent):
+        assert captioned(CaptionedConfig(path=str(where)), "set").rows == 1
+    for name in ("cat/1.PNG", "cat/_2.png", "_dog/_3.JPG", "cat/._1.png"):
+        (tmp_path / "classes" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "classes" / name).write_bytes(picture((1, 2, 3), 0))
+    images = labelled(LabelledConfig(path=str(tmp_path / "classes")), "set")
+    labels = [values for units in images.units for _, values, _ in images.read(units)]
+    assert labels == [["_dog"], ["cat"], ["cat"]]
+
+
 def test_a_broken_file_is_told_by_the_set_s_own_key(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     key = "evaluation.classification.0.test"

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,12 @@ def config(source: Path | dict[str, Any], **options: Any) -> IngestConfig:
     if isinstance(source, Path):
         source = {"kind": "parquet", "path": str(source)}
     return IngestConfig.model_validate({"source": source, "cpus_per_task": 0.5, **options})
+
+
+def read_again(config: IngestConfig, storage: Storage, index: int) -> None:
+    """Make a part as a run does that has not seen that it is done."""
+    run = module._Ingestion(config, storage, "train")
+    run.writer.write(index, run.source.units()[index], run.source)
 
 
 def content(storage: Storage) -> dict[str, bytes]:
@@ -186,14 +193,35 @@ def test_a_crash_while_duplicates_are_taken_out_loses_nothing(
     options = config(tmp_path / "data", max_rejected_share=0.5)
     whole = ingest(options, storage)
     undisturbed = content(storage)
-    # As if the part had been rewritten, and its record had not.
-    name = "pairs/train/part-00001.json"
-    record = storage.read_json(name)
-    record.update(rows=3, row_groups=[3], dropped={}, drop_digest="", digest="")
-    storage.write_json(name, record)
+    # As if the part had been written anew, and its record had not.
+    read_again(options, storage, 1)
     storage.delete("pairs/train/manifest.json")
     assert ingest(options, storage) == whole
     assert content(storage) == undisturbed
+    # As if its record had been written, and the other file not removed.
+    storage.write_bytes("pairs/train/part-00001.parquet", b"what was read")
+    storage.delete("pairs/train/manifest.json")
+    assert ingest(options, storage) == whole
+    assert content(storage) == undisturbed
+
+
+def test_what_another_run_still_reads_changes_nothing_of_what_is_done(
+    storage: Storage, tmp_path: Path
+) -> None:
+    write(tmp_path / "data", [pair(1), pair(2)], [pair(2), pair(3), pair(1, image=b"")])
+    options = config(tmp_path / "data", max_rejected_share=0.5)
+    whole = ingest(options, storage)
+    done = content(storage)
+    read_again(options, storage, 1)
+    assert ingest(options, storage) == whole
+    for part in whole.parts:
+        assert storage.read_footer(part.path).num_rows == part.rows
+    assert ids_of(storage) == ["p001", "p002", "p003"]
+    assert {name: data for name, data in content(storage).items() if name in done} == {
+        **done,
+        # Of no consequence once the manifest is there, and of none for its next one, either.
+        "pairs/train/part-00001.json": storage.read_bytes("pairs/train/part-00001.json"),
+    }
 
 
 def test_a_worker_that_dies_is_replaced(
@@ -328,7 +356,8 @@ def test_ids_that_differ_at_their_end_alone_are_told_apart(
     assert len(set(long)) == 3
     assert {len(one) for one in long} == {512}
     assert all(one.startswith(begin[:479] + ":") for one in long)
-    assert short == r"short\x1b[2J\n\u202e" + "👩\u200d🚒"
+    # Shown without what steers a terminal, and told from an id that is written so.
+    assert re.fullmatch(re.escape(r"short\x1b[2J\n\u202e" + "👩\u200d🚒") + ":[0-9a-f]{32}", short)
 
 
 def test_what_steers_a_terminal_is_not_quoted() -> None:

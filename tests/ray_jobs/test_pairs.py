@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import struct
 import zlib
 from typing import Any
@@ -17,6 +18,7 @@ from ray_jobs.pairs import (
     PAIR_SCHEMA,
     RejectedRowError,
     RowLimits,
+    clean_id,
     clean_tags,
     clean_text,
     make_pair,
@@ -213,6 +215,32 @@ def test_a_row_needs_an_id_and_a_text() -> None:
     assert reason(row(id=None)) == "no_id"
     assert reason(row(web_text="", tags=[], caption=None)) == "no_text"
     assert make_pair(row(web_text=None, tags=["dog"]), LIMITS)["web_text"] == ""
+
+
+@pytest.mark.parametrize(
+    ("identity", "clean"),
+    [
+        (" a b \n", "a b"),
+        (b"caf\xc3\xa9\xc2\xa0", "caf\u00e9"),
+        ("a\tb", "a\\tb"),
+        ("\u200fa", "\\u200fa"),
+        ("x" * 512, "x" * 512),
+        ("x" * 513, "x" * 479 + ":35ade0090e64e74d6ad04204009c23a4"),
+    ],
+)
+def test_an_id_that_is_a_text_is_that_text(identity: object, clean: str) -> None:
+    assert clean_id(identity) == clean
+
+
+def test_ids_that_differ_in_what_is_no_text_stay_different() -> None:
+    shift_jis = [name.encode("shift_jis").decode("utf-8", "surrogateescape") for name in "猫犬鳥魚"]
+    raw: list[str | bytes] = ["caf\ufffd", "caf", b"caf\xe9", b"caf\xe8", *shift_jis]
+    raw += ["caf\x00", "caf\x00\x00", "caf\x1f", "a\x01b", "a\\x01b", "\x00", b"\xff", b"\xfe"]
+    raw += ["x" * 600 + end for end in ("", "\x00", "\udce9", "\udce8")]
+    ids = [clean_id(one) for one in raw]
+    assert len(set(ids)) == len(raw)
+    assert all(re.fullmatch(r"[\x20-\x7e]{3,512}", one) for one in ids)
+    assert ids[1:3] == ["caf", "caf:dafd66c0b98965e688be1fc12942c09f"]
 
 
 anything = st.one_of(

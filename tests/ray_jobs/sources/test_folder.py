@@ -190,6 +190,57 @@ def test_a_quote_that_nothing_closes_costs_its_line(
     assert texts_of(source(images, unit_rows=unit_rows)) == kept
 
 
+CR_ROWS = ["zero", "one\r\rof two\nlines", '"two"', "three, the last"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "csv.gz"])
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize("last_end", ["\r", ""])
+def test_lines_may_end_with_cr_alone_wherever_a_list_is_cut(
+    kind: str, block: int, last_end: str, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lists, "_BLOCK_BYTES", block)
+    path = images / f"list.{kind}"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="," if "csv" in kind else "\t", lineterminator="\r")
+        writer.writerow(["file_name", "text"])
+        writer.writerows([f"img/{at}.png", text] for at, text in enumerate(CR_ROWS))
+    content = path.read_bytes().removesuffix(b"\r") + last_end.encode()
+    path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+    for unit_rows in (1, 3, 100):
+        one = source(images, unit_rows=unit_rows)
+        assert len(one.units()) == -(-4 // unit_rows)
+        assert texts_of(one) == CR_ROWS
+
+
+def test_a_quote_that_nothing_closes_costs_its_line_where_lines_end_with_cr(images: Path) -> None:
+    lines = ["file_name\ttext", 'img/0.png\t"a', "img/1.png\tone", 'img/2.png\tis "b"', ""]
+    (images / "list.tsv").write_bytes("\r".join(lines).encode())
+    assert texts_of(source(images)) == ["bad_row", "one", 'is "b"']
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r\r\n"])
+def test_a_cr_in_a_list_of_other_line_ends_is_no_end(end: str, images: Path) -> None:
+    rows = ['"file\rname",text', 'img/0.png,"a\rb"', "img/1.png,a\rb", "img/2.png,two"]
+    content = "".join(row + end for row in rows).encode()
+    (images / "list.csv").write_bytes(content)
+    one = source(images, unit_rows=1, columns={"image": "file\rname"})
+    assert texts_of(one) == ["a\rb", "bad_row", "two"]
+    starts = [content.index(f"img/{at}".encode()) for at in range(3)]
+    assert [unit.offset for unit in one.units()] == starts
+
+
+def test_a_name_that_two_columns_of_a_list_have_is_told(images: Path) -> None:
+    text = "file_name,text,text,other,other,,\nimg/0.png,good,,,,,\n"
+    for name, delimiter in (("list.csv", ","), ("list.tsv", "\t")):
+        (images / name).write_text(text.replace(",", delimiter))
+        told = rf"columns.web_text: .*{name} has several columns 'text'; rename all but one"
+        with pytest.raises(SourceError, match=told):
+            source(images / name).units()
+        (images / name).write_text(text.replace("text,text", "text,note").replace(",", delimiter))
+        assert texts_of(source(images / name)) == ["good"]
+
+
 def test_no_quoted_field_has_more_lines_than_a_text(images: Path) -> None:
     def texts(lines: int) -> list[str]:
         quoted = "\n".join(str(line) for line in range(lines))

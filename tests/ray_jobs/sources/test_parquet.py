@@ -73,7 +73,7 @@ def test_other_names_are_mapped(tmp_path: Path, png: Png) -> None:
 
 
 def test_folders_patterns_and_lists_find_files_once_and_in_order(tmp_path: Path, png: Png) -> None:
-    for name in ("x/b.parquet", "x/a.parquet", "y/deep/c.parquet", "x/_hidden.parquet"):
+    for name in ("x/b.parquet", "x/a.parquet", "y/deep/c.parquet", "x/.hidden.parquet"):
         write(tmp_path / name, pairs(png, 1))
     (tmp_path / "x/readme.txt").write_text("no data")
 
@@ -99,6 +99,26 @@ def test_what_others_left_behind_is_not_read(tmp_path: Path, png: Png) -> None:
     assert found("") == found("/**/*.parquet") == ["a", "e"]
     assert found("/_temporary") == found("/_temporary/**") == ["b"]
     assert found("/*/_old/*.parquet") == ["d"]
+
+
+def test_of_files_only_those_that_writers_leave_are_not_read(tmp_path: Path, png: Png) -> None:
+    left = ("_SUCCESS", "_metadata", "_common_metadata", "_committed_1", "_started_1", ".a")
+    for name in (*left, "_committed_2.parquet", "_started_2.parquet", ".x.parquet"):
+        (tmp_path / name).write_bytes(b"no data")
+    for name in ("_a", "_metadata", "b", "_temporary/_c"):
+        write(tmp_path / f"{name}.parquet", pairs(png, 1))
+
+    def found(path: str) -> list[str]:
+        one = files.find_files(source(f"{tmp_path}{path}").config, (".parquet",), hidden=("_",))
+        return [file.label for file in one]
+
+    assert found("") == found("/*.parquet") == ["_a.parquet", "_metadata.parquet", "b.parquet"]
+    assert len(rows_of(source(tmp_path))) == 3
+    assert found("/**/_a*") == found("/_a.parquet") == ["_a.parquet"]
+    assert found("/**/_[ac]*") == ["_a.parquet", "_committed_2.parquet"]
+    assert found("/_temp**") == ["_temporary/_c.parquet"]
+    for name in (".x.parquet", "_committed_2.parquet"):
+        assert found(f"/{name}") == found(f"/{name[:-3]}*") == [name]
 
 
 def test_a_file_is_found_once_and_in_either_case(tmp_path: Path, png: Png) -> None:
@@ -584,7 +604,13 @@ UUID = "c8c9cacb-cccd-cecf-d0d1-d2d3d4d5d6d7"
         (pa.array([Decimal(7)] * 3, pa.decimal128(20, 2)), ["7"] * 3),
         (pa.array([uuid.UUID(UUID).bytes] * 3, pa.binary(16)), [UUID] * 3),
         (pa.array([uuid.UUID(UUID).bytes] * 3, pa.uuid()), [UUID] * 3),
-        (pa.array([b"sixteen letters.", b"caf\xe9", b"7"]), ["sixteen letters.", "caf", "7"]),
+        (
+            pa.array([b"sixteen letters.", b"caf\xe9", b"7"]),
+            ["sixteen letters.", "hex:636166e9", "7"],
+        ),
+        (pa.array([b"\0\xff", b"00ff", b"hex:00ff"]), ["hex:00ff", "00ff", "hex:6865783a30306666"]),
+        (pa.array([b"\0\1", b"\0 ", b"ab"], pa.binary(2)), ["hex:0001", "hex:0020", "ab"]),
+        (pa.array([b" a b ", b"a\tb", b"\xc2\xa0a"]), ["a b", "a\tb", "a"]),
     ],
 )
 def test_ids_may_be_of_many_types(

@@ -517,6 +517,18 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     assert retry_after("soon") == retry_after(None) == 0
 
 
+def test_a_date_without_a_zone_is_greenwich_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "America/New_York")
+        time.tzset()
+        try:
+            assert retry_after(time.asctime(time.gmtime(1_000_030)), now=1_000_000) == 30
+            assert retry_after("Mon, 12 Jan 1970 13:47:10 -0000", now=1_000_000) == 30
+        finally:
+            patch.undo()
+            time.tzset()
+
+
 def test_lists_may_be_parquet_with_other_columns(tmp_path: Path, server: Server) -> None:
     table = pa.table({"URL": [server.url("/ok"), None], "TEXT": ["hi", "ho"], "key": [5, 6]})
     pq.write_table(table, tmp_path / "part.parquet")
