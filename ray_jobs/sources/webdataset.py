@@ -5,6 +5,10 @@ Choices:
   a disk. Still a name that is absolute or climbs is refused: ids come from names, and later stages
   shall be able to trust them.
 - A shard that breaks off gives the samples before the break; the break is one rejected row.
+- Links are not followed, as what they lead to may have passed or be nowhere: a sample that needs
+  one is rejected.
+- A file that a sample has already begins the next sample, though it has the same key: that is then
+  rejected, where its id is the same, and not merged.
 - `columns` says which file of a sample is which of our columns: `txt`, `cls`, or `json.KEY` for a
   key of the JSON file. The image is found by its ending: `jpg` before `depth.jpg`, and a sample
   with two of a kind is refused unless `columns.image` says which.
@@ -15,40 +19,31 @@ Choices:
 import difflib
 import json
 import logging
-import tarfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
-import pyarrow as pa
 from pydantic import Field, PositiveInt, field_validator
 
 from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Raw, Rejected, SourceError, Unit
 from ray_jobs.sources.files import HIDDEN, find_files, open_file
 from ray_jobs.sources.parquet import id_text
+from ray_jobs.sources.tar_shards import BROKEN, SUFFIXES, ShardFile, shard_files, stem_of
 from rwkv_clip.config import BaseConfig
 
 logger = logging.getLogger(__name__)
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_SKIPPED_BYTES = 10 << 30  # a member that claims more is not even passed over
-_HEADER_BYTES = 1_000_000  # of a member, with what is said before it of its name
-_READ_BYTES = 8_000_000  # by a request
+_UNIT_ROWS = 4096
 _MOST_ENDINGS = 100  # of a sample that are taken note of
-_CHECKED_SHARDS = 3  # before work starts
-_BROKEN = (tarfile.TarError, EOFError, zlib.error, ValueError, RecursionError)
-_EXTENDED = frozenset(
-    {
-        tarfile.GNUTYPE_LONGNAME,
-        tarfile.GNUTYPE_LONGLINK,
-        tarfile.XHDTYPE,
-        tarfile.XGLTYPE,
-        tarfile.SOLARIS_XHDTYPE,
-    }
-)
+# Looked at before work starts: as a rule so many samples; where these lack what is asked for, up to
+# so many of so many shards.
+_FIRST_SAMPLES = 20
+_CHECKED_SAMPLES = 1000
+_CHECKED_SHARDS = 30
 
 
 class ShardColumnsConfig(BaseConfig):
@@ -88,39 +83,16 @@ class WebdatasetConfig(FilesConfig):
 
     kind: Literal["webdataset"]
     columns: ShardColumnsConfig = ShardColumnsConfig()
-    unit_rows: PositiveInt = Field(4096, description="has no effect: a task reads a shard")
+    unit_rows: PositiveInt = Field(_UNIT_ROWS, description="has no effect: a task reads a shard")
     classes: tuple[str, ...] | None = Field(
         None, description="names of the classes, if `cls` files hold their numbers"
     )
 
-
-class _Member(tarfile.TarInfo):
-    """A member of a tar file that ends where it says so, and not where it becomes unreadable."""
-
+    @field_validator("unit_rows")
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined] # the stubs lack it
-            raise
-        except tarfile.HeaderError as error:
-            # Behind the first member, `tarfile` takes any broken header for the end.
-            raise tarfile.ReadError(f"{error} at byte {archive.offset:,}") from error
-
-    def _proc_member(self, archive: tarfile.TarFile) -> "_Member":
-        # `tarfile` reads headers whole, one within the other; the offset is still where they began.
-        begin = archive.offset
-        if self.type in _EXTENDED:
-            read = archive.fileobj.tell() - begin + sum(map(len, archive.pax_headers.values()))
-        if self.type in _EXTENDED and read + self.size > _HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of over {_HEADER_BYTES:,} bytes at byte {begin:,}")
-        if self.type == tarfile.GNUTYPE_SPARSE:
-            raise tarfile.ReadError(f"a sparse file at byte {begin:,}")
-        return super()._proc_member(archive)  # type: ignore[misc,no-any-return] # as above
-
-    def _proc_gnusparse_10(self, *_: object) -> None:
-        # Its header has no end before a number in it says so.
-        raise tarfile.ReadError("a sparse file")
+    def _without_effect(cls, _: int) -> int:
+        # It must not tell runs apart; those of before have the default in their digest.
+        return _UNIT_ROWS
 
 
 @dataclass
@@ -130,12 +102,14 @@ class _Sample:
     Attributes:
         files: those that are asked for, by ending; of images the first of the best.
         endings: of all of them.
+        links: what is a link in place of a file, by ending.
         too_large: what of it is too large to be read, if anything is.
     """
 
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
     endings: set[str] = field(default_factory=set)
+    links: dict[str, str] = field(default_factory=dict)
     too_large: str = ""
 
     def images(self) -> list[str]:
@@ -144,20 +118,25 @@ class _Sample:
         return [ending for ending in found if ending in _IMAGES] or found
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file of a shard, that can be read until the next one is looked for."""
+@dataclass
+class _Seen:
+    """What the samples have that are looked at before work starts.
 
-    shard: tarfile.TarFile
-    member: tarfile.TarInfo
+    Attributes:
+        shards: how many were opened.
+        samples: how many these gave.
+        whole: whether one of them has an image and what texts are asked of.
+        endings: of all of their files.
+        keys: of all of their JSON files.
+        several: endings that may be the image of one of them, if they are several.
+    """
 
-    @property
-    def size(self) -> int:
-        return self.member.size
-
-    def read(self) -> bytes:
-        content = self.shard.extractfile(self.member)
-        return content.read() if content else b""
+    shards: int = 0
+    samples: int = 0
+    whole: bool = False
+    endings: set[str] = field(default_factory=set)
+    keys: set[str] = field(default_factory=set)
+    several: list[str] = field(default_factory=list)
 
 
 class WebdatasetSource:
@@ -165,11 +144,25 @@ class WebdatasetSource:
 
     def __init__(self, config: WebdatasetConfig) -> None:
         self.config = config
+        self._texts = config.columns.texts
+        self._kinds = _kinds(self._texts.values())
+        self._text_kinds = _kinds(place for ours, place in self._texts.items() if ours != "id")
 
     def units(self) -> list[Unit]:
-        files = find_files(self.config, _SUFFIXES, hidden=HIDDEN)
-        units = [Unit(file.uri, file.label, size=file.size) for file in files]
-        self._check_first(units[:_CHECKED_SHARDS])
+        files = find_files(self.config, SUFFIXES, hidden=HIDDEN)
+        stems = [stem_of(file.label) for file in files]
+        counts = Counter(stems)
+        units = [
+            Unit(
+                file.uri,
+                file.label,
+                size=file.size,
+                # Its suffix is part of ids then, which else are those of the others.
+                beside=f"{counts[stem]} of this name" if counts[stem] > 1 else None,
+            )
+            for file, stem in zip(files, stems, strict=True)
+        ]
+        self._check_first(units)
         return units
 
     def read(self, unit: Unit) -> Iterator[Raw | Rejected]:
@@ -177,18 +170,18 @@ class WebdatasetSource:
             yield sample if isinstance(sample, Rejected) else self._row(sample, unit)
 
     def _row(self, sample: _Sample, unit: Unit) -> Raw | Rejected:
-        shard = unit.label
-        for suffix in sorted(_SUFFIXES, key=len, reverse=True):
-            shard = shard.removesuffix(suffix)
+        shard = unit.label if unit.beside else stem_of(unit.label)
         row: dict[str, Any] = {"id": f"{shard}/{sample.key}"}
         origin = f"{unit.label} {sample.key}"
-        if sample.too_large:
-            return Rejected(row["id"], origin, "sample_too_large", sample.too_large)
-        images = [self.config.columns.image] if self.config.columns.image else sample.images()
-        if len(images) > 1:
-            return Rejected(row["id"], origin, "ambiguous_image", f"one of {', '.join(images)}?")
-        document = _document(sample.files.get("json"))
-        for ours, place in self.config.columns.texts.items():
+        images = self._images(sample)
+        if problem := self._problem(sample, images):
+            return Rejected(row["id"], origin, *problem)
+        try:
+            document = _document(sample.files.get("json"))
+        except ValueError as error:
+            told = f"its JSON file is no object in UTF-8: {error}"
+            return Rejected(row["id"], origin, "bad_row", told)
+        for ours, place in self._texts.items():
             kind, _, key = place.partition(".")
             if kind == "json":
                 row[ours] = document.get(key)
@@ -199,6 +192,21 @@ class WebdatasetSource:
         row["id"] = id_text(row["id"])
         image = sample.files.get(images[0].lower()) if images else None
         return {**row, "image": image, "origin": origin}
+
+    def _images(self, sample: _Sample) -> list[str]:
+        """The endings that may be the image of a sample."""
+        return [self.config.columns.image] if self.config.columns.image else sample.images()
+
+    def _problem(self, sample: _Sample, images: Sequence[str]) -> tuple[str, str] | None:
+        """Why a sample cannot be used, as reason and detail."""
+        if sample.too_large:
+            return "sample_too_large", sample.too_large
+        if len(images) > 1:
+            return "ambiguous_image", f"one of {', '.join(images)}?"
+        for ending in (*images, *self._kinds):
+            if link := sample.links.get(ending.lower()):
+                return "link", f"{ending} is {link}, and links are not followed"
+        return None
 
     def _class_name(self, content: bytes | None) -> str | None:
         name = (content or b"").decode("utf-8", "replace").strip()
@@ -212,21 +220,22 @@ class WebdatasetSource:
         usual: set[str] = set()  # endings of the sample before
         count = 0
         try:
-            for name, member in self._files(unit):
+            for member in self._files(unit):
                 if isinstance(member, Rejected):
                     yield member
                     continue
-                folder, _, base = name.rpartition("/")
+                folder, _, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
-                if sample is not None and sample.key != key:
+                ending = ending.lower()
+                if sample is not None and (sample.key != key or ending in sample.endings):
                     yield sample
                     usual = sample.endings
                     count += 1
                     sample = None
                 sample = sample or _Sample(key)
-                self._take(sample, ending.lower(), member)
-        except _BROKEN as error:
+                self._take(sample, ending, member)
+        except BROKEN as error:
             problem = f"breaks off after {count:,} samples: {type(error).__name__}: {error}"
             logger.warning("%s %s", unit.path, problem)
             yield Rejected("", unit.label, "unreadable", problem)
@@ -236,10 +245,10 @@ class WebdatasetSource:
         if sample is not None:
             yield sample
 
-    def _take(self, sample: _Sample, ending: str, member: _File) -> None:
+    def _take(self, sample: _Sample, ending: str, member: ShardFile) -> None:
         """Read a file of a sample, if it is asked for."""
         worse = self._worse(sample, ending)
-        if worse is not None and not sample.too_large:
+        if worse is not None and not sample.too_large and not member.link:
             left = MAX_FILE_BYTES - sum(map(len, sample.files.values()))
             left += sum(len(sample.files[name]) for name in worse)
             if member.size > left:
@@ -253,13 +262,15 @@ class WebdatasetSource:
         # Once it is read: a sample whose file breaks off lacks it.
         if len(sample.endings) < _MOST_ENDINGS:
             sample.endings.add(ending)
+            if member.link:
+                sample.links[ending] = member.link
 
     def _worse(self, sample: _Sample, ending: str) -> list[str] | None:
         """The files of a sample that one is read in place of; None if it is not asked for."""
         if ending in sample.files:
             return None
         columns = self.config.columns
-        if ending in {place.partition(".")[0] for place in columns.texts.values()}:
+        if ending in self._kinds:
             return []
         if columns.image:
             return [] if ending == columns.image.lower() else None
@@ -268,82 +279,117 @@ class WebdatasetSource:
             return None
         return held if ending in _IMAGES or not held else None
 
-    def _files(self, unit: Unit) -> Iterator[tuple[str, _File | Rejected]]:
-        with (
-            open_file(unit.path, self.config.s3, unit.size) as file,
-            pa.BufferedInputStream(file, _READ_BYTES) as stream,
-            tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar,
-        ):
-            for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined] # it would hold all of them
-                if member.size > _SKIPPED_BYTES:
-                    raise tarfile.ReadError(f"{member.name!r} claims {member.size:,} bytes")
-                name = member.name.removeprefix("./")
-                if not member.isreg() or name.rpartition("/")[2].startswith("."):
-                    continue
+    def _files(self, unit: Unit) -> Iterator[ShardFile | Rejected]:
+        with open_file(unit.path, self.config.s3, unit.size) as file:
+            for member in shard_files(file):
+                name = member.name
                 if name.startswith("/") or ".." in name.split("/") or "\\" in name:
                     told = f"{name!r}: a name must not lead out of the shard"
-                    yield name, Rejected(name, unit.label, "unsafe_name", told)
+                    yield Rejected(name, unit.label, "unsafe_name", told)
                 else:
-                    yield name, _File(tar, member)
+                    yield member
 
-    def _check_first(self, units: list[Unit]) -> None:
-        """Raises SourceError if the first samples have nothing of what is asked for."""
-        for unit in units:
-            first = [one for one in islice(self._samples(unit), 20) if isinstance(one, _Sample)]
-            if first:
+    def _check_first(self, units: Sequence[Unit]) -> None:
+        """Raises SourceError if no sample that is looked at has what is asked for."""
+        # The first shards may be empty, or odd; these lie evenly among all.
+        looked = units[:: -(-len(units) // _CHECKED_SHARDS)]
+        seen = _Seen()
+        for sample in self._first_samples(looked, seen):
+            self._look(sample, seen)
+            if seen.several or (seen.samples >= _FIRST_SAMPLES and not self._lacking(seen)):
                 break
-        else:
+        first, more = units[0], seen.shards - 1
+        others = f"{more} other{'s' * (more > 1)}"
+        if not seen.samples:
+            nor = f", nor do {others}" if more else ""
             raise SourceError(
-                f"source.path: {unit.path} holds no samples ({unit.size or 0:,} bytes); takes tar "
-                "files as webdataset or img2dataset write them"
+                f"source.path: {first.path} holds no samples ({first.size or 0:,} bytes){nor}; "
+                "takes tar files as webdataset or img2dataset write them"
             )
-        endings = sorted({ending for sample in first for ending in sample.endings})
-        begins = f"{unit.path} begins with samples of {', '.join(endings)}"
-        chosen = self.config.columns.image
-        if chosen and chosen.lower() not in endings:
-            raise SourceError(f"source.columns.image: {begins}; none is {chosen!r}")
-        if not chosen and not any(ending.endswith(_IMAGES) for ending in endings):
-            raise SourceError(f"source.path: {begins}; an image ends in {', '.join(_IMAGES)}")
-        several = next((images for sample in first if len(images := sample.images()) > 1), None)
-        if several and not chosen:
-            raise SourceError(
-                f"source.columns.image: {begins}; name the one of {', '.join(several)} that is "
-                "the image"
-            )
-        places = [place for ours, place in self.config.columns.texts.items() if ours != "id"]
-        kinds = {place.partition(".")[0] for place in places}
-        if not kinds & set(endings):
-            raise SourceError(
-                f"source.columns: {begins}, but the texts are asked of "
-                f"{', '.join(sorted(kinds)) or 'none of them'}"
-            )
-        self._check_keys(unit, [_document(sample.files.get("json")) for sample in first])
+        begin = f" and {others} begin" if more else " begins"
+        begins = f"{first.path}{begin} with samples of {', '.join(sorted(seen.endings))}"
+        if problem := self._lacking(seen):
+            key, told = problem
+            raise SourceError(f"source.{key}: {begins}{told}")
+        for ours, key in self._missing(seen).items():
+            where = f"source.columns.{ours}: the first samples of {first.path}"
+            logger.warning("%s%s; later ones may", where, _lack(key, seen.keys))
 
-    def _check_keys(self, unit: Unit, documents: Sequence[Mapping[str, Any]]) -> None:
-        """Warns of keys that no first sample has; raises SourceError if there are no others."""
-        found = sorted({key for document in documents for key in document})
-        missing = {
-            ours: place.removeprefix("json.")
-            for ours, place in self.config.columns.texts.items()
-            if place.startswith("json.") and place.removeprefix("json.") not in found
-        }
-        for ours, key in missing.items():
-            close = difflib.get_close_matches(key, found, n=1)
-            meant = f" (did you mean {close[0]!r}?)" if close else ""
-            told = (
-                f"source.columns.{ours}: the first samples of {unit.path} have no {key!r} in their "
-                f"JSON{meant}, which has {', '.join(found) or 'no keys'}"
+    def _first_samples(self, units: Sequence[Unit], seen: _Seen) -> Iterator[_Sample]:
+        """Some samples of each shard; `seen` counts the shards."""
+        for unit in units:
+            seen.shards += 1
+            for sample in islice(self._samples(unit), _CHECKED_SAMPLES // len(units)):
+                if isinstance(sample, _Sample):
+                    yield sample
+
+    def _look(self, sample: _Sample, seen: _Seen) -> None:
+        """Take note of what a sample has."""
+        images = self._images(sample)
+        if len(images) > 1:
+            seen.several = seen.several or images
+        image = any(ending.lower() in sample.endings for ending in images)
+        seen.samples += 1
+        seen.whole |= image and not sample.endings.isdisjoint(self._text_kinds)
+        seen.endings |= sample.endings
+        with suppress(ValueError):
+            seen.keys.update(_document(sample.files.get("json")))
+
+    def _lacking(self, seen: _Seen) -> tuple[str, str] | None:
+        """What the samples lack that is asked for: a key of the configuration, and what is told."""
+        chosen = self.config.columns.image
+        if chosen and chosen.lower() not in seen.endings:
+            return "columns.image", f"; none is {chosen!r}"
+        if not chosen and not any(ending.endswith(_IMAGES) for ending in seen.endings):
+            return "path", f"; an image ends in {', '.join(_IMAGES)}"
+        if seen.several:
+            which = f"name the one of {', '.join(seen.several)} that is the image"
+            return "columns.image", f"; {which}"
+        if seen.endings.isdisjoint(self._text_kinds):
+            asked = ", ".join(self._text_kinds) or "none of them"
+            return "columns", f", but the texts are asked of {asked}"
+        if not seen.whole:
+            return "path", (
+                ", but none has an image and a text; files of one sample follow each other, and "
+                "are called alike up to the first dot"
             )
-            if {"id", *missing} >= self.config.columns.texts.keys():
-                raise SourceError(told)
-            logger.warning("%s; later ones may", told)
+        missing = self._missing(seen)
+        if {"id", *missing} >= self._texts.keys():
+            ours, key = next(iter(missing.items()))
+            return f"columns.{ours}", f"; these{_lack(key, seen.keys)}"
+        return None
+
+    def _missing(self, seen: _Seen) -> dict[str, str]:
+        """Our columns whose key no JSON file has, and the key."""
+        keys = {
+            ours: place.removeprefix("json.")
+            for ours, place in self._texts.items()
+            if place.startswith("json.")
+        }
+        return {ours: key for ours, key in keys.items() if key not in seen.keys}
+
+
+def _kinds(places: Iterable[str]) -> list[str]:
+    """The endings of the files that places of texts are in."""
+    return sorted({place.partition(".")[0] for place in places})
+
+
+def _lack(key: str, found: Collection[str]) -> str:
+    """Told of samples whose JSON files lack a key."""
+    close = difflib.get_close_matches(key, sorted(found), n=1)
+    meant = f" (did you mean {close[0]!r}?)" if close else ""
+    has = ", ".join(sorted(found)) or "no keys"
+    return f" have no {key!r} in their JSON{meant}, which has {has}"
 
 
 def _document(content: bytes | None) -> Mapping[str, Any]:
-    """A sample's JSON file; empty if it is none."""
-    try:
-        value = json.loads((content or b"{}").decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
+    """A sample's JSON file, empty if it has none; raises ValueError if it is no object in UTF-8."""
+    if content is None:
         return {}
-    return value if isinstance(value, dict) else {}
+    try:
+        value = json.loads(content.decode("utf-8-sig", "replace"))
+    except RecursionError as error:
+        raise ValueError("too deep") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}")
+    return value

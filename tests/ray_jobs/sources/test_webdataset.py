@@ -1,9 +1,13 @@
 """Tar shards: samples of several files, names that are not to be trusted, and broken ends."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import random
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +15,15 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from ray_jobs.ingest import IngestConfig
+from ray_jobs.ingestion.parts import Reading
 from ray_jobs.pairs import RowLimits, make_pair
 from ray_jobs.sources import (
     Rejected,
     Source,
     SourceConfig,
     SourceError,
+    Unit,
     open_source,
     webdataset,
 )
@@ -53,6 +60,10 @@ def samples(png: Png, count: int, first: int = 0) -> dict[str, bytes]:
         files[f"{number:05d}.txt"] = f"text {number}".encode()
         files[f"{number:05d}.json"] = json.dumps({"blip": f"caption {number}"}).encode()
     return files
+
+
+def lzma_alone(data: bytes) -> bytes:
+    return lzma.compress(data, lzma.FORMAT_ALONE)
 
 
 def test_neighbours_of_one_key_are_a_sample(tmp_path: Path, png: Png) -> None:
@@ -101,7 +112,33 @@ def test_ids_may_come_from_the_json_file(tmp_path: Path, png: Png) -> None:
     }
     (tmp_path / "a.tar").write_bytes(tar(files))
     one = source(tmp_path, columns={"id": "json.uid", "web_text": "json.alt"})
-    assert [(row["id"], row["web_text"]) for row in rows_of(one)] == [("77", "hi"), (None, None)]
+    good, broken = rows_of(one)
+    assert (good["id"], good["web_text"]) == ("77", "hi")
+    assert (broken.id, broken.reason) == ("a/2", "bad_row")
+
+
+def test_json_that_cannot_be_read_is_told_where_it_is_asked_for(tmp_path: Path, png: Png) -> None:
+    written = json.dumps({"alt": "caf\u00e9"}, ensure_ascii=False)
+    contents = [
+        written.encode("utf-8-sig"),
+        written.encode("utf-16"),
+        written[:-2].encode(),
+        b"",
+        b"[" * 100_000,
+        b'["alt"]',
+        written.encode("latin-1"),
+    ]
+    files = {}
+    for at, content in enumerate(contents):
+        files |= {f"{at}.png": png(at), f"{at}.txt": b"hi", f"{at}.json": content}
+    (tmp_path / "a.tar").write_bytes(tar(files))
+    first, *broken, last = rows_of(source(tmp_path, columns={"caption": "json.alt"}))
+    assert (first["caption"], last["caption"]) == ("caf\u00e9", "caf\ufffd")
+    assert [(row.id, row.reason) for row in broken] == [
+        (f"a/{at}", "bad_row") for at in range(1, 6)
+    ]
+    assert broken[4].detail == "its JSON file is no object in UTF-8: a list"
+    assert [row["web_text"] for row in rows_of(source(tmp_path))] == [b"hi"] * 7
 
 
 def test_the_image_is_the_file_whose_ending_says_no_more(tmp_path: Path, png: Png) -> None:
@@ -222,6 +259,131 @@ def test_a_truncated_shard_gives_what_was_readable(packed: bool, tmp_path: Path,
     assert "breaks off after" in broken.detail
 
 
+def pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, lzma_alone])
+@pytest.mark.parametrize("size", [512, 10_000])
+def test_all_streams_of_a_packed_shard_are_read(
+    pack: Callable[[bytes], bytes], size: int, tmp_path: Path, png: Png
+) -> None:
+    streams = [pack(piece) for piece in pieces(tar(samples(png, 8)), size)]
+    # As bgzip ends a file, and tapes pad one; what follows is nobody's.
+    data = pack(b"").join(streams) + pack(b"") + bytes(3000)
+    (tmp_path / "a.tar").write_bytes(data)
+    (tmp_path / "b.tar.gz").write_bytes(bytes(1000).join(streams) + b"left by a broken download")
+    rows = rows_of(source(tmp_path))
+    assert [row["web_text"] for row in rows] == [f"text {i}".encode() for i in range(8)] * 2
+    assert [row["image"] for row in rows] == [png(i) for i in range(8)] * 2
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_break_in_a_later_stream_is_told(
+    pack: Callable[[bytes], bytes], tmp_path: Path, png: Png
+) -> None:
+    data = random.Random(1).randbytes(200_000)
+    files = {**samples(png, 20), "00020.png": data, **samples(png, 1, 21)}
+    *whole, last = [pack(piece) for piece in pieces(tar(files), 150_000)]
+    middle = bytearray(last)
+    middle[len(last) // 2 : len(last) // 2 + 40] = bytes(40)
+    begin = b"".join(whole)
+    for name, end in (("cut", last[:200]), ("without", b""), ("changed", bytes(middle))):
+        (tmp_path / f"{name}.tar.gz").write_bytes(begin + end)
+    for name in ("cut", "without", "changed"):
+        *good, broken = rows_of(source(tmp_path / f"{name}.tar.gz"))
+        texts = [row["web_text"] for row in good]
+        assert texts[:20] == [f"text {i}".encode() for i in range(20)], name
+        assert broken.reason == "unreadable"
+        assert broken.detail.startswith("breaks off after 2")
+
+
+def test_packed_archives_that_are_joined_are_all_read(tmp_path: Path, png: Png) -> None:
+    archives = [tar(samples(png, 3, first)) for first in (0, 3, 6)]
+    kept = {}
+    for name, data in (
+        ("streams", b"".join(map(gzip.compress, archives))),
+        ("stream", bz2.compress(b"".join(archives) + b"no header" * 100)),
+        ("plain", b"".join(archives)),
+        ("none", gzip.compress(bytes(1024) + archives[0])),
+    ):
+        (tmp_path / f"{name}.tar").write_bytes(data)
+        kept[name] = [row["web_text"] for row in rows_of(source(tmp_path / f"{name}.tar"))]
+    nine = [f"text {i}".encode() for i in range(9)]
+    assert kept == {"streams": nine, "stream": nine, "plain": nine[:3], "none": nine[:3]}
+
+
+def test_a_packed_shard_is_unpacked_piece_by_piece(tmp_path: Path, png: Png) -> None:
+    files = {"0.npy": bytes(16_000_000), **samples(png, 2)}
+    for name, pack in (("a", gzip.compress), ("b", bz2.compress)):
+        (tmp_path / f"{name}.tar").write_bytes(pack(tar(files)))
+    one = source(tmp_path)
+    units = one.units()
+    tracemalloc.start()
+    try:
+        rows = [row for unit in units for row in one.read(unit)]
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [row["web_text"] for row in rows] == [None, b"text 0", b"text 1"] * 2
+    assert most < 8_000_000  # half of what one member holds
+
+
+def link_to(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+    link = tarfile.TarInfo(name)
+    link.type, link.linkname = kind, target
+    return link
+
+
+def test_a_sample_that_needs_a_link_is_told(tmp_path: Path, png: Png) -> None:
+    files: dict[str, Any] = {
+        "0.png": png(0),
+        "0.txt": b"hi",
+        "0.npy": link_to("0.npy", "x.npy", tarfile.SYMTYPE),
+        "1.png": link_to("1.png", "0.png", tarfile.LNKTYPE),
+        "1.txt": link_to("1.txt", "0.txt", tarfile.LNKTYPE),
+        "2.png": png(2),
+        "2.txt": link_to("2.txt", "0.txt", tarfile.SYMTYPE),
+        "3.png": png(3),
+        "3.depth.png": link_to("3.depth.png", "0.png", tarfile.LNKTYPE),
+        "3.txt": b"hi",
+    }
+    (tmp_path / "a.tar").write_bytes(tar(files))
+    rows = rows_of(source(tmp_path))
+    told = [(row.id, row.reason, row.detail) for row in rows if isinstance(row, Rejected)]
+    assert told == [
+        ("a/1", "link", "png is a hard link to '0.png', and links are not followed"),
+        ("a/2", "link", "txt is a symbolic link to '0.txt', and links are not followed"),
+    ]
+    assert [row["id"] for row in rows if not isinstance(row, Rejected)] == ["a/0", "a/3"]
+
+
+def test_neighbours_of_one_key_with_the_same_files_are_not_merged(tmp_path: Path, png: Png) -> None:
+    data = b"".join(
+        tar({"x.png": png(at), "x.TXT" if at else "x.txt": f"text {at}".encode()})[: 4 * 512]
+        for at in range(3)
+    )
+    (tmp_path / "a.tar").write_bytes(data + tar(samples(png, 1)))
+    rows = rows_of(source(tmp_path))
+    assert [row["web_text"] for row in rows] == [b"text 0", b"text 1", b"text 2", b"text 0"]
+    reading = Reading(RowLimits())
+    assert [pair["id"] for pair in reading.pairs(rows)] == ["a/x", "a/00000"]
+    assert reading.reasons() == {"duplicate_id": 2}
+
+
+def test_shards_that_differ_in_their_suffix_have_ids_of_their_own(tmp_path: Path, png: Png) -> None:
+    data = tar(samples(png, 1))
+    for name in ("0.tar", "1.tar", "1.tar.gz", "1.tgz", "2.tgz"):
+        packed = gzip.compress(data) if name.endswith("gz") else data
+        (tmp_path / name).write_bytes(packed)
+    one = source(tmp_path)
+    shards = ["0", "1.tar", "1.tar.gz", "1.tgz", "2"]
+    assert [row["id"] for row in rows_of(one)] == [f"{shard}/00000" for shard in shards]
+    # As tasks read them, which get units from their records.
+    again = [row["id"] for unit in one.units() for row in one.read(Unit(**unit.as_dict()))]
+    assert again == [f"{shard}/00000" for shard in shards]
+
+
 def test_names_that_lead_out_are_refused(tmp_path: Path, png: Png) -> None:
     link = tarfile.TarInfo("3.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -275,6 +437,49 @@ def test_a_shard_without_pairs_is_found_before_work(
     (tmp_path / "a.tar").write_bytes(tar({**files}))
     with pytest.raises(SourceError, match=message):
         source(tmp_path).units()
+
+
+def test_odd_shards_at_the_front_are_no_reason_to_stop(tmp_path: Path, png: Png) -> None:
+    good = tar(samples(png, 2))
+    for at in range(200):
+        (tmp_path / f"{at:03d}.tar").write_bytes(tar({}) if at < 60 else good)
+    assert len(source(tmp_path).units()) == 200
+    for at in range(40):
+        (tmp_path / f"{at:03d}.tar").write_bytes(tar({f"{n}.png": png(n) for n in range(40)}))
+    assert len(source(tmp_path).units()) == 200
+    for path in sorted(tmp_path.iterdir())[40:]:
+        path.unlink()
+    with pytest.raises(
+        SourceError, match=r"000\.tar and 19 others begin with samples of png, but the texts"
+    ):
+        source(tmp_path).units()
+
+
+def test_a_shard_s_first_samples_may_lack_a_text(tmp_path: Path, png: Png) -> None:
+    files = {f"x{at:02d}.png": png(at) for at in range(25)}
+    (tmp_path / "a.tar").write_bytes(tar({**files, **samples(png, 5)}))
+    texts = [row["web_text"] for row in rows_of(source(tmp_path))]
+    assert texts == [None] * 25 + [f"text {i}".encode() for i in range(5)]
+
+
+def test_images_and_texts_that_are_no_neighbours_are_found_before_work(
+    tmp_path: Path, png: Png
+) -> None:
+    images = {f"{at}.png": png(at) for at in range(30)}
+    (tmp_path / "a.tar").write_bytes(tar({**images, **{f"{at}.txt": b"hi" for at in range(30)}}))
+    with pytest.raises(SourceError, match="of png, txt, but none has an image and a text; files"):
+        source(tmp_path).units()
+
+
+def test_what_has_no_effect_tells_no_storages_apart() -> None:
+    digests = {
+        IngestConfig.model_validate(
+            {"source": {"kind": "webdataset", "path": "x", **options}}
+        ).digest()
+        for options in ({}, {"unit_rows": 4096}, {"unit_rows": 7})
+    }
+    # That of storages of before, which goes on being theirs.
+    assert digests == {"587c844d6ba1a6637045192adcef3c233589de00388a4a8eb1d297d59ba19682"}
 
 
 def test_what_is_no_tar_file_is_found_before_work(tmp_path: Path) -> None:
