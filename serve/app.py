@@ -3,6 +3,7 @@
 `rwkv-clip serve --config FILE` runs it, and so does `serve run serve.app:application config=FILE`.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,19 @@ _BURST = 1024
 _LONGER = 5.0  # seconds that Serve waits after an answer should have been there
 
 
-def application(arguments: dict[str, str]) -> serve.Application:
+def application(arguments: dict[str, Any]) -> serve.Application:
     """The application for `serve run serve.app:application config=FILE`, and for Serve's files.
 
     Args:
-        arguments: `config`, the run's file; other names are as `--set` takes them.
+        arguments: `config`, the run's file; other names are as `--set` takes them, and values as
+            it does or as Serve's file has them, `null` among them.
     """
     named = dict(arguments)
     file = named.pop("config", None)
-    overrides = [f"{key}={value}" for key, value in named.items()]
+    overrides = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in named.items()
+    ]
     return build(load_config(ServeFile, Path(file) if file else None, overrides))
 
 
@@ -48,16 +53,24 @@ def build(config: ServeFile) -> serve.Application:
     keyed = Keys().needed
     place = find_model(config)
     find_index(config)
-    director = serve.deployment(
-        name="director",
-        max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0},
-        logging_config={"enable_access_log": False},  # a line a second from every replica
-    )(Director).bind(config, place)
+    director = director_deployment().bind(config, place)
     image, text = (_encoder(tower, config.serve).bind(tower, config, director) for tower in TOWERS)
     searched = config.serve.search if config.storage else None
     index = _index(searched).bind(config) if searched else None
     return _ingress(config.serve).bind(config, director, image, text, index, keyed)
+
+
+def director_deployment() -> serve.Deployment:
+    """Of the director."""
+    return serve.deployment(
+        name="director",
+        max_ongoing_requests=1000,
+        # Serve takes this again when its file has no user_config any more; without one of ours it
+        # would tell the director nothing.
+        user_config={},
+        ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},  # a line a second from every replica
+    )(Director)
 
 
 def _ingress(config: ServeConfig) -> serve.Deployment:

@@ -1,6 +1,7 @@
 """`rwkv-clip serve`: the endpoint on this machine or on a cluster, until it is interrupted."""
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -9,15 +10,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 import ray
 from ray import serve
 from ray._private import ray_logging
 from ray.exceptions import RayError
 from ray.serve._private.common import ReplicaState
+from ray.serve.context import _get_global_client
 from ray.serve.schema import DeploymentStatusOverview
 
 from rwkv_clip.config import add_config_options, config_from_args
@@ -61,15 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
     What came before is answered first, unless a second SIGINT comes meanwhile.
     """
-    try:
-        config = config_from_args(ServeFile, args)
-        application = build(config)
-        _check_host(config.serve)
-        _check_port(config.serve)
-        tracing(config.serve.traces)
-    except (ValueError, OSError) as error:
-        _tell(f"rwkv-clip serve: {error}")
-        return 2
+    # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
+    address = os.environ.get("RAY_ADDRESS")
     stop = threading.Event()
 
     def interrupted(*_: object) -> None:
@@ -79,44 +74,60 @@ def run(args: argparse.Namespace) -> int:
 
     # Programs that stop others may send SIGTERM to the process and to its group.
     handlers = {signal.SIGINT: interrupted, signal.SIGTERM: lambda *_: stop.set()}
-    with heeding(handlers) as heed:
-        return _serve(config, application, stop, heed)
+    with ExitStack() as held:
+        try:
+            config = config_from_args(ServeFile, args)
+            application = build(config)
+            _check_host(config.serve)
+            tracing(config.serve.traces)
+            if not address:  # there, Serve may listen elsewhere already
+                held.enter_context(_claimed(config.serve))
+        except (ValueError, OSError) as error:
+            _tell(f"rwkv-clip serve: {error}")
+            return 2
+        heed = held.enter_context(heeding(handlers))
+        return _serve(config, application, address, stop, heed, held)
 
 
 def _serve(
     config: ServeFile,
     application: serve.Application,
+    address: str | None,
     stop: threading.Event,
     heed: Callable[[], None],
+    held: ExitStack,
 ) -> int:
     """Serve until `stop`, with Ray, after whose start `heed` is called; the exit status.
 
-    An interrupt after `stop` ends it at once.
+    An interrupt after `stop` ends it at once. What is to be given back at the end is put into
+    `held`.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    # A cluster that runs already is named by RAY_ADDRESS; otherwise one begins here.
     fewer_hops()
     _quieten()
     if not address:
         os.environ.update({**QUIET, **_ONE_MACHINE, **os.environ})
     try:
-        with joining(address):
+        with joining(address), nullcontext() if address else _kept_from(signal.SIGTERM):
             ray.init(
                 address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 include_dashboard=None if address else False,
             )
-    except SystemExit:  # what SIGTERM does until Ray has started
+            heed()  # again: Ray has put handlers of its own in their place, which abort
+    except SystemExit:  # what SIGTERM does until a cluster is joined
+        stop.set()
+    if stop.is_set():
         ray.shutdown()
         return 0
-    heed()  # again: Ray has put handlers of its own in their place, which abort
     shared = bool(serve.status().proxies)  # with what others serve
     deployed = False
     try:
         try:
             if not address:  # a cluster may grow; this machine does not
                 _check_resources(config)
+            elif not shared:
+                held.enter_context(_claimed(config.serve))
             start(config.serve)
             deployed = True
             _come_up(application, stop)
@@ -130,12 +141,8 @@ def _serve(
             _tell(f"rwkv-clip serve: Ray Serve does not come up here: {error}")
             return 1
         if not stop.is_set():
-            where = (
-                "at the address of the Serve that this cluster runs already"
-                if shared
-                else f"at http://{config.serve.host}:{config.serve.port}"
-            )
-            _tell(f"serving {where}; stop with Ctrl-C")
+            whose = ", where this cluster's Serve listens already" if shared else ""
+            _tell(f"serving at {_where(config.serve)}{whose}; stop with Ctrl-C")
             stop.wait()
             _tell(
                 "no more requests are taken; those that came are answered; Ctrl-C ends it at once"
@@ -155,11 +162,32 @@ def _serve(
     return 0
 
 
+@contextmanager
+def _kept_from(number: signal.Signals) -> Iterator[None]:
+    """Let a signal wait until the block is over; what starts in it never hears of it.
+
+    Whoever stops us may send it to all of our processes, as systemd does, or `timeout` to the
+    group. Ray's would end before what came is answered; its daemons know that of SIGINT alone.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _quieten() -> None:
     """Keep off the terminal what Ray and Serve say of each of their own steps."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # Of its last calls, which its own end comes before.
     ray_logging.stdout_deduplicator.skip_re = re.compile("Task ServeController.* failed")
+
+
+def _where(config: ServeConfig) -> str:
+    """Serve's address, which is that of whoever started it."""
+    client = _get_global_client()
+    options = client.http_config if client else config
+    return f"http://{options.host}:{options.port}"
 
 
 def _take_away(config: ServeConfig) -> None:
@@ -285,14 +313,33 @@ def _check_host(config: ServeConfig) -> None:
         )
 
 
-def _check_port(config: ServeConfig) -> None:
-    """Raise OSError if the address cannot be listened on."""
-    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
+@contextmanager
+def _claimed(config: ServeConfig) -> Iterator[None]:
+    """Hold the address to listen on, from before Serve does: two that listen share what comes.
+
+    Raises:
+        ValueError: the address cannot be listened on, or another `rwkv-clip serve` holds it.
+    """
+    where = f"{config.host}:{config.port}"
+    with (
+        socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe,
+        socket.socket(socket.AF_UNIX) as claim,
+    ):
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((config.host, config.port))
-        except OSError as error:
-            raise OSError(
-                f"serve.port: {config.host}:{config.port} cannot be listened on "
-                f"({error.strerror}); choose another one"
+            # A name that is no file's, and goes with the process.
+            claim.bind(f"\0rwkv-clip serve {probe.getsockname()[:2]}")
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            unknown = isinstance(error, (UnicodeError, socket.gaierror))  # of the host's name
+            if unknown or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+                raise ValueError(
+                    f"serve.host: {config.host} is no address of this machine ({why}); choose "
+                    "127.0.0.1, another one that it has, or 0.0.0.0 for every one"
+                ) from error
+            raise ValueError(
+                f"serve.port: {where} cannot be listened on ({why}); choose another one"
             ) from error
+        probe.close()
+        yield

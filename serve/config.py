@@ -1,6 +1,8 @@
 """The endpoint's configuration: the section `serve` of a run's file, beside its `storage`."""
 
+import ipaddress
 import os
+import re
 from typing import Literal
 
 from pydantic import (
@@ -9,13 +11,17 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
+from yarl import URL
 
 from rwkv_clip.config import BaseConfig, Precision
 
 Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+_HOST = re.compile(r"(?:[a-z0-9_-]+\.)*[a-z0-9_-]+")
 
 
 class LimitsConfig(BaseConfig):
@@ -47,6 +53,27 @@ class RemoteConfig(BaseConfig):
     seconds: PositiveFloat = Field(10.0, description="for an image, redirects included")
     redirects: NonNegativeInt = Field(3, description="that are followed")
     at_once: PositiveInt = Field(16, description="fetches in each ingress")
+
+    @field_validator("hosts")
+    @classmethod
+    def _as_addresses_have_them(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_host(entry) for entry in hosts)
+
+
+def _host(entry: str) -> str:
+    """An entry of `hosts` as the hosts of addresses are written; ValueError if it is none."""
+    below = "*." if entry.startswith("*.") else ""
+    name = entry.removeprefix(below).rstrip(".").removeprefix("[").removesuffix("]")
+    try:
+        host = URL.build(scheme="https", host=name).raw_host or ""
+        if not _HOST.fullmatch(host):
+            ipaddress.IPv6Address(host)
+    except ValueError:
+        raise ValueError(
+            f"{entry!r} is no host; write a name alone, such as images.example.com, or "
+            "*.example.com for all names below one"
+        ) from None
+    return below + host
 
 
 class EncoderConfig(BaseConfig):

@@ -293,14 +293,15 @@ class Collection:
         """The nearest pairs to a vector [D]; see `Index.search`."""
         best, scores = self.method.nearest(query, results)
         about = self.about.take(pa.array(best))
-        shown = self._pictures(best, about["row"].to_numpy()) if pictures else [None] * len(best)
         texts = [text or "" for text in about["text"].to_pylist()]
         ids = about["id"].to_pylist()
+        rows = about["row"].to_numpy()
+        shown = self._pictures(best, rows, ids) if pictures else [None] * len(best)
         values = scores.tolist()
         return [Hit(*hit) for hit in zip(ids, texts, values, shown, strict=True)]
 
     def _pictures(
-        self, places: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+        self, places: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], ids: Sequence[str]
     ) -> list[bytes | None]:
         """Small pictures of pairs; None for one that cannot be had."""
         found: list[bytes | None] = [None] * len(places)
@@ -309,14 +310,16 @@ class Collection:
             wanted = np.flatnonzero(owners == part)
             try:
                 images = self._images(self.parts[part], rows[wanted])
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, IndexError, pa.ArrowException) as error:
                 logger.warning("pictures of %s cannot be read: %s", self.parts[part], error)
                 continue
-            for at, image in zip(wanted, images, strict=True):
-                found[at] = _jpeg(image, self.settings.picture_side)
+            for at, (id_there, image) in zip(wanted, images, strict=True):
+                if id_there == ids[at]:  # the pairs may be others than those that were embedded
+                    found[at] = _jpeg(image, self.settings.picture_side)
         return found
 
-    def _images(self, part: str, rows: npt.NDArray[np.int64]) -> list[bytes]:
+    def _images(self, part: str, rows: npt.NDArray[np.int64]) -> list[tuple[str, bytes]]:
+        """Ids and images that are in rows now."""
         path = f"{self.root}/pairs/{self.settings.data}/{part}.parquet"
         with pq.ParquetFile(self.filesystem.open_input_file(path)) as file:
             counts = [
@@ -324,12 +327,13 @@ class Collection:
             ]
             ends = np.cumsum(counts)
             groups = np.searchsorted(ends, rows, side="right")
-            images: dict[int, bytes] = {}
+            images: dict[int, tuple[str, bytes]] = {}
             for group in np.unique(groups):
-                column = file.read_row_group(int(group), columns=["image"])["image"]
+                read = file.read_row_group(int(group), columns=["id", "image"])
                 begin = int(ends[group]) - counts[group]
                 for row in rows[groups == group]:
-                    images[int(row)] = column[int(row) - begin].as_py()
+                    at = int(row) - begin
+                    images[int(row)] = read["id"][at].as_py(), read["image"][at].as_py()
             return [images[int(row)] for row in rows]
 
     def _load(self, part: str) -> tuple[Matrix, pa.Table]:
@@ -340,6 +344,11 @@ class Collection:
         size = column.type.list_size
         matrix = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
         rows = pc.index_in(vectors["id"], pairs["id"].combine_chunks())
+        if rows.null_count:
+            raise SearchError(
+                f"vectors/{self.settings.data}/{part} has vectors of pairs that are not there any "
+                "more; run `rwkv-clip embed` again"
+            )
         about = {"id": vectors["id"], "text": pairs[self.settings.text].take(rows), "row": rows}
         return matrix.astype(np.float32, copy=False), pa.table(about)
 

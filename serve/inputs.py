@@ -35,6 +35,7 @@ _AS_TEXT = 'a text that begins so is sent as {"type": "text", "text": …}'
 
 _MOST_PIECES = 100_000  # of a request; a few bytes of JSON become hundreds of memory
 _LONGEST_SIDE = 65_535  # which is JPEG's and GIF's; of a pixel a row, others take seconds
+_BREAKS = 16  # characters of base64 to one of its line breaks at least, with a few to spare
 _SCALED_DOWN = 4  # times a JPEG's pixels cost less, which the towers decode at a smaller scale
 
 
@@ -263,8 +264,9 @@ class Reader:
         """The text or image of an item; raises ApiError if it cannot be embedded."""
         at, item = (item.at, item.item) if isinstance(item, Placed) else (0, item)
         if isinstance(item, str):
-            like_uri = _LIKE_DATA_URI.match(item[:256])
-            return await self.picture(item, at) if like_uri else self.text(item)
+            begun = item.lstrip()  # as files and copies have it; a URI has no space before it
+            like_uri = _LIKE_DATA_URI.match(begun[:256])
+            return await self.picture(begun, at) if like_uri else self.text(item)
         if not isinstance(item, dict) or item.get("type") not in ("text", "image_url"):
             raise ApiError(
                 400,
@@ -303,6 +305,7 @@ class Reader:
             url: the image.
             at: its place in the request.
         """
+        url = url.lstrip()
         image = await self._at(url) if _ADDRESS.match(url[:32]) else url
         async with self._in_turn:
             data, header = await asyncio.to_thread(self._checked, image)
@@ -362,14 +365,12 @@ class Reader:
                     f"is a data URI of something else than an image; {_AS_TEXT}",
                 )
             url = url[found.end() :]
-        if len(url) * 3 // 4 > self.limits.image_bytes + 3:
-            raise ApiError(
-                413,
-                "image_too_large",
-                f"is an image of more than {self.limits.image_bytes:,} bytes",
-            )
+        most = self.limits.image_bytes
+        too_large = ApiError(413, "image_too_large", f"is an image of more than {most:,} bytes")
+        if len(url) * 3 // 4 > most + most // _BREAKS + 3:
+            raise too_large
         try:
-            return _from_base64(url)
+            data = _from_base64(url)
         except (binascii.Error, ValueError):
             raise ApiError(
                 400,
@@ -377,6 +378,9 @@ class Reader:
                 "is an image whose base64 is broken; that is of A-Z, a-z, 0-9, + and /, with = at "
                 "the end where its length asks for it",
             ) from None
+        if len(data) > most:
+            raise too_large
+        return data
 
 
 def _from_base64(text: str) -> bytes:

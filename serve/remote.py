@@ -98,12 +98,12 @@ class Fetcher:
         """An address that may be asked; raises ApiError for any other."""
         try:
             url = URL(address)
-            host = (url.host or "").rstrip(".").lower()
+            host = (url.raw_host or "").rstrip(".").lower()
         except ValueError:
             raise ApiError(400, "remote_refused", "is no address") from None
         if url.scheme != "https" or url.user is not None:
             raise ApiError(400, "remote_refused", "is no https address without a user's name")
-        if not any(_fits(host, pattern.lower()) for pattern in self.config.hosts):
+        if not any(_fits(host, pattern) for pattern in self.config.hosts):
             raise ApiError(400, "remote_refused", "has a host that this server may not ask")
         if _is_address(host) and not self._allowed(host):
             raise ApiError(400, "remote_refused", "is at an address that may not be asked")

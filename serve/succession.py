@@ -44,9 +44,16 @@ class Succession:
     _refused: dict[ModelPlace, tuple[str, float]] = field(default_factory=dict)
     _heard: dict[tuple[Tower, str], tuple[Report, float]] = field(default_factory=dict)
 
+    @property
+    def adopted(self) -> bool:
+        """Whether a replica was told what to serve; until then the next is served at once."""
+        return self._adopted
+
     def want(self, place: ModelPlace, now: float) -> None:
         """Begin to serve a model, unless it was refused just now."""
-        if place == self.current:
+        if not self._adopted:
+            self.current = place
+        elif place == self.current:
             self._coming = None
             self._refused.clear()
         elif now >= self._refused.get(place, ("", 0.0))[1] and place != self._coming:
@@ -111,13 +118,14 @@ class Director:
         self.threads = ThreadPoolExecutor(1, "registry")
         self.changed = asyncio.Event()
         self.succession = Succession(place, config.serve.request_seconds + 2 * REPORT_SECONDS)
-        # A replica that begins anew begins with what is meant now.
-        if (found := await self._find()) is not None:
-            self.succession.current = found
+        await self._look()  # a replica that begins anew begins with what is meant now
         self.watcher = asyncio.create_task(self._watch())
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
-        """Take another model, or with none the file's own; raises nothing: what serves goes on."""
+        """Take another model, or with none the file's own; raises nothing: what serves goes on.
+
+        Serve calls it first before anybody can ask for orders.
+        """
         user_config = user_config or {}
         told = dict(user_config)
         model = told.pop("model", None)
@@ -127,10 +135,16 @@ class Director:
             return
         self.misread = None
         changes = {"model": model or self.config.serve.model}
-        self.asked = self.config.model_copy(
+        asked = self.config.model_copy(
             update={"serve": self.config.serve.model_copy(update=changes)}
         )
-        self.changed.set()
+        if asked == self.asked:
+            return
+        self.asked = asked
+        if self.succession.adopted:
+            self.changed.set()
+        else:  # a server that begins is not to load the champion first
+            await self._look()
 
     async def orders(self, report: Report) -> Orders:
         """What a replica of a tower is to do."""
@@ -165,8 +179,12 @@ class Director:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), self.config.serve.watch_seconds)
             self.changed.clear()
-            if (found := await self._find()) is not None:
-                self.succession.want(found, time.monotonic())
+            await self._look()
+
+    async def _look(self) -> None:
+        """Want the model that is meant now."""
+        if (found := await self._find()) is not None:
+            self.succession.want(found, time.monotonic())
 
     async def _find(self) -> ModelPlace | None:
         """The model that is meant now; None, and the reason is kept, if that cannot be told."""

@@ -8,10 +8,14 @@ import numpy as np
 import torch
 from mlflow import MlflowClient
 from PIL import Image
+from ray import serve
 
 from ray_jobs.training.config import ModelConfig
 from rwkv_clip.model import RWKVCLIP, create_model
 from rwkv_clip.model.config import CLIPConfig
+from serve.app import director_deployment
+from serve.config import ServeFile
+from serve.registry import find_model
 from tests.ray_jobs.small import TRAIN
 
 
@@ -26,6 +30,12 @@ def drawn_model() -> RWKVCLIP:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return model
+
+
+def director_alone(config: dict[str, object]) -> serve.Application:
+    """What a file of Serve's may deploy: the director, of the endpoint's configuration."""
+    read = ServeFile.model_validate(config)
+    return director_deployment().bind(read, find_model(read))
 
 
 class Registry:

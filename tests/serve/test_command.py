@@ -26,9 +26,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from rwkv_clip.cli import main
 from rwkv_clip.config import load_config
-from serve import app
+from serve import app, command
 from serve.command import FEWER_HOPS
-from serve.config import ServeFile
+from serve.config import ServeConfig, ServeFile
 from tests.machine import free_port
 from tests.ray_jobs.killing import wait_until
 
@@ -82,11 +82,11 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment, en
     file = config_file(
         tmp_path, model=str(checkpoint), port=port, image=tower, text=tower, traces=1.0
     )
-    command = [sys.executable, "-m", "rwkv_clip.cli", "serve", "--config", str(file)]
+    program = [sys.executable, "-m", "rwkv_clip.cli", "serve", "--config", str(file)]
     with (
         collector() as (traces_to, spans),
         subprocess.Popen(
-            command,
+            program,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -140,6 +140,9 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment, en
         for one in others:
             one.request("POST", "/v1/embeddings", many, headers)
         select.select([one.sock for one in others], [], [], 60)
+        if ending == signal.SIGTERM:  # all of its processes get it, as systemd sends it
+            for one in processes:
+                one.send_signal(ending)
         process.send_signal(ending)
         answers = Counter(_answer(one.getresponse()) for one in others)
         assert {*answers} <= {(200, ""), (503, "ending")}
@@ -169,7 +172,10 @@ def kept_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.shutdown", lambda: None)
 
 
-def test_sigterm_while_ray_starts_ends_it(checkpoint, tmp_path, monkeypatch, kept_cluster):
+@pytest.mark.parametrize("address", ["", "auto"])
+def test_sigterm_while_ray_starts_ends_it(checkpoint, tmp_path, monkeypatch, kept_cluster, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+
     def init(**_: object) -> None:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does
         signal.raise_signal(signal.SIGTERM)
@@ -215,6 +221,23 @@ def test_a_port_that_is_taken_is_told(checkpoint, tmp_path, capsys):
     assert "choose another one" in capsys.readouterr().err
 
 
+def test_a_port_of_a_server_that_is_coming_up_is_taken(checkpoint, tmp_path, capsys):
+    config = ServeConfig(port=free_port(), host="localhost")
+    file = config_file(tmp_path, model=str(checkpoint), port=config.port)
+    with command._claimed(config):
+        assert main(["serve", "--config", str(file)]) == 2
+    assert f"serve.port: 127.0.0.1:{config.port} cannot be" in capsys.readouterr().err
+    with command._claimed(config):
+        pass
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no host", "a..name"])
+def test_a_host_that_this_machine_does_not_have_is_told(checkpoint, tmp_path, capsys, host):
+    file = config_file(tmp_path, model=str(checkpoint), port=free_port(), host=host)
+    assert main(["serve", "--config", str(file)]) == 2
+    assert f"serve.host: {host} is no address of this machine" in capsys.readouterr().err
+
+
 def test_haproxy_listens_everywhere_or_not_at_all(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     file = config_file(tmp_path, model=str(checkpoint), port=free_port())
@@ -232,3 +255,16 @@ def test_the_file_for_serve_run_is_one(monkeypatch, checkpoint):
     assert director.name == "director"
     arguments = {"config": str(ROOT / "configs/emoji.yaml"), "serve.model": str(checkpoint)}
     assert app.application(arguments) is not None
+    monkeypatch.setattr(app, "build", lambda config: config)
+    arguments |= {
+        "serve.search": None,
+        "serve.remote": {"hosts": ["a.example"]},
+        "serve.docs": False,
+    }
+    read = app.application({**arguments, "serve.port": "9000"}).serve
+    assert (read.search, read.remote.hosts, read.docs, read.port) == (
+        None,
+        ("a.example",),
+        False,
+        9000,
+    )

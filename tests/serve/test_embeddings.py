@@ -62,8 +62,11 @@ def test_mixed_items_keep_their_order_in_batches_of_any_size(client, model):
     texts = [f"text number {at}" for at in range(9)]
     items: list[object] = []
     for at, (image, text) in enumerate(zip(images, texts, strict=True)):
-        raw = base64.b64encode(image).decode()
-        items.append([data_uri(image), image_part(data_uri(image)), image_part(raw)][at % 3])
+        uri, raw = data_uri(image), base64.b64encode(image).decode()
+        parts = [
+            image_part(one) for one in (uri, f"\n {uri}", raw, base64.encodebytes(image).decode())
+        ]
+        items.append([uri, f" \n{uri}", *parts][at % 6])
         items.append(text if at % 2 else {"type": "text", "text": text})
     found = vectors(client.post("/v1/embeddings", json={"input": items}))
     np.testing.assert_allclose(found[0::2], of_images(model, images), atol=1e-5)

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import select
+import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from urllib.parse import urlsplit
@@ -13,6 +14,8 @@ import pytest
 from openai import NotFoundError, OpenAI
 from starlette.testclient import TestClient
 
+from rwkv_clip.cli import main
+from serve import command
 from serve.config import ServeFile
 from serve.ingress import Ingress
 from serve.keys import VARIABLE
@@ -28,6 +31,7 @@ from serve.openapi import (
     SearchAnswer,
     document,
 )
+from tests.machine import free_port
 from tests.serve.small import data_uri, picture
 
 
@@ -252,3 +256,26 @@ def test_a_burst_is_told_in_openais_language_that_it_is_too_much(endpoint):
     for status, content in answers:
         if status == b"429":
             assert json.loads(content)["error"]["code"] == "overloaded"
+
+
+def test_where_serve_runs_already_its_own_address_is_told(
+    endpoint, settings, checkpoint, monkeypatch
+):
+    told = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if line.startswith("serving"):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    for step in ("ray.init", "ray.shutdown"):  # the tests' cluster is there, and stays
+        monkeypatch.setattr(step, lambda **_: None)
+    for step in ("_come_up", "_take_away"):  # and so does its application
+        monkeypatch.setattr(command, step, lambda *_: None)
+    monkeypatch.setattr(command, "_tell", tell)
+    for port in (settings.serve.port, free_port()):
+        told.clear()
+        options = (f"serve.model={checkpoint}", f"serve.port={port}")
+        assert main(["serve", "--set", options[0], "--set", options[1]]) == 0
+        assert told[0].startswith(f"serving at {endpoint}, where")

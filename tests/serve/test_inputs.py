@@ -1,6 +1,7 @@
 """What a request may cost, and that nothing is read which nobody waits for."""
 
 import asyncio
+import base64
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from serve.encoders import Encoder
 from serve.errors import ApiError
 from serve.inputs import (
     EmbeddingsRequest,
+    Picture,
     Reader,
     check_picture,
     read_header,
@@ -84,6 +86,20 @@ def test_images_beyond_a_requests_pixels_are_refused_each_by_itself():
                 assert "the request has more than 1,000 pixels" in error.message
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.encodebytes])
+def test_an_images_bytes_are_counted_without_the_line_breaks_of_its_base64(encode):
+    data = picture(0, (200, 200), "BMP")
+    uri = f"data:image/bmp;base64,{encode(data).decode()}"
+
+    def read(most: int) -> object:
+        reader = Reader(LimitsConfig(image_bytes=most), None, lambda _: None)
+        return asyncio.run(reader.item(uri))
+
+    assert read(len(data)) == Picture(data)
+    with pytest.raises(ApiError, match=f"of more than {len(data) - 1:,} bytes"):
+        read(len(data) - 1)
 
 
 class Held:

@@ -17,6 +17,7 @@ from aiohttp.abc import AbstractResolver
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import ValidationError
 
 from rwkv_clip.addresses import is_public
 from serve.config import LimitsConfig, RemoteConfig
@@ -174,6 +175,40 @@ def test_any_other_address_is_refused(read, address, status, code):
     with pytest.raises(ApiError) as refused:
         read(address)
     assert (refused.value.status, refused.value.code) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("entry", "hosts"),
+    [
+        ("bücher.example", ("bücher.example", "xn--bcher-kva.example", "BÜCHER.example.")),
+        ("xn--bcher-kva.example", ("bücher.example", "xn--bcher-kva.example")),
+        ("*.bücher.example", ("a.bücher.example", "a.b.xn--bcher-kva.example")),
+        ("Images.Example.", ("images.example", "images.example.")),
+        ("[2606:4700::1111]", ("[2606:4700::1111]",)),
+    ],
+)
+def test_a_host_is_named_in_any_of_its_spellings(entry, hosts):
+    async def work() -> None:
+        fetcher = Fetcher(RemoteConfig(hosts=(entry,)), 1000, Names(), allowed=lambda _: False)
+        told = dict.fromkeys(hosts, "at an address that may not be asked")  # and so a host that may
+        for host, why in {**told, "other.example": "a host that this server may not ask"}.items():
+            with pytest.raises(ApiError, match=why):
+                await fetcher.fetch(f"https://{host}/image.png")
+        await fetcher.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "https://images.example", "images.example:8443", "images.example/folder", "*", "*.", "",
+        ".images.example", "*.*.example", "images*.example", "two images",
+    ],
+)  # fmt: skip
+def test_what_no_host_can_match_is_no_entry(entry):
+    with pytest.raises(ValidationError, match="is no host; write a name alone, such as"):
+        RemoteConfig(hosts=(entry,))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,17 @@ from ray_jobs.training.batches import PairFiles
 from rwkv_clip import image_transform, tokenize
 from rwkv_clip.model import create_model, save_checkpoint
 from serve.config import FaissConfig, SearchConfig, ServeFile
-from serve.index import Cells, Exact, Hit, Index, Lacking, find_index, method_of
+from serve.index import (
+    Cells,
+    Collection,
+    Exact,
+    Hit,
+    Index,
+    Lacking,
+    SearchError,
+    find_index,
+    method_of,
+)
 from tests.serve.small import data_uri, small_config
 
 
@@ -137,6 +148,31 @@ def test_vectors_that_are_written_anew_are_taken_without_a_gap(searched, checkpo
         index.watcher.cancel()
 
     asyncio.run(work())
+
+
+def test_other_pairs_than_those_that_were_embedded_are_not_shown(searched, tmp_path):
+    """As it is between an `ingest` of other pairs and the next `embed`."""
+    shutil.copytree(searched.uri, tmp_path, dirs_exist_ok=True)
+    config = ServeFile.model_validate({"storage": {"uri": str(tmp_path)}})
+    files = find_index(config)
+    assert files is not None
+    collection = Collection(files)
+    query = np.ones(small_config().embed_dim, np.float32)
+    before = collection.search(query, 80, pictures=True)
+    assert all(hit.picture for hit in before)
+
+    first, second = (tmp_path / "pairs" / "test" / f"{part}.parquet" for part in files.parts)
+    table = pq.read_table(first)
+    kept = {*table["id"].to_pylist()[::2]}
+    others = [one if one in kept else f"another {one}" for one in table["id"].to_pylist()]
+    pq.write_table(table.set_column(table.schema.get_field_index("id"), "id", [others]), first)
+    in_second = {*pq.read_table(second)["id"].to_pylist()}
+    for hit in collection.search(query, 80, pictures=True):
+        assert (hit.picture is not None) == (hit.id in kept | in_second)
+    pq.write_table(table.slice(0, 1), first)
+    assert len(collection.search(query, 80, pictures=True)) == 80
+    with pytest.raises(SearchError, match="run `rwkv-clip embed` again"):
+        Collection(files)
 
 
 def test_cells_find_nearly_what_a_product_with_all_finds():

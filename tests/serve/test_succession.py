@@ -87,6 +87,14 @@ def test_pointing_back_ends_an_exchange_that_was_under_way(succession):
     assert say(succession, "image", ONE, TWO).hold == (ONE,)
 
 
+def test_what_is_wanted_before_a_replica_asks_is_served_at_once():
+    succession = Succession(ONE, keep_seconds=60)
+    succession.want(TWO, 0)
+    assert say(succession, "image") == Orders(TWO, (TWO,))
+    succession.want(THREE, 1)
+    assert say(succession, "text") == Orders(TWO, (TWO, THREE))
+
+
 def test_a_new_director_begins_with_what_is_served():
     succession = Succession(TWO, keep_seconds=60)
     assert say(succession, "image", ONE).current == ONE

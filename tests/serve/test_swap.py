@@ -11,6 +11,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 from safetensors.torch import load_file, save_file
 
 from rwkv_clip import image_transform, tokenize
@@ -18,12 +21,13 @@ from rwkv_clip.model import RWKVCLIP, create_model, save_checkpoint
 from serve.compute import Compute
 from serve.config import ServeFile
 from serve.encoders import Encoder
-from serve.messages import Orders
+from serve.messages import Orders, Report
 from serve.models import check_model, load_model
 from serve.registry import ModelError, find_model
 from serve.succession import Director
+from serve.towers import Handle
 from tests.ray_jobs.killing import wait_until
-from tests.serve.small import Registry, data_uri, picture, small_config
+from tests.serve.small import Registry, data_uri, director_alone, picture, small_config
 
 TEXT, IMAGE = "a red heart", picture(0)
 
@@ -195,6 +199,7 @@ def test_user_config_names_another_model_in_place_of_the_files(settings, registr
     async def work() -> None:
         director = Director.__new__(Director)
         await director.__init__(settings, find_model(settings))
+        assert (await director.orders(Report("image", "a"))).current.version == "1"
         await director.reconfigure({"modle": "models:/small/1"})
         assert "takes {model: NAME} alone" in (await director.standing()).trouble
         await director.reconfigure({"model": f"models:/small/{version}"})
@@ -205,3 +210,33 @@ def test_user_config_names_another_model_in_place_of_the_files(settings, registr
         director.watcher.cancel()
 
     asyncio.run(work())
+
+
+def test_a_pin_holds_from_the_start_until_it_is_taken_out_of_serves_file(
+    endpoint, settings, registry, tmp_path
+):
+    pinned = registry.add(tmp_path)
+
+    def deploy(**options: object) -> None:
+        application = {
+            "name": "pinned",
+            "route_prefix": None,
+            "import_path": f"{director_alone.__module__}:{director_alone.__name__}",
+            "args": settings.model_dump(mode="json"),
+            **options,
+        }
+        written = ServeDeploySchema.model_validate({"applications": [application]})
+        _get_global_client().deploy_apps(written, _blocking=True)
+
+    try:
+        deploy(
+            deployments=[{"name": "director", "user_config": {"model": f"models:/small/{pinned}"}}]
+        )
+        director: Handle = serve.get_deployment_handle("director", "pinned")
+        orders = director.orders.remote(Report("image", "a")).result()
+        assert orders.current.version == pinned, "the champion is not loaded first"
+        deploy()
+        wait_until(lambda: director.standing.remote().result().coming, "another model")
+        assert director.standing.remote().result().coming.version == "1"
+    finally:
+        serve.delete("pinned")
