@@ -65,6 +65,9 @@ class ConfigError(ValueError):
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
         super().__init__("\n  ".join([f"{count} in the configuration:", *map(str, problems)]))
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)
+
 
 def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read, override and validate a configuration.
@@ -181,7 +184,8 @@ def _step(holder: Any, name: str) -> str | int:
         return name
     if not isinstance(holder, list):
         raise LookupError(f"its parent is {holder!r}, which has no keys")
-    if not name.isdecimal() or int(name) >= len(holder):
+    digits = len(str(_MOST_VALUES))  # of an index; Python reads no number of thousands of them
+    if not name.isdecimal() or len(name) > digits or int(name) >= len(holder):
         raise LookupError(f"its parent is a list of {len(holder)}; takes an index below that")
     return int(name)
 
@@ -237,6 +241,20 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 key.tag = "tag:yaml.org,2002:str"
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int):
+                str(value)  # a ValueError of thousands of digits, which hexadecimal ones may have
+            return value
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            problem = f"{_show(node.value)} is no {node.tag.rpartition(':')[2]}"
+            if isinstance(error, ValueError):  # others are PyYAML's own, as of a key that it lacks
+                problem += f" ({_one_line(error)})"
+            raise yaml.constructor.ConstructorError(
+                problem=problem, problem_mark=node.start_mark
+            ) from error
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
@@ -252,8 +270,6 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any]:
         value = None if node is None else loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
-    except ValueError as error:  # of a number that is none
-        raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
     try:

@@ -175,16 +175,32 @@ def open_named(data: Encoded, name: object = None) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Decodes, into a mode that Pillow resizes with every filter and that has eight bits."""
+    """Decodes, into a mode that Pillow resizes with every filter and that has eight bits.
+
+    Of 16-bit greys it keeps the upper eight bits. Greys of 32 bits (I and F, as in TIFFs) do not
+    say what is white, so their largest value tells: up to 1, fractions (F alone); up to 255, eight
+    bits; above, sixteen. What is below or above is clipped, and what is no number is black.
+    """
     image.load()
-    if image.mode.startswith("I"):  # I and I;16: in PNG, TIFF and PGM files these hold 16 bits
-        grey = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
-        return Image.fromarray(grey.astype(np.uint8))
+    if image.mode in ("I", "F"):
+        return _eight_bits_of_32(image)
+    if image.mode.startswith("I"):  # I;16
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in _RESIZABLE:
         return image
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours, and no warning about what is dropped
     return image.convert("RGB")
+
+
+def _eight_bits_of_32(image: Image.Image) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image).astype(np.float32), copy=False)
+    largest = values.max()
+    if image.mode == "F" and largest <= 1:
+        values = np.rint(values * 255)
+    elif largest > 255:
+        values /= 256
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def small_picture(image: bytes, side: int, name: object = None) -> Image.Image:

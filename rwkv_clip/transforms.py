@@ -22,8 +22,9 @@ changes its colours where that is asked for (jitter.py). Choices:
   what was decoded at the scale that is needed. A TIFF is always turned, by Pillow.
 - Modes L, LA, RGB, RGBA and CMYK are resized as they are and then converted, as published. Pillow
   has no bicubic filter for palettes and bitmaps (it takes the nearest pixel without a word), so P
-  and 1 are converted first. 16-bit greys keep their upper eight bits. Transparency is dropped, as
-  published: a transparent pixel shows the colour it is stored with.
+  and 1 are converted first. 16-bit greys keep their upper eight bits; greys of 32 bits, whose files
+  do not say what is white, are scaled by their largest value (images.eight_bits). Transparency is
+  dropped, as published: a transparent pixel shows the colour it is stored with.
 - An animation gives its first frame.
 """
 
@@ -114,7 +115,8 @@ class ImageTransform:
         draft: let the JPEG decoder skip resolution that the output cannot show.
         exif_orientation: turn the image as its EXIF tag says (the published code does not); a
             TIFF is turned either way.
-        max_pixels: larger images are refused before they are decoded.
+        max_pixels: larger images are refused before they are decoded; so are encoded ones above
+            twice PIL.Image.MAX_IMAGE_PIXELS, 179 million, unless that is raised as well.
     """
 
     def __init__(
@@ -177,7 +179,9 @@ class ImageTransform:
         *,
         names: Sequence[object] | None = None,
     ) -> TransformedBatch:
-        """Transforms what can be; sets broken inputs aside, each with an error that names it.
+        """Transforms what can be; sets the others aside, each with an error that names it.
+
+        Those are broken images, and what is none, as None or a path.
 
         Args:
             names: what errors call the inputs; their indices if None.
@@ -190,6 +194,9 @@ class ImageTransform:
             name = index if names is None else names[index]
             # One draw an image, so that a broken one does not move the crops of those behind it.
             seed = None if generator is None else int(generator.integers(1 << 63))
+            if not _is_input(image):
+                errors.append(ImageDecodeError(_none_of_the_types(image), name))
+                continue
             try:
                 pixels.append(self(image, seed, name=name))
                 indices.append(index)
@@ -420,11 +427,17 @@ def _open(image: ImageInput, name: object) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     if not isinstance(image, Encoded):
-        raise TypeError(
-            f"an image is encoded bytes, a Pillow image or a uint8 array, not "
-            f"{type(image).__name__}"
-        )
+        raise TypeError(_none_of_the_types(image))
     return open_named(image, name)
+
+
+def _is_input(image: object) -> bool:
+    return isinstance(image, Encoded | Image.Image | np.ndarray)
+
+
+def _none_of_the_types(image: object) -> str:
+    kind = type(image).__name__
+    return f"an image is encoded bytes, a Pillow image or a uint8 array, not {kind}"
 
 
 def _from_array(array: Pixels, name: object) -> Image.Image:

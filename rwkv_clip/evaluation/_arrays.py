@@ -119,7 +119,7 @@ def indices(
 
 def check_finite(name: str, data: Tensor) -> Tensor:
     """The lengths of rows [N]; raises ValueError naming the first row that is not finite."""
-    wide = torch.float32 if data.device.type == "mps" else torch.float64
+    wide = widest(data.device)
     step = rows_at_a_time(CHUNK_ELEMENTS, data.shape[1])
     norms = torch.cat(
         [torch.linalg.vector_norm(data[rows].to(wide), dim=1) for rows in slices(len(data), step)]
@@ -131,6 +131,11 @@ def check_finite(name: str, data: Tensor) -> Tensor:
             "model diverged, or its number type overflowed"
         )
     return norms
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating type that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def slices(count: int, step: int) -> Iterator[slice]:

@@ -80,7 +80,7 @@ def read_result(path: str | Path) -> BenchmarkResult:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         raise ValueError(f"{path} is no result of CLIP_benchmark: it has no object `metrics`")
@@ -93,7 +93,11 @@ def read_result(path: str | Path) -> BenchmarkResult:
         if not isinstance(value, str):
             raise ValueError(f"{path} has {key} {value!r}; takes a string")
         texts[key] = value
-    return BenchmarkResult(task=task, metrics=_numbers(content["metrics"]), **texts)
+    try:
+        metrics = _numbers(content["metrics"])
+    except OverflowError as error:
+        raise ValueError(f"{path} has a metric that is too large a number: {error}") from error
+    return BenchmarkResult(task=task, metrics=metrics, **texts)
 
 
 def _named(

@@ -22,8 +22,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ from rwkv_clip.evaluation._arrays import (
     matrix,
     rows_at_a_time,
     slices,
+    widest,
 )
 from rwkv_clip.evaluation.classification import ClassificationResult, accuracy, label_ranks
 
@@ -101,7 +103,7 @@ def linear_probe(
     test_labels: Integers,
     *,
     num_classes: int | None = None,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] | npt.NDArray[Any] = STRENGTHS,
     held_out: float = 0.2,
     seed: int = 0,
     max_iterations: int = MAX_ITERATIONS,
@@ -125,6 +127,7 @@ def linear_probe(
             for the search.
         TypeError: the features are not floating, or the labels no integers.
     """
+    strengths = tuple(map(float, strengths))
     _check_search(strengths, held_out)
     bound = num_classes if num_classes is not None else 1 << 31
     train = _labelled("train", train_features, train_labels, bound)
@@ -219,12 +222,14 @@ def _choose(
 def _held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """Which rows [N] are held out: the fraction of every class, but neither none nor all of it."""
     here = labels.cpu()
-    order = torch.randperm(len(here), generator=torch.Generator().manual_seed(seed))
+    # Each names its device, whatever PyTorch's default one.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(len(here), generator=generator, device="cpu")
     order = order[here[order].argsort(stable=True)]  # by class, and random within it
     counts = torch.bincount(here)
     share = (counts * fraction).round().long().clamp(min=1).minimum((counts - 1).clamp(min=0))
-    place = torch.arange(len(here)) - (counts.cumsum(0) - counts)[here[order]]
-    held = torch.zeros(len(here), dtype=torch.bool)
+    place = torch.arange(len(here), device="cpu") - (counts.cumsum(0) - counts)[here[order]]
+    held = torch.zeros(len(here), dtype=torch.bool, device="cpu")
     held[order] = place < share[here[order]]
     return held.to(labels.device)
 
@@ -261,8 +266,9 @@ class _Centred:
         features, dtype = data.features, data.dtype
         mean = features.mean(0, dtype=dtype)
         step = rows_at_a_time(CHUNK_ELEMENTS, len(mean))
+        wide = widest(features.device)  # of features around 1e20, float32 has no squares
         squares = sum(
-            float((features[rows].to(dtype) - mean).square().sum())
+            float((features[rows].to(dtype) - mean).to(wide).square().sum())
             for rows in slices(len(features), step)
         )
         return cls(data, mean, math.sqrt(squares / features.numel()) or 1.0)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_clip.ops import fused, wkv6
 from rwkv_clip.ops.fused import TokenShift
+from rwkv_clip.ops.operator import is_transformed
 
 LAYER_NORM_EPS = 1e-5
 MIX_RANK = 32  # of each of the five data-dependent mixes
@@ -26,6 +27,14 @@ MIXES = 5  # of decay, key, value, receptance and gate, in this order
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+class GatedGroupNorm(nn.GroupNorm):
+    """A group norm whose output a gate multiplies, in one step: GroupNorm(y) * silu(g)."""
+
+    def forward(self, y: Tensor, g: Tensor) -> Tensor:  # type: ignore[override]  # has a gate
+        """[B, T, C] each -> [B, T, C]; each token has norms of its own."""
+        return fused.group_norm_gate(y, g, self.weight, self.bias, self.num_groups, self.eps)
 
 
 class TimeMix(nn.Module):
@@ -64,19 +73,18 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(channels, channels, bias=False)
         self.output = nn.Linear(channels, channels, bias=False)
         self.gate = nn.Linear(channels, channels, bias=False)
-        self.ln_x = nn.GroupNorm(heads, channels, eps=norm_eps)
+        self.ln_x = GatedGroupNorm(heads, channels, eps=norm_eps)
 
     def forward(self, x: Tensor, shift: TokenShift) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
         xw, xk, xv, xr, xg = self._mix_with_neighbours(x, shift)
         r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)
-        w = torch.tanh_(xw @ self.time_decay_w1) @ self.time_decay_w2
+        w = torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
         # A sum, not addmm: under autocast it leaves the decay in float32.
-        w = w.add_(self.time_decay) if w.dtype == self.time_decay.dtype else w + self.time_decay
+        in_place = w.dtype == self.time_decay.dtype and _may_overwrite()
+        w = w.add_(self.time_decay) if in_place else w + self.time_decay
         y = wkv6(r, k, v, w, self.time_faaaa)
-        norm = self.ln_x
-        y = fused.group_norm_gate(y, g, norm.weight, norm.bias, self.heads, norm.eps)
-        out: Tensor = self.output(y)
+        out: Tensor = self.output(self.ln_x(y, g))
         return out
 
     def _mix_with_neighbours(self, x: Tensor, shift: TokenShift) -> tuple[Tensor, ...]:
@@ -87,7 +95,7 @@ class TimeMix(nn.Module):
         """
         C = x.shape[-1]
         (mixed,) = fused.token_shift_mix(x, self.time_maa_x.view(1, C), shift=shift)
-        low_rank = torch.tanh_(mixed @ self.time_maa_w1), self.time_maa_w2
+        low_rank = torch.tanh(mixed @ self.time_maa_w1), self.time_maa_w2
         maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         return fused.token_shift_mix(x, torch.cat(maa).view(MIXES, C), low_rank, shift=shift)
 
@@ -267,13 +275,29 @@ def _gives_away(module: nn.Module) -> bool:
     """
     if torch.compiler.is_compiling():  # which reuses memory by itself
         return True
-    return type(module) is nn.Linear and not (
-        module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # replaced on this layer alone
-        or nn.modules.module._has_any_global_hook()
+    return (
+        type(module) is nn.Linear
+        and _may_overwrite()
+        and not (
+            module._forward_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__  # replaced on this layer alone
+            or nn.modules.module._has_any_global_hook()
+        )
     )
+
+
+def _may_overwrite() -> bool:
+    """Whether a step may write over what a product returned, where nothing needs that later.
+
+    Not where a dispatch mode sees each step and may keep what it returned, as selective activation
+    checkpointing does; nor under torch.func, which may map over the other operand alone. A compiler
+    reuses memory by itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or is_transformed())
 
 
 def _parameter(*shape: int) -> nn.Parameter:

@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import secrets
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rwkv_clip.checkpoint_files import CONFIG_DIGEST, CONFIG_FILE, WEIGHTS_FILE
 from rwkv_clip.model.clip import RWKVCLIP, create_model
@@ -35,10 +35,9 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where training scripts keep weights
 _LISTED = 8  # of each kind of wrong key
 _MOST_WRAPPINGS = 8  # of a state dict in others; one may hold itself
-# What torch.load raises for files that are cut or garbled; it reads *.safetensors by their name.
-_DAMAGED = (
-    *(RuntimeError, EOFError, ValueError, LookupError, OSError),
-    *(struct.error, SafetensorError),
+_GATHER = (
+    "What is sharded is gathered by torch.distributed.checkpoint.state_dict.get_model_state_dict "
+    "with full_state_dict=True; load that into a model of create_model, and save this"
 )
 
 PathLike = str | os.PathLike[str]
@@ -59,7 +58,9 @@ def save_checkpoint(model: nn.Module, folder: PathLike) -> None:
         folder: where to.
 
     Raises:
-        TypeError: if the model is none; nothing is written then.
+        CheckpointError: if `load_checkpoint` would refuse it, as with adapters, sharded, or with
+            values that are not finite; nothing is written then, nor for a TypeError.
+        TypeError: if the model is none.
         OSError: if the folder cannot be written.
     """
     folder = Path(folder)
@@ -68,7 +69,7 @@ def save_checkpoint(model: nn.Module, folder: PathLike) -> None:
     metadata = {"format": "pt", CONFIG_DIGEST: _digest(config)}
     state = {
         key: value.detach().to("cpu", torch.float32).contiguous()
-        for key, value in _unwrap(clip.state_dict(), folder).items()
+        for key, value in _state_to_save(clip, folder).items()
     }
     folder.mkdir(parents=True, exist_ok=True)
     # Weights first: older ones, which name no configuration, then never lie beside a new one.
@@ -86,12 +87,12 @@ def save_published_checkpoint(model: nn.Module, path: PathLike, prefix: str = "m
         prefix: of every key; published training saves from within DistributedDataParallel.
 
     Raises:
-        TypeError: if the model is none; nothing is written then.
+        CheckpointError, TypeError: as `save_checkpoint` does.
         OSError: if the file cannot be written.
     """
     path = Path(path)
     state = {}
-    for key, value in _unwrap(_inside(model).state_dict(), path).items():
+    for key, value in _state_to_save(_inside(model), path).items():
         published = torch.bfloat16 if _BFLOAT16_PUBLISHED.fullmatch(key) else torch.float32
         state[prefix + key] = value.detach().to("cpu", published)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,15 +117,19 @@ def load_checkpoint(
             it a file that has none gets the one that its shapes tell.
         image_size: make the position embedding fit another size of image.
         device: where the model goes; the CPU by default.
-        dtype: of the weights; float32 by default.
+        dtype: of the weights, a floating one; float32 by default.
 
     Raises:
         CheckpointError: if there is no such file, if it is damaged or no checkpoint, if keys are
-            unknown, missing or misshapen, if values are not finite, or if the weights were saved
-            with another configuration than the one beside them.
+            unknown, missing or misshapen, if values are not finite, or not in `dtype`, or if the
+            weights were saved with another configuration than the one beside them, or than their
+            shapes tell.
         ValueError: for an unknown name of a model, or an image size that is none.
+        TypeError: for a dtype that is not floating.
     """
     path = Path(path)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}; takes a floating type")
     wanted = named_config(config) if isinstance(config, str) else config
     state, own = _read(path, needs_config=wanted is None)
     made_for = wanted or own or infer_config(state, path)
@@ -132,15 +137,15 @@ def load_checkpoint(
         made_for = made_for.with_image_size(image_size)
         _resize(state, made_for)
     model = create_model(made_for, device="meta")
-    _check(state, model, path)
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    kept = dtype or torch.float32
+    _check(state, model, f"{path} does not fit the model {made_for.name}", kept)
     # Assigned: to make room for them by `to_empty` imports sympy, which takes half a second.
     copies = {
-        name: value.to(types[name], copy=True, memory_format=torch.contiguous_format)
+        name: value.to(kept, copy=True, memory_format=torch.contiguous_format)
         for name, value in state.items()
     }
     model.load_state_dict(copies, assign=True)
-    return model.to(device=device, dtype=dtype).eval()
+    return model.to(device=device).eval()
 
 
 def infer_config(state: Mapping[str, Tensor], path: Path) -> CLIPConfig:
@@ -203,12 +208,15 @@ def _read(path: Path, *, needs_config: bool) -> tuple[dict[str, Tensor], CLIPCon
         raise CheckpointError(f"{path} does not exist")
     kind = _kind(path)
     if kind == "safetensors":
-        state, metadata = _read_safetensors(path)
+        tensors, metadata = _read_safetensors(path)
+        state, digest = _unwrap(tensors, path), metadata.get(CONFIG_DIGEST)
         beside = path.with_name(CONFIG_FILE)
         own = None
         if needs_config and beside.is_file():
-            own = _read_config(beside, metadata.get(CONFIG_DIGEST))
-        return _unwrap(state, path), own
+            own = _read_config(beside, digest)
+        elif needs_config and digest is not None:
+            own = _infer_same(state, path, digest)
+        return state, own
     return _unwrap(_read_pickle(path, zipped=kind == "zip"), path), None
 
 
@@ -248,7 +256,9 @@ def _read_pickle(path: Path, *, zipped: bool) -> dict[str, Any]:
             f"Where it comes from somebody you trust, load it there and save its state_dict(). "
             f"({_first_line(error)})"
         ) from error
-    except _DAMAGED as error:
+    except MemoryError:  # which is not the file's fault
+        raise
+    except Exception as error:  # PyTorch raises whatever a garbled file leads it to
         reason = _first_line(error)
         raise CheckpointError(f"{path} is damaged, or no checkpoint: {reason}") from error
     data = _innermost_state(data)
@@ -294,6 +304,17 @@ def _read_config(path: Path, digest: str | None) -> CLIPConfig:
     return config
 
 
+def _infer_same(state: Mapping[str, Tensor], path: Path, digest: str) -> CLIPConfig:
+    """The configuration that the shapes tell, which has to be that of the digest."""
+    inferred = infer_config(state, path)
+    if _digest(inferred.to_dict()) != digest:
+        raise CheckpointError(
+            f"{path} was saved with another configuration than its shapes tell, and no "
+            f"{CONFIG_FILE} is beside it. Put that there, or give config= the one that is right."
+        )
+    return inferred
+
+
 def _digest(config: Mapping[str, Any]) -> str:
     """Of a configuration as JSON has it, but for its name, which changes nothing."""
     told = {key: value for key, value in config.items() if key != "name"}
@@ -308,6 +329,9 @@ def _nature(value: object) -> str:
         return "without data"
     if value.is_nested or value.is_quantized:
         return "nested" if value.is_nested else "quantized"
+    wraps: bool = is_traceable_wrapper_subclass(value)  # others, as DTensor does its share
+    if wraps:
+        return type(value).__name__
     return "dense" if value.layout == torch.strided else str(value.layout)
 
 
@@ -344,34 +368,63 @@ def _unwrap(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     return {names[key]: value for key, value in state.items()}
 
 
-def _check(state: Mapping[str, Tensor], model: RWKVCLIP, path: Path) -> None:
-    """Raise one CheckpointError with all that keeps a state from being the model's."""
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    shared = {key: state[key] for key in shapes if key in state}
+def _state_to_save(model: RWKVCLIP, path: Path) -> dict[str, Tensor]:
+    """The state under published names; raises CheckpointError if `load_checkpoint` refuses it."""
+    state = _unwrap(model.state_dict(), path)
+    own = create_model(model.config, device="meta")
+    _check(state, own, f"The model is no plain {own.config.name}, and is not saved to {path}")
+    return state
+
+
+def _check(
+    state: Mapping[str, Tensor], model: RWKVCLIP, title: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise one CheckpointError with all that keeps a state from being the model's.
+
+    Args:
+        state: under published names.
+        model: which it is to fit.
+        title: how the error begins.
+        dtype: what the weights become.
+    """
+    takes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    natures = {key: _nature(state[key]) for key in takes if key in state}
+    shared = {key: state[key] for key, nature in natures.items() if nature == "dense"}
     misshapen = [
-        f"{key} (has {list(value.shape)}, takes {shapes[key]})"
+        f"{key} (has {list(value.shape)}, takes {takes[key]})"
         for key, value in shared.items()
-        if list(value.shape) != shapes[key]
+        if list(value.shape) != takes[key]
     ]
     weights = {key: value for key, value in shared.items() if value.is_floating_point()}
+    finite = {key: value for key, value in weights.items() if _is_finite(value)}
     problems = {
-        "missing": [key for key in shapes if key not in state],
-        "unknown": [key for key in state if key not in shapes],
+        "missing": [key for key in takes if key not in state],
+        "unknown": [key for key in state if key not in takes],
+        "not a dense tensor": [f"{k} ({kind})" for k, kind in natures.items() if k not in shared],
         "of another shape": misshapen,
         "not of floating type": [f"{k} ({v.dtype})" for k, v in shared.items() if k not in weights],
-        "not finite": [key for key, value in weights.items() if not _is_finite(value)],
+        "not finite": [key for key in weights if key not in finite],
+        f"not finite as {dtype}": [k for k, v in finite.items() if not _is_finite_as(v, dtype)],
     }
     found = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
     if found:
-        hint = "image_size= fits the position embedding to another size of image"
-        lines = [*found, hint] if any(POSITIONS in text for text in misshapen) else found
-        title = f"{path} does not fit the model {model.config.name}. These keys are"
-        raise CheckpointError("\n  ".join([title, *lines]))
+        if any(POSITIONS in text for text in misshapen):
+            found.append("image_size= fits the position embedding to another size of image")
+        if "DTensor" in natures.values():
+            found.append(_GATHER)
+        raise CheckpointError("\n  ".join([f"{title}. These keys are", *found]))
 
 
 def _is_finite(value: Tensor) -> bool:
-    # A sum is not finite where a value is not; in float64 no finite weights overflow it.
-    return bool(value.sum(dtype=torch.float64).isfinite())
+    # A sum is not finite where a value is not, and soon had; but that of large values overflows.
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return bool(value.sum(dtype=wide).isfinite() or value.to(wide).isfinite().all())
+
+
+def _is_finite_as(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite values are still so in another type, as most always are."""
+    wider = torch.finfo(dtype).max >= torch.finfo(value.dtype).max
+    return wider or _is_finite(value.to(dtype))
 
 
 def _resize(state: dict[str, Tensor], config: CLIPConfig) -> None:

@@ -44,10 +44,12 @@ class RWKVCLIP(nn.Module):
             [B, D].
 
         Raises:
-            ValueError: for another shape.
-            TypeError: for integers.
+            ValueError: for another shape, of seeds too.
+            TypeError: for integers, for seeds of another type, or for what is no tensor.
         """
         _check_pixels(pixels)
+        if seeds is not None:
+            _check_seeds(seeds, pixels)
         embedding: Tensor = self.image_model(pixels, seeds)
         return F.normalize(embedding, dim=-1) if normalize else embedding
 
@@ -65,7 +67,7 @@ class RWKVCLIP(nn.Module):
         Raises:
             ValueError: for another shape, or (on a CPU, neither compiled nor transformed by
                 torch.func) a token outside of the vocabulary.
-            TypeError: for another type.
+            TypeError: for another type, or for what is no tensor.
         """
         _check_tokens(tokens, self.config.vocab_size)
         embedding: Tensor = self.text_model(tokens)
@@ -120,7 +122,12 @@ def create_model(
     return clip.to(device=device, dtype=dtype)
 
 
-def _check_pixels(pixels: Tensor) -> None:
+def _check_pixels(pixels: object) -> None:
+    if not isinstance(pixels, Tensor):
+        raise TypeError(
+            f"images are a {type(pixels).__name__}; takes a tensor [B, 3, height, width], as "
+            "image_transform makes them"
+        )
     if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
         raise ValueError(f"images have shape {list(pixels.shape)}; takes [B, 3, height, width]")
     if not pixels.is_floating_point():
@@ -129,7 +136,23 @@ def _check_pixels(pixels: Tensor) -> None:
         )
 
 
-def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
+def _check_seeds(seeds: object, pixels: Tensor) -> None:
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+        found = seeds.dtype if isinstance(seeds, Tensor) else f"a {type(seeds).__name__}"
+        raise TypeError(f"seeds are {found}; takes an int64 tensor")
+    if seeds.shape != pixels.shape[:1]:
+        raise ValueError(
+            f"seeds have shape {list(seeds.shape)}; takes [B], one for each image, and there are "
+            f"{pixels.shape[0]}"
+        )
+
+
+def _check_tokens(tokens: object, vocab_size: int) -> None:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"texts are a {type(tokens).__name__}; takes int64 tokens [B, T], as tokenize makes "
+            "them"
+        )
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"texts have shape {list(tokens.shape)}; takes [B, T], T at least 1")
     if tokens.dtype not in (torch.int64, torch.int32):

@@ -15,6 +15,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # The operator's limits on the channels of one head.
 _HEAD_SIZE_STEP = 8
 _HEAD_SIZE_MAX = 128
+# Far above any model: what a damaged file asks for is refused, and not made.
+_MOST_BLOCKS = 1000
+_LARGEST_SIZE = 1 << 20
+_SHORTEST_CONTEXT = 3  # the two tokens around a text, and one of its own
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class ImageConfig:
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        for name in ("depth", "heads", "embed_dim", "hidden_dim", "patch_size", "image_size"):
+        _check_count("image.depth", self.depth, most=_MOST_BLOCKS)
+        for name in ("heads", "embed_dim", "hidden_dim", "patch_size", "image_size"):
             _check_count(f"image.{name}", getattr(self, name))
         _check_heads("image", self.heads, self.embed_dim)
         _check(
@@ -95,8 +100,9 @@ class TextConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        names = ("depth", "heads", "embed_dim", "hidden_dim", "context_length", "vocab_size")
-        for name in names:
+        _check_count("text.depth", self.depth, most=_MOST_BLOCKS)
+        _check_count("text.context_length", self.context_length, least=_SHORTEST_CONTEXT)
+        for name in ("heads", "embed_dim", "hidden_dim", "vocab_size"):
             _check_count(f"text.{name}", getattr(self, name))
         _check_heads("text", self.heads, self.embed_dim)
         _check_rate("text.dropout", self.dropout)
@@ -180,9 +186,9 @@ def _check(key: str, value: object, takes: str, holds: bool) -> None:
         raise ValueError(f"{key}: got {value!r}, takes {takes}")
 
 
-def _check_count(key: str, value: object) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    _check(key, value, "a whole number above zero", whole)
+def _check_count(key: str, value: object, least: int = 1, most: int = _LARGEST_SIZE) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    _check(key, value, f"a whole number from {least} to {most}", fits)
 
 
 def _check_rate(key: str, value: object) -> None:

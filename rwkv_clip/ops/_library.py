@@ -98,9 +98,17 @@ def _is_left_alone() -> bool:
     return value == "1"
 
 
+def _check_isa() -> None:
+    value = os.environ.get("RWKV_CLIP_ISA", "")
+    names = [name.lower() for name in CAPABILITIES]
+    if value and value.lower() not in names:
+        raise ImportError(f"RWKV_CLIP_ISA is {value!r}; it takes {', '.join(names)}")
+
+
 def _try_library() -> str | None:
     """None once the library is loaded, otherwise why it is not."""
     global _library
+    _check_isa()
     if _is_left_alone():
         return "RWKV_CLIP_NO_LIBRARY is 1"
     if not _library.is_file():

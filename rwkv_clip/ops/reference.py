@@ -35,6 +35,8 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """
     r_, k_, v_, w_ = _by_head(u, r, k, v, w)
     own = (r_ * u.to(r_.dtype) * k_).sum(-1, keepdim=True) * v_
+    # A sum of nothing, whose gradient is zero: of one token alone, nothing else depends on w.
+    own = own + w_[:, :0].sum()
     y = list(own.unbind(1))
     for order in _orders(r_):
         for t, state in _states(order, k_, v_, _decay(w_)):

@@ -1,5 +1,7 @@
 """Configurations: what is read, what is refused, and how the refusal reads."""
 
+import copy
+import pickle
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -189,6 +191,8 @@ def test_unknown_keys_inside_a_mapping_of_models_are_explained(write):
         ("steps=[1", "the value is not YAML"),
         ("sources.1.folder=x", "sources.1: its parent is a list of 1"),
         ("sources.first.folder=x", "sources.first: its parent is a list of 1"),
+        (f"sources.{'9' * 5000}=x", "its parent is a list of 1; takes an index below that"),
+        ("steps=!!bool maybe", "steps: the value is not YAML: 'maybe' is no bool"),
         ("steps.more=3", "steps.more: its parent is 3, which has no keys"),
     ],
 )
@@ -212,7 +216,11 @@ def test_a_set_that_cannot_be_applied_is_named(write, override, words):
             + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefg")),
             "stand for more than 100,000 values",
         ),
-        ("steps: !!int many\n", "is not YAML: invalid literal"),
+        ("steps: !!int many\n", ":1: is not YAML: 'many' is no int (invalid literal"),
+        ("steps: 1\nflag: !!bool maybe\n", ":2: is not YAML: 'maybe' is no bool"),
+        ('steps: 1\na:\n  - !!int ""\n', ":3: is not YAML: '' is no int"),
+        ("steps: !!timestamp x\n", ":1: is not YAML: 'x' is no timestamp"),
+        (f"steps: 0x{'f' * 5000}\n", ":1: is not YAML: '0xfff"),
         ("steps: 1\nsteps: 2\n", ":2: steps: written twice, first at"),
         ("steps: !!python/object/apply:os.getcwd []\n", "is not YAML"),
     ],
@@ -227,6 +235,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8 text" in refusal(Run, binary)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_an_error_is_the_same_in_another_process(copied):
+    with pytest.raises(ConfigError) as caught:
+        load_config(Run, None, ["steps=x", "more=1"])
+    again = copied(caught.value)
+    assert str(again) == str(caught.value)
+    assert again.problems == caught.value.problems
 
 
 @given(st.text(max_size=40))

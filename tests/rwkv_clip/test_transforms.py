@@ -281,6 +281,23 @@ def test_sixteen_bit_greys_keep_their_upper_eight_bits() -> None:
     assert np.array_equal(EVALUATE.uint8(encoded(Image.fromarray(grey))), expected)
 
 
+@pytest.mark.parametrize(
+    ("scale", "kind"),
+    [(1, np.float32), (255, np.float32), (65535, np.float32), (255, np.int32), (65535, np.int32)],
+)
+def test_greys_of_32_bits_are_scaled_by_their_largest_value(scale: int, kind: type) -> None:
+    levels = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+    grey = Image.fromarray((levels * scale).astype(kind))
+    expected = EVALUATE.uint8(np.rint(levels * 255).astype(np.uint8))
+    for image in (grey, encoded(grey, "TIFF")):
+        assert levels_apart(EVALUATE.uint8(image), expected).max() <= 1
+
+
+def test_what_is_no_number_is_black() -> None:
+    grey = np.full((40, 40), np.nan, np.float32)
+    assert EVALUATE.uint8(Image.fromarray(grey)).max() == 0
+
+
 def test_an_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -422,6 +439,15 @@ def test_a_batch_sets_broken_inputs_aside() -> None:
     assert [error.name for error in result.errors] == [1, 3]
     whole = TRAIN.batch([GOOD, GOOD, GOOD], 3)
     assert torch.equal(result.pixels[1], whole.pixels[2])
+
+
+@pytest.mark.parametrize("other", [None, Path("photo.jpg"), "photo.jpg"])
+def test_a_batch_sets_aside_what_is_no_image_at_all(other: Any) -> None:
+    result = EVALUATE.batch([GOOD, other], names=["a", "b"])
+    assert result.indices == [0]
+    kind = type(other).__name__
+    reason = f"an image is encoded bytes, a Pillow image or a uint8 array, not {kind}"
+    assert [str(error) for error in result.errors] == [f"image 'b': {reason}"]
 
 
 def test_pixels_are_float32_on_the_cpu_whatever_pytorchs_defaults() -> None:

@@ -110,6 +110,9 @@ def test_numbers_that_json_lacks_are_not_written(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is no JSON"),
+        ("[" * 200_000, "is no JSON"),
+        ('{"metrics": ' + "9" * 5000 + "}", "is no JSON"),
+        (json.dumps(PUBLISHED | {"metrics": {"acc1": 10**400}}), "a metric that is too large"),
         ("[]", "no object `metrics`"),
         ("{}", "no object `metrics`"),
         (json.dumps(PUBLISHED | {"task": "captioning"}), "task 'captioning'; takes zeroshot"),

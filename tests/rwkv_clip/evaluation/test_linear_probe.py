@@ -192,3 +192,29 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     }
     with pytest.raises(ValueError, match=message):
         linear_probe(**arguments | change)
+
+
+def test_the_search_is_on_the_cpu_whatever_pytorchs_default_device() -> None:
+    features, labels = torch.randn(40, 6), torch.arange(40) % 3
+    expected = linear_probe(features, labels, features, labels, strengths=(0.1, 1.0))
+    torch.set_default_device("meta")
+    try:
+        result = linear_probe(features, labels, features, labels, strengths=(0.1, 1.0))
+    finally:
+        torch.set_default_device(None)
+    assert result == expected
+
+
+def test_strengths_may_be_an_array() -> None:
+    features, labels = clusters(3, 20, seed=1)
+    data = features, labels, features, labels
+    expected = linear_probe(*data, strengths=FEW)
+    assert linear_probe(*data, strengths=np.array(FEW)) == expected
+
+
+def test_large_features_are_fitted_as_small_ones() -> None:
+    features, labels = clusters(3, 20, seed=1)
+    small = fit_logistic_regression(features.float(), labels, 1.0)
+    large = fit_logistic_regression(1e20 * features.float(), labels, 1e40)
+    torch.testing.assert_close(1e20 * large.weight, small.weight, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(large.bias, small.bias, rtol=1e-2, atol=1e-2)

@@ -1,5 +1,6 @@
 """Checkpoints come back as they were saved, and say what is wrong when they cannot."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -471,3 +473,141 @@ def test_an_unknown_name_of_a_model_lists_the_names(tmp_path):
 def test_the_configuration_file_is_plain_json(tiny, tmp_path):
     save_checkpoint(tiny, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == tiny.config.to_dict()
+
+
+class Adapted(nn.Module):
+    """A linear layer with a term of low rank beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.term = nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.term(x)
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, save_published_checkpoint])
+def test_what_would_not_load_again_is_not_saved_over_what_does(save, tiny, tmp_path):
+    place = tmp_path / "model"
+    save(tiny, place)
+    expected = {key: value.clone() for key, value in tiny.state_dict().items()}
+    att = tiny.image_model.layers[0].att
+    att.key = Adapted(att.key)
+    tiny.image_model.ln1.weight = nn.Parameter(torch.ones(5))
+    tiny.image_model.ln1.bias.data[0] = torch.nan
+    tiny.double().text_model.emb.weight.data[0] = 1e300
+    with pytest.raises(CheckpointError) as caught:
+        save(tiny, place)
+    message = str(caught.value)
+    assert "1 missing: image_model.layers.0.att.key.weight" in message
+    assert "2 unknown: image_model.layers.0.att.key.base.weight" in message
+    assert "1 of another shape: image_model.ln1.weight (has [5], takes [64])" in message
+    assert "1 not finite: image_model.ln1.bias" in message
+    assert "1 not finite as torch.float32: text_model.emb.weight" in message
+    _assert_same_state(load_checkpoint(place), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_quantized_model_is_not_saved(tiny, tmp_path):
+    quantized = torch.ao.quantization.quantize_dynamic(tiny, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(CheckpointError, match=r"missing: .*att\.receptance\.weight"):
+        save_checkpoint(quantized, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sharded_model_is_not_saved_and_told_how_to_gather_it(tiny, tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(tiny, ignored_params={tiny.logit_scale})
+        with pytest.raises(CheckpointError) as caught:
+            save_checkpoint(tiny, tmp_path / "new")
+    finally:
+        dist.destroy_process_group()
+    assert "text_model.emb.weight (DTensor)" in str(caught.value)
+    assert "get_model_state_dict with full_state_dict=True" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_no_type_of_theirs_holds_are_refused(tiny, tmp_path):
+    with torch.no_grad():
+        tiny.text_model.emb.weight[0, 0] = 1e5
+    save_checkpoint(tiny, tmp_path)
+    assert load_checkpoint(tmp_path).text_model.emb.weight[0, 0] == 1e5
+    message = _refusal(tmp_path, dtype=torch.float16)
+    assert "1 not finite as torch.float16: text_model.emb.weight" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float64])
+def test_weights_of_any_floating_type_are_read(dtype, tiny, tiny_state, tmp_path):
+    state = {key: value.to(dtype) for key, value in tiny_state.items()}
+    torch.save(state, tmp_path / "model.pt")
+    loaded = load_checkpoint(tmp_path / "model.pt", config=tiny.config)
+    _assert_same_state(loaded, state)
+
+
+def test_large_weights_of_float64_are_finite_though_their_sum_is_not(tiny, tiny_state, tmp_path):
+    large = torch.full_like(tiny_state["text_model.emb.weight"], 1e308, dtype=torch.float64)
+    torch.save(tiny_state | {"text_model.emb.weight": large}, tmp_path / "model.pt")
+    message = _refusal(tmp_path / "model.pt")
+    assert "1 not finite as torch.float32: text_model.emb.weight" in message
+    loaded = load_checkpoint(tmp_path / "model.pt", config=tiny.config, dtype=torch.float64)
+    assert loaded.text_model.emb.weight.isfinite().all()
+
+
+def test_weights_alone_whose_shapes_do_not_tell_their_configuration_are_refused(tiny, tmp_path):
+    save_checkpoint(tiny, tmp_path)  # of texts of 16 tokens, which no shape tells
+    path = (tmp_path / "model.safetensors").rename(tmp_path / "alone.safetensors")
+    (tmp_path / "config.json").unlink()
+    message = _refusal(path)
+    assert "was saved with another configuration than its shapes tell" in message
+    assert "config=" in message
+    _assert_same_state(load_checkpoint(path, config=tiny.config), tiny.state_dict())
+
+
+def test_weights_alone_whose_shapes_tell_their_configuration_are_read(tmp_path):
+    model = create_model("RWKV-CLIP-Tiny")
+    save_checkpoint(model, tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert load_checkpoint(tmp_path / "model.safetensors").config == model.config
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_garbled_file_is_refused_whatever_pytorch_says(zipped, tiny_state, tmp_path):
+    torch.save(tiny_state, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    for at in range(120, 420, 3):
+        garbled = content[:at] + bytes([content[at] ^ 0x20]) + content[at + 1 :]
+        (tmp_path / "a.pt").write_bytes(garbled)
+        with contextlib.suppress(CheckpointError):  # some bytes change no more than a name
+            load_checkpoint(tmp_path / "a.pt")
+
+
+def test_memory_that_runs_out_is_no_damaged_file(tiny_state, tmp_path, monkeypatch):
+    torch.save(tiny_state, tmp_path / "model.pt")
+
+    def run_out(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", run_out)
+    with pytest.raises(MemoryError):
+        load_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("tower", "key", "size"),
+    [
+        ("image", "image_size", 10**12),
+        ("image", "hidden_dim", 10**30),
+        ("text", "vocab_size", 10**18),
+        ("text", "depth", 10**6),
+        ("text", "context_length", 1),
+    ],
+)
+def test_a_configuration_of_absurd_size_is_refused_and_not_built(tower, key, size, tiny, tmp_path):
+    save_checkpoint(tiny, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written[tower][key] = size
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert f"{tower}.{key}: got {size}, takes a whole number from" in _refusal(tmp_path)

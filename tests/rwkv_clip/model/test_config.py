@@ -30,9 +30,9 @@ def test_what_transforms_and_tokenizers_read_is_at_hand():
 @pytest.mark.parametrize(
     ("tower", "key", "value", "says"),
     [
-        ("image", "depth", 0, "image.depth: got 0, takes a whole number above zero"),
-        ("image", "depth", 2.5, "image.depth: got 2.5, takes a whole number above zero"),
-        ("image", "depth", True, "image.depth: got True, takes a whole number above zero"),
+        ("image", "depth", 0, "image.depth: got 0, takes a whole number from 1 to 1000"),
+        ("image", "depth", 2.5, "image.depth: got 2.5, takes a whole number from 1 to 1000"),
+        ("image", "depth", True, "image.depth: got True, takes a whole number from 1 to 1000"),
         ("image", "patch_size", "32", "image.patch_size: got '32', takes a whole number"),
         ("image", "heads", 7, "image.heads: got 7, takes a divisor of image.embed_dim"),
         ("image", "heads", 128, "image.heads: got 128, takes heads whose size, 640 / 128 = 5"),

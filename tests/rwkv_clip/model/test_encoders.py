@@ -1,12 +1,19 @@
 """The encoders take what they say they take, in every mode they are run in."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.utils import prune
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from rwkv_clip.model import RWKVCLIP, create_model
 from rwkv_clip.model.blocks import drop_path_scale, sample_noise
@@ -131,6 +138,7 @@ def test_encoders_of_one_block_can_be_made(tiny_config):
         (torch.zeros(2, 64, 64, 3), ValueError, r"images have shape \[2, 64, 64, 3\]"),
         (torch.zeros(2, 3, 0, 64), ValueError, r"images have shape \[2, 3, 0, 64\]"),
         (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), TypeError, "images are torch.uint8; takes"),
+        (["a.jpg"], TypeError, r"images are a list; takes a tensor \[B, 3, height, width\]"),
     ],
 )
 def test_what_is_no_batch_of_images_is_refused(pixels, error, says, tiny):
@@ -148,6 +156,7 @@ def test_what_is_no_batch_of_images_is_refused(pixels, error, says, tiny):
         ),
         (torch.zeros(2, 0, dtype=torch.int64), ValueError, r"texts have shape \[2, 0\]"),
         (torch.zeros(2, 16), TypeError, "texts are torch.float32; takes int64 tokens"),
+        (["a dog"], TypeError, r"texts are a list; takes int64 tokens \[B, T\], as tokenize"),
         (torch.full((2, 16), 512), ValueError, "tokens from 512 to 512; takes 0 to 511"),
         (torch.full((2, 16), -1), ValueError, "tokens from -1 to -1; takes 0 to 511"),
     ],
@@ -155,6 +164,20 @@ def test_what_is_no_batch_of_images_is_refused(pixels, error, says, tiny):
 def test_what_is_no_batch_of_texts_is_refused(tokens, error, says, tiny):
     with pytest.raises(error, match=says):
         tiny.encode_text(tokens)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "error", "says"),
+    [
+        (torch.arange(3), ValueError, r"seeds have shape \[3\]; takes \[B\]"),
+        (torch.zeros(2, 1, dtype=torch.int64), ValueError, r"seeds have shape \[2, 1\]"),
+        (torch.zeros(2), TypeError, "seeds are torch.float32; takes an int64"),
+        ([1, 2], TypeError, "seeds are a list; takes an int64"),
+    ],
+)
+def test_seeds_that_are_not_one_for_each_image_are_refused(seeds, error, says, tiny):
+    with pytest.raises(error, match=says):
+        tiny.encode_image(torch.zeros(2, 3, 64, 64), seeds=seeds)
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -252,10 +275,89 @@ def test_the_channel_mix_takes_hooks_on_the_way_back(tiny, tiny_io):
     assert called == ["before", "after"]
 
 
-def _gradients(model: RWKVCLIP, io) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize(
+    "name", ["image_model.patch_embed.projection", "image_model.layers.0.att.ln_x"]
+)
+def test_every_layer_is_called_so_that_its_hooks_run(name, tiny, tiny_io):
+    seen = []
+    layer = tiny.get_submodule(name)
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    layer.register_full_backward_hook(lambda *_: seen.append("back"))
+    tiny.encode_image(tiny_io["image"]).sum().backward()
+    assert seen == [(6, 64, 4, 4) if "projection" in name else (6, 16, 64), "back"]
+
+
+def test_no_layer_with_weights_is_read_without_a_call(tiny, tiny_io):
+    layers = [m for m in tiny.modules() if not list(m.children()) and list(m.parameters())]
+    called = set()
+    for layer in layers:
+        layer.register_forward_hook(lambda module, *_: called.add(module))
+    tiny(tiny_io["image"], tiny_io["text"])
+    assert called == set(layers)
+
+
+def test_pruned_layers_train_on(tiny, tiny_io):
+    projection = tiny.image_model.patch_embed.projection
+    norm = tiny.image_model.layers[0].att.ln_x
+    for layer in (projection, norm):
+        prune.l1_unstructured(layer, "weight", amount=0.3)
+    for _ in range(2):
+        tiny.encode_image(tiny_io["image"])[:, 0].sum().backward()
+        with torch.no_grad():
+            for layer in (projection, norm):
+                layer.weight_orig.mul_(2)
+    with torch.no_grad():
+        tiny.encode_image(tiny_io["image"])
+    for layer in (projection, norm):
+        assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
+
+
+def test_patches_are_projected_as_by_the_convolution(tiny, tiny_io):
+    projection = tiny.image_model.patch_embed.projection
+    expected = F.conv2d(tiny_io["image"], projection.weight, projection.bias, stride=16)
+    torch.testing.assert_close(projection(tiny_io["image"]), expected, rtol=1e-4, atol=1e-5)
+
+
+KEPT = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
+
+
+def _keep_products(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_products_that_selective_checkpointing_keeps_are_not_written_over(tiny, tiny_io):
+    model = tiny.train()
+    expected = _gradients(model, tiny_io)
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+
+    def kept(image, text):
+        return checkpoint(model, image, text, use_reentrant=False, context_fn=contexts)
+
+    got = _gradients(model, tiny_io, kept)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(got[key], gradient, msg=key)
+
+
+@pytest.mark.parametrize("name", ["time_decay", "time_decay_w1", "time_maa_w1"])
+def test_models_that_differ_in_one_weight_run_as_one_batch(name, tiny, tiny_io):
+    key = f"text_model.blocks.0.att.{name}"
+    weight = tiny.get_parameter(key).detach().float()
+    stack = torch.stack([weight, 0.5 * weight, 2 * weight])
+
+    def embed(weight):
+        with torch.no_grad():
+            return torch.func.functional_call(
+                tiny, {key: weight}, (tiny_io["image"][:1], tiny_io["text"][:1])
+            )[1]
+
+    one_by_one = torch.stack([embed(weight) for weight in stack])
+    torch.testing.assert_close(torch.vmap(embed)(stack), one_by_one, rtol=1e-4, atol=2e-6)
+
+
+def _gradients(model: RWKVCLIP, io, forward=None) -> dict[str, torch.Tensor]:
     model.zero_grad()
     torch.manual_seed(3)
-    image_embedding, text_embedding, scale = model(io["image"], io["text"])
+    image_embedding, text_embedding, scale = (forward or model)(io["image"], io["text"])
     (scale * (image_embedding * text_embedding).sum()).backward()
     return {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
 

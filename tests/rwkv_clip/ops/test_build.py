@@ -1,7 +1,10 @@
 """The build script, on sources small enough to compile in a second."""
 
 import ctypes
+import os
 import platform
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -120,6 +123,19 @@ def test_a_strange_choice_of_the_library_is_refused(monkeypatch):
     monkeypatch.setenv("RWKV_CLIP_NO_LIBRARY", "true")
     with pytest.raises(ImportError, match=r"RWKV_CLIP_NO_LIBRARY is 'true'.*0.*1"):
         _library._is_left_alone()
+
+
+def test_a_strange_instruction_set_is_refused_at_import_and_told_by_the_doctor():
+    program = "from rwkv_clip import doctor; print(doctor.table(doctor.examine()))"
+    environment = os.environ | {"RWKV_CLIP_ISA": "sse9"}
+    answer = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert "RWKV_CLIP_ISA is 'sse9'; it takes portable, avx2, avx512" in answer.stdout
 
 
 def test_nvcc_is_told_the_compiler_alone_and_not_what_starts_it():

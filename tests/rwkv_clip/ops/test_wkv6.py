@@ -313,3 +313,10 @@ def test_an_unknown_instruction_set_means_the_best(monkeypatch):
     monkeypatch.setenv("RWKV_CLIP_ISA", "portable")
     assert build_info()["cpu_capability"] == "portable"
     assert "RWKV_CLIP_ISA" in os.environ
+
+
+def test_of_one_token_the_decays_gradient_is_zero_in_the_reference_too():
+    leaves = [x.requires_grad_() for x in random_inputs(2, 1, 2, 16)[:5]]
+    for operator in (wkv6, reference.wkv6):
+        (gradient,) = torch.autograd.grad(operator(*leaves).sum(), leaves[3])
+        assert torch.equal(gradient, torch.zeros_like(leaves[3]))
