@@ -266,7 +266,8 @@ def check_texts(files: PairFiles, column: str, key: str, pairs: int | None = Non
     if any(pair[column] for pair in islice(files.texts(), pairs)):
         return
     there = [name for name in TEXTS if name != column]
-    among = "no pair" if pairs is None else f"none of the first {pairs:,} pairs"
+    some = pairs is not None and pairs < sum(files.flat_row_groups)
+    among = f"none of the first {pairs:,} pairs" if some else "no pair"
     raise TextsError(
         f"{key}: {among} of {files.storage.child_uri(files.parts[0]).rpartition('/')[0]} has a "
         f"{column} to search images by; set it to {' or '.join(there)}, or give captions"

@@ -79,6 +79,7 @@ def test_products_are_of_the_precision_that_a_tower_is_to_have(tower):
 
 
 def test_a_compiled_model_waits_for_no_compiler_once_it_is_served():
+    torch.compiler.reset()  # of what other tests compiled, which counts to a limit
     plain, compiled = (
         Compute("text", EncoderConfig(batch=8, compile=compile)) for compile in (False, True)
     )

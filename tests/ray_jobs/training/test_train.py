@@ -222,7 +222,7 @@ def test_pairs_without_the_texts_to_validate_by_are_refused_before_the_work(own_
     empty = pa.nulls(len(table), table.schema.field(at).type)
     own_storage.write_table(part.path, table.set_column(at, table.schema.field(at), empty))
     config = config_of(validation={"pairs": 20})
-    told = r"train\.validation\.text: no pair .* set it to web_text"
+    told = r"train\.validation\.text: none of the first 20 pairs .* set it to web_text"
     with pytest.raises(TextsError, match=told):
         train(config, own_storage)
 
