@@ -250,7 +250,9 @@ class _Ingestion:
 
     def _clear_away(self, dropped: Collection[int]) -> None:
         """Remove what no record means: of a crash, or of an earlier ingestion."""
-        whole = {self.writer.path("pairs", index) for index in dropped}
+        # An older release took duplicates out in place; such a part has no other file.
+        anew = (index for index in dropped if self.records[index].path)
+        whole = {self.writer.path("pairs", index) for index in anew}
         explained = {self.writer.path("rejected", index, DUPLICATES) for index in dropped}
         left = whole.intersection(self.storage.names(f"pairs/{self.name}"))
         left |= {*self.storage.names(f"rejected/{self.name}", DUPLICATES)} - explained

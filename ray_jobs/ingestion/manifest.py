@@ -14,7 +14,7 @@ class Part:
     """A file of pairs.
 
     Attributes:
-        name: its stem, which every later stage keeps: `part-00000`.
+        name: `part-00000`, which every later stage keeps.
         path: the Parquet file's name in the storage.
         row_groups: rows in each row group, in order.
         bytes: the Parquet file's size.

@@ -205,6 +205,21 @@ def test_a_crash_while_duplicates_are_taken_out_loses_nothing(
     assert content(storage) == undisturbed
 
 
+def test_a_part_of_an_older_release_is_kept_where_it_is(storage: Storage, tmp_path: Path) -> None:
+    write(tmp_path / "data", [pair(1), pair(2)], [pair(2), pair(3)])
+    options = config(tmp_path / "data", max_rejected_share=0.5)
+    whole = ingest(options, storage)
+    name, place = "pairs/train/part-00001.json", "pairs/train/part-00001.parquet"
+    record = storage.read_json(name)
+    storage.write_bytes(place, storage.read_bytes(record.pop("path")))
+    storage.write_json(name, record)
+    storage.delete("pairs/train/manifest.json")
+    manifest = ingest(options, storage)
+    assert [part.path for part in manifest.parts] == ["pairs/train/part-00000.parquet", place]
+    assert manifest.data_digest == whole.data_digest
+    assert ids_of(storage) == ["p001", "p002", "p003"]
+
+
 def test_what_another_run_still_reads_changes_nothing_of_what_is_done(
     storage: Storage, tmp_path: Path
 ) -> None:
