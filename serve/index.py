@@ -283,7 +283,7 @@ class Collection:
     def __init__(self, files: IndexFiles) -> None:
         self.files, self.settings = files, files.settings
         self.filesystem, self.root = open_filesystem(files.storage.uri, files.storage.s3)
-        self.parts = files.parts
+        self.parts, self.pairs = files.parts, self._pairs()
         loaded = [self._load(part) for part in files.parts]
         self.method = method_of(np.concatenate([one for one, _ in loaded]), self.settings)
         self.about = pa.concat_tables([about for _, about in loaded])
@@ -320,8 +320,7 @@ class Collection:
 
     def _images(self, part: str, rows: npt.NDArray[np.int64]) -> list[tuple[str, bytes]]:
         """Ids and images that are in rows now."""
-        path = f"{self.root}/pairs/{self.settings.data}/{part}.parquet"
-        with pq.ParquetFile(self.filesystem.open_input_file(path)) as file:
+        with pq.ParquetFile(self.filesystem.open_input_file(self.pairs[part])) as file:
             counts = [
                 file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)
             ]
@@ -338,22 +337,34 @@ class Collection:
 
     def _load(self, part: str) -> tuple[Matrix, pa.Table]:
         """Vectors [n, D] of a part, and of each its pair's id, text and row."""
-        vectors = self._read("vectors", part, ["id", "image_embedding"])
-        pairs = self._read("pairs", part, ["id", self.settings.text])
+        folder = f"{self.root}/vectors/{self.settings.data}"
+        vectors = self._read(f"{folder}/{part}.parquet", ["id", "image_embedding"])
+        if part not in self.pairs:
+            raise self._others(part)
+        pairs = self._read(self.pairs[part], ["id", self.settings.text])
         column = vectors["image_embedding"].combine_chunks()
         size = column.type.list_size
         matrix = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
         rows = pc.index_in(vectors["id"], pairs["id"].combine_chunks())
         if rows.null_count:
-            raise SearchError(
-                f"vectors/{self.settings.data}/{part} has vectors of pairs that are not there any "
-                "more; run `rwkv-clip embed` again"
-            )
+            raise self._others(part)
         about = {"id": vectors["id"], "text": pairs[self.settings.text].take(rows), "row": rows}
         return matrix.astype(np.float32, copy=False), pa.table(about)
 
-    def _read(self, kind: str, part: str, columns: Sequence[str]) -> pa.Table:
-        path = f"{self.root}/{kind}/{self.settings.data}/{part}.parquet"
+    def _pairs(self) -> dict[str, str]:
+        """The parts' files of pairs, which are not all called as the parts are."""
+        manifest = f"{self.root}/pairs/{self.settings.data}/manifest.json"
+        with self.filesystem.open_input_stream(manifest) as file:
+            parts = json.loads(file.read())["parts"]
+        return {part["name"]: f"{self.root}/{part['path']}" for part in parts}
+
+    def _others(self, part: str) -> SearchError:
+        return SearchError(
+            f"vectors/{self.settings.data}/{part} has vectors of pairs that are not there any "
+            "more; run `rwkv-clip embed` again"
+        )
+
+    def _read(self, path: str, columns: Sequence[str]) -> pa.Table:
         with self.filesystem.open_input_file(path) as file:
             return pq.read_table(file, columns=list(columns))
 

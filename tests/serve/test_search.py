@@ -175,6 +175,22 @@ def test_other_pairs_than_those_that_were_embedded_are_not_shown(searched, tmp_p
         Collection(files)
 
 
+def test_pairs_are_read_from_the_files_that_their_manifest_names(searched, tmp_path):
+    shutil.copytree(searched.uri, tmp_path, dirs_exist_ok=True)
+    storage = Storage.at(tmp_path)
+    record = storage.read_json("pairs/test/manifest.json")
+    for part in record["parts"]:  # as those are called that duplicates were taken out of
+        held, part["path"] = part["path"], f"pairs/test/{part['name']}-0123456789ab.parquet"
+        (tmp_path / held).rename(tmp_path / part["path"])
+    storage.write_json("pairs/test/manifest.json", record)
+    files = find_index(ServeFile.model_validate({"storage": {"uri": str(tmp_path)}}))
+    assert files is not None
+    query = np.ones(small_config().embed_dim, np.float32)
+    hits = Collection(files).search(query, 80, pictures=True)
+    assert len(hits) == 80
+    assert all(hit.picture and hit.text for hit in hits)
+
+
 def test_cells_find_nearly_what_a_product_with_all_finds():
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((40, 32))
