@@ -192,20 +192,23 @@ def _run(stages: Stages, memory: PeakMemory) -> PipelineResult:
         )
     sets = OpenedSets.of(config.evaluation)  # what cannot be read is told before any work
     data, test, validation = stages.ingest()
+    manifests = [one for one in (data, test, validation) if one is not None]
     stages.check_training(data)
     captioned = stages.caption(data)
     described = stages.describe(data)
     main = stages.train("train", config.train, data)
     evaluated = stages.evaluate("evaluation", main.best, test, sets)
+    stages.tag_run(manifests, described)
+    registered = stages.register(main, evaluated)
+    if config.embed is not None:
+        stages.embed_after(config.embed, registered)
+    # After that, because endpoints follow it at once, and search needs the champion's vectors.
+    registered = stages.crown(registered)
+    # Last, because it takes as long as the model took, which is served meanwhile.
     baseline_train = baseline = None
     if (settings := config.baseline_train()) is not None:
         baseline_train = stages.train(BASELINE, settings, data)
         baseline = stages.evaluate(f"{BASELINE}-evaluation", baseline_train.best, test, sets)
-    registered = stages.register(main, evaluated)
-    if config.embed is not None:
-        stages.embed_after(config.embed, registered)
-    # Last, because endpoints follow it at once, and search needs the champion's vectors.
-    registered = stages.crown(registered)
     result = PipelineResult(
         stages=stages.table,
         captioning=captioned,
@@ -222,7 +225,7 @@ def _run(stages: Stages, memory: PeakMemory) -> PipelineResult:
         title=config.name,
         configuration=config.model_dump(mode="json", exclude={"ray", "serve", "tracking"}),
         versions=_versions(),
-        data=[one for one in (data, test, validation) if one is not None],
+        data=manifests,
         train=main,
         stages=stages.took,
         captioning=captioned,

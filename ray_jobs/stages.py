@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -328,6 +328,15 @@ class Stages:
         with model_source(name, self.storage, self.config.tracking) as source:
             yield source
 
+    def tag_run(self, data: Sequence[Manifest], described: SynthesisResult | None) -> None:
+        """Note with the parent run what the model was made from."""
+        if self.tracker is None:
+            return
+        tags = {f"data_digest.{one.name}": one.data_digest for one in data}
+        if described is not None:
+            tags |= {"llm": described.model, "prompt_version": described.prompt}
+        self.tracker.parent.tags(tags)
+
     def register(
         self, trained: TrainResult, evaluated: EvaluationResult | None
     ) -> Registered | None:
@@ -372,11 +381,6 @@ class Stages:
             self.storage.write_bytes(REPORT, page.encode())
             if self.tracker is not None:
                 self.tracker.parent.text(REPORT, page)
-                digests = {f"data_digest.{one.name}": one.data_digest for one in report.data}
-                self.tracker.parent.tags(digests)
-                if report.synthesis is not None:
-                    model, prompt = report.synthesis.model, report.synthesis.prompt
-                    self.tracker.parent.tags({"llm": model, "prompt_version": prompt})
             told.append(f"{len(page) / 1e6:.1f} MB")
 
     @contextmanager

@@ -4,8 +4,8 @@ Choices:
 - A packed file is told by its first bytes, whatever it is called. All of its streams are unpacked,
   however many lie one behind the other: bgzip, pbzip2 and pixz write a stream for each block.
   `tarfile`, which unpacks the first alone, gets what is unpacked.
-- A plain tar file ends where its archive says so. A packed one may be several that were joined
-  (`cat a.tgz b.tgz`), so behind an archive's end the next one is looked for.
+- A shard may be several archives that were joined (`cat a.tar b.tar`), so behind an archive's end
+  the next one is looked for. What is none is passed over.
 - What cannot be unpacked is told as `tarfile` tells what it cannot read, and never as an OSError:
   that is an outage, after which the file is read again.
 - Headers are no longer than names are, and files no larger than a limit.
@@ -85,7 +85,7 @@ def shard_files(file: pa.NativeFile) -> Iterator[ShardFile]:
             fileobj=content,
             mode="r|",
             bufsize=_UNPACKED_BYTES if packed else tarfile.RECORDSIZE,
-            tarinfo=_PackedMember if packed else _Member,
+            tarinfo=_Member,
         ) as tar:
             for member in tar:
                 tar.members.clear()  # it would hold all of them
@@ -105,17 +105,22 @@ def _link(member: tarfile.TarInfo) -> str:
 
 
 class _Member(tarfile.TarInfo):
-    """A member of a tar file that ends where it says so, and not where it becomes unreadable."""
+    """A member of archives that end where they say so, and not where they become unreadable."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined] # the stubs lack it
-            raise
-        except tarfile.HeaderError as error:
-            # Behind the first member, `tarfile` takes any broken header for the end.
-            raise tarfile.ReadError(f"{error} at byte {archive.offset:,}") from error
+        end: Exception | None = None
+        while True:
+            try:
+                return super().fromtarfile(archive)
+            except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined] # the stubs lack it
+                end = error
+                archive.offset = archive.fileobj.tell()
+            except tarfile.HeaderError as error:
+                if end is not None:
+                    raise end from None
+                # Behind the first member, `tarfile` takes any broken header for the end.
+                raise tarfile.ReadError(f"{error} at byte {archive.offset:,}") from error
 
     def _proc_member(self, archive: tarfile.TarFile) -> "_Member":
         # `tarfile` reads headers whole, one within the other; the offset is still where they began.
@@ -131,25 +136,6 @@ class _Member(tarfile.TarInfo):
     def _proc_gnusparse_10(self, *_: object) -> None:
         # Its header has no end before a number in it says so.
         raise tarfile.ReadError("a sparse file")
-
-
-class _PackedMember(_Member):
-    """A member of an archive that another one may follow."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        end: Exception | None = None
-        while True:
-            try:
-                return super().fromtarfile(archive)
-            except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined] # as above
-                end = error
-                archive.offset = archive.fileobj.tell()
-            except tarfile.ReadError as error:
-                # What is no archive behind the end of one is passed over, as in a plain file.
-                if end is not None and isinstance(error.__cause__, tarfile.HeaderError):
-                    raise end from None
-                raise
 
 
 class _Unpacker(Protocol):

@@ -91,15 +91,9 @@ def open_work(
 ) -> tuple[list[Chunk], dict[str, list[Chunk]]]:
     """The chunks that are still to be done, and all chunks of the parts that are not sealed.
 
-    What a kill left of a sealed part's chunks is removed: whoever reads the whole folder would find
-    its rows twice.
+    What a kill left of a sealed part's chunks is removed.
     """
-    there = set(storage.names(beside.folder, suffix=".parquet", recursive=True))
-    folders = {posixpath.dirname(name) for name in there}
-    for part in manifest.parts:
-        folder = beside.part_folder(part.name)
-        if folder in folders and beside.part_file(part.name) in there:
-            storage.delete(folder)
+    there = tidy(storage, manifest, beside)
     unsealed = {
         part.name: chunks_of(part, rows)
         for part in manifest.parts
@@ -109,6 +103,21 @@ def open_work(
         chunk for chunks in unsealed.values() for chunk in chunks if chunk.file(beside) not in there
     ]
     return todo, unsealed
+
+
+def tidy(storage: Storage, manifest: Manifest, beside: Beside) -> set[str]:
+    """Remove chunks of sealed parts, whose rows whoever reads the whole folder would find twice.
+
+    Returns:
+        The tables that are there, with those chunks.
+    """
+    there = set(storage.names(beside.folder, suffix=".parquet", recursive=True))
+    folders = {posixpath.dirname(name) for name in there}
+    for part in manifest.parts:
+        folder = beside.part_folder(part.name)
+        if folder in folders and beside.part_file(part.name) in there:
+            storage.delete(folder)
+    return there
 
 
 def read_chunk(
@@ -132,10 +141,20 @@ def write_chunk(
 
 
 def seal(storage: Storage, beside: Beside, chunks: Sequence[Chunk]) -> None:
-    """Make one table of all chunks of a part, and remove them."""
+    """Make one table of all chunks of a part, unless another run has, and remove them.
+
+    Raises:
+        FileNotFoundError: a chunk is not there.
+    """
     part = chunks[0].part
-    table = pa.concat_tables(storage.read_table(chunk.file(beside)) for chunk in chunks)
-    storage.write_table(beside.part_file(part), table, row_group_size=_ROW_GROUP)
+    sealed = beside.part_file(part)
+    try:
+        if not storage.exists(sealed):
+            table = pa.concat_tables(storage.read_table(chunk.file(beside)) for chunk in chunks)
+            storage.write_table(sealed, table, row_group_size=_ROW_GROUP)
+    except FileNotFoundError:
+        if not storage.exists(sealed):
+            raise
     storage.delete(beside.part_folder(part))
 
 

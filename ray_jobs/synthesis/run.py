@@ -24,7 +24,7 @@ from ray_jobs.ingestion.manifest import Manifest
 from ray_jobs.models import ModelError, check_model
 from ray_jobs.progress import Progress
 from ray_jobs.storage import Storage
-from ray_jobs.synthesis.chunks import open_work, seal, work_of
+from ray_jobs.synthesis.chunks import open_work, seal, tidy, work_of
 from ray_jobs.synthesis.config import HttpConfig, VllmConfig
 from ray_jobs.synthesis.task import Task
 from ray_jobs.synthesis.watch import Watch
@@ -37,6 +37,8 @@ _ADVICE = "To change retry attempts"  # Ray Data's, behind every error
 # Counts of chunks as they are done, for items of work; in its block, what does them may run.
 Stream = Callable[[ray.data.Dataset, Work], AbstractContextManager[ray.data.Dataset]]
 
+
+_NOTE_SECONDS = 30.0  # between notes of what a run took so far
 
 # Items of work for each engine, where there are chunks enough: the last of them are a small part.
 _ITEMS = 250
@@ -126,28 +128,38 @@ class TaskRun:
             if not left[part]:
                 seal(self.storage, self.beside, chunks)
         record = f"{self.beside.folder}/record.json"
-        earlier = self.storage.find_json(record) or {}
-        effort = Effort(**{"incidents": [], "seconds": 0.0, "engine_seconds": 0.0, **earlier})
+        held = self.storage.find_json(record) or {}
+        earlier = Effort(**{"incidents": [], "seconds": 0.0, "engine_seconds": 0.0, **held})
         if not todo:
-            return effort
-        started = time.monotonic()
+            return earlier
+        started = noted = time.monotonic()
         first = last = math.inf
         watch = Watch()
+
+        def note() -> Effort:
+            effort = Effort(
+                [*earlier.incidents, *watch.incidents()],
+                earlier.seconds + time.monotonic() - started,
+                earlier.engine_seconds + (last - first if last < math.inf else 0.0),
+            )
+            self.storage.write_json(record, asdict(effort))
+            return effort
+
         try:
             for began in self._do(stream, watch, todo, unsealed, left):
                 first, last = min(first, began), time.time()
+                if time.monotonic() - noted > _NOTE_SECONDS:  # for whoever goes on after a kill
+                    noted = time.monotonic()
+                    note()
         finally:
-            effort = Effort(
-                [*effort.incidents, *watch.incidents()],
-                effort.seconds + time.monotonic() - started,
-                effort.engine_seconds + (last - first if last < math.inf else 0.0),
-            )
-            self.storage.write_json(record, asdict(effort))
+            effort = note()
             watch.close()
         return effort
 
     def conclude(self, result: Mapping[str, Any]) -> None:
         """Note that all is done, and what came out."""
+        # Another run's late chunks, where two were at work at once.
+        tidy(self.storage, self.manifest, self.beside)
         value = {"run": self.identity, "result": dict(result)}
         self.storage.write_json(self.beside.manifest_file, value)
 

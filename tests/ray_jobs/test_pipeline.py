@@ -124,7 +124,8 @@ def test_a_run_ends_with_scores_and_its_repetition_skips_every_stage(
     assert second.registered is not None
     told = second.registered.told
     assert second.registered == replace(first.registered, champion=False, told=told, before="2")
-    assert second.stages[-2].outcome.endswith("by models:/rwkv-clip/2")
+    by_name = {stage.name: stage for stage in second.stages}
+    assert by_name["embed"].outcome.endswith("by models:/rwkv-clip/2")
     assert embedded_by(storage) == champion, "searches are answered by the champion"
     assert runs_of(client) == sorted([*names, "evaluation"])
 

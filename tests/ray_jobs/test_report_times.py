@@ -10,9 +10,10 @@ import pytest
 from ray_jobs.ingest import IngestConfig
 from ray_jobs.ingestion.manifest import Manifest, Part
 from ray_jobs.pipeline import PipelineConfig, run_stage
-from ray_jobs.report import StageTime, StageTimes
+from ray_jobs.report import StageTime, StageTimes, times
 from ray_jobs.stages import Stages
 from ray_jobs.storage import Storage, digest_of_json
+from tests.ray_jobs.killing import wait_until
 
 SECONDS = 8.0
 
@@ -63,6 +64,21 @@ def test_a_time_that_cannot_be_noted_does_not_hide_what_went_wrong(storage, monk
 
     monkeypatch.setattr(storage, "write_json", full)
     fail(storage)
+
+
+def test_what_a_killed_attempt_took_so_far_counts(storage, monkeypatch):
+    monkeypatch.setattr(times, "_NOTE_SECONDS", 0.0)
+    file = f"times/embed/{digest_of_json('data')[:16]}.json"
+    with StageTimes(storage).measured("embed", "data") as one:
+        wait_until(lambda: storage.exists(file), "a note")
+        killed = storage.read_json(file)
+        assert killed["unfinished"] >= SECONDS
+        one.resumed = True
+    monkeypatch.undo()
+    storage.write_json(file, killed)
+    with StageTimes(storage).measured("embed", "data") as again:
+        pass
+    assert again.seconds > killed["unfinished"]
 
 
 def test_stages_that_end_at_the_same_time_lose_no_note_of_each_other(storage, monkeypatch):

@@ -101,6 +101,27 @@ def test_what_a_kill_leaves_of_chunks_that_were_sealed_is_removed_by_the_next_ru
     assert sorted(left) == [beside.part_file("part-0"), made[2].file(beside)]
 
 
+def test_runs_at_the_same_time_seal_a_part_once(tmp_path, monkeypatch):
+    def overtaken(storage: Storage, name: str, **_: Any) -> pa.Table:
+        monkeypatch.setattr(Storage, "read_table", read)
+        seal(storage, beside, made)
+        return read(storage, name)
+
+    read, storage, beside = Storage.read_table, Storage.at(tmp_path), Beside(DESCRIPTIONS, "train")
+    ids = pa.schema([pa.field("id", pa.string())])
+    made = chunks(2)
+    for chunk in made:
+        write_chunk(storage, beside, chunk, [{"id": "first"}], ids)
+    monkeypatch.setattr(Storage, "read_table", overtaken)
+    seal(storage, beside, made)
+    write_chunk(storage, beside, made[1], [{"id": "late"}], ids)
+    seal(storage, beside, made)
+    assert storage.read_table(beside.part_file("part-0"))["id"].to_pylist() == ["first"] * 2
+    assert storage.names(beside.folder, recursive=True) == [beside.part_file("part-0")]
+    with pytest.raises(FileNotFoundError):
+        seal(storage, beside, [Chunk("part-1", "", 0, 0, 8)])
+
+
 class SimpleWork:
     """Reads and writes nothing; everything else is the work's."""
 
