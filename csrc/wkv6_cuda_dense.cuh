@@ -8,9 +8,10 @@
 // scaled once each way, and every pair of tiles is one product on the tensor cores.
 //
 // The inverse is what float32's range, which bfloat16 shares, has room for: decays are held at
-// 2^-14, and a half tile of them is 2^112. That moves a weight by less than 2^-14, which is a sixtieth
-// of bfloat16's rounding; where the decay is held, its gradient is scaled to the true one. Between two
-// middles lie two half tiles at least, so that decay is kept as its root and multiplied in twice.
+// 2^-12, and a half tile of them is 2^96, which leaves 2^30 to either side for r and k. That moves a
+// weight by less than 2^-12, an eighth of bfloat16's rounding; where the decay is held, its gradient is
+// scaled to the true one. Between two middles lie two half tiles at least, so that decay is kept as its
+// root and multiplied in twice.
 #pragma once
 
 #include "wkv6_cuda_forward.cuh"
@@ -19,7 +20,7 @@ namespace rwkv_clip::cuda {
 
 constexpr int kHalf = kTile / 2;
 constexpr int kQuad = 4;  // channels that a thread takes at once
-constexpr float kFastest = -14.0f;
+constexpr float kFastest = -12.0f;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2OfLog2e = 0.5287663729448977f;

@@ -9,6 +9,10 @@
 // that of Y from q on. The pairs next to each other, which enclose nothing, are in both sums and
 // cancel; both are made of the same rounded operands, so what is left of them is float32's rounding.
 //
+// Gradients come in any scale, and a sum over M has only so much room on either side of it (see
+// wkv6_cuda_dense.cuh). So a block takes M times a power of two that brings its largest numbers near 1, and
+// gives that back at the end.
+//
 // A short sequence is one block's work; a longer one is three kernels' (wkv6_cuda_dense_sides.cuh).
 #pragma once
 
@@ -24,8 +28,46 @@ struct Gathering {
   const bf16* other_to;
   const float* step;
   const int* rooted;
-  float* own;  // receives M[t, t], or null
+  float* own;   // receives M[t, t], or null
+  float scale;  // that M is taken times
 };
+
+// The logarithm of the largest of a block's numbers, to an even one; of zeros, and of what is infinite, there
+// is nothing to bring near 1.
+__device__ __forceinline__ float log_of_largest(const float* of_warps) {
+  float most = 0.0f;
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
+    most = fmaxf(most, of_warps[warp]);
+  }
+  return most > 0.0f && most <= 3.4e38f ? to_even(log2f(most)) : 0.0f;
+}
+
+// The logarithm of what M is taken times, an even number, from x and z in shared memory. `scratch` has room
+// for two numbers a warp. The whole block must call it.
+template <int NP>
+__device__ float find_scale(float* scratch, const bf16* x, const bf16* z, const Chunk& chunk) {
+  constexpr int kQuads = NP / kQuad;
+  constexpr float kMost = 120.0f;
+  const int warps = blockDim.x / 32;
+  const int warp = threadIdx.x / 32;
+  const bf16* of[2] = {x, z};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float most = 0.0f;
+    for (int index = threadIdx.x; index < chunk.length * kQuads; index += blockDim.x) {
+      float quad[kQuad];
+      load_quad(quad, of[i] + index / kQuads * kStride<NP> + index % kQuads * kQuad);
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) most = fmaxf(most, fabsf(quad[c]));
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) most = fmaxf(most, shuffle_xor(most, mask));
+    if (threadIdx.x % 32 == 0) scratch[i * warps + warp] = most;
+  }
+  __syncthreads();
+  const float log = log_of_largest(scratch) + log_of_largest(scratch + warps);
+  return fmaxf(-kMost, fminf(kMost, -log));
+}
 
 // The left operand of a tile, in registers or still in shared memory.
 template <int NP>
@@ -39,6 +81,11 @@ __device__ __forceinline__ void get_operand(Operand<NP>& a, const Operand<NP>& h
 template <int NP>
 __device__ __forceinline__ void get_operand(Operand<NP>& a, const bf16* x, int tile) {
   load_operand<NP>(a, x, tile);
+}
+
+__device__ __forceinline__ void scale_scores(float (&scores)[2][4], float scale) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) scores[i / 4][i % 4] *= scale;
 }
 
 // before[t, :] = sum over s before t of M[t, s] (other G)[s, :], decayed to the middle of t's tile;
@@ -55,6 +102,7 @@ __device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (
     float scores[2][4] = {};
     get_operand<NP>(a, x, tile);
     score_tile<NP>(scores, a, of.z, other);
+    scale_scores(scores, of.scale);
     apply_tile<NP>(before, scores, of.other_to, other);
     scale_columns(before, of.step + (other + 1) * NP,
                       of.rooted[between_tiles(other, other + 1)], lane);
@@ -64,6 +112,7 @@ __device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (
     float scores[2][4] = {};
     get_operand<NP>(a, x, tile);
     score_tile<NP>(scores, a, of.z, other);
+    scale_scores(scores, of.scale);
     apply_tile<NP>(behind, scores, of.other_from, other);
     scale_columns(behind, of.step + other * NP, of.rooted[between_tiles(other - 1, other)],
                       lane);
@@ -77,8 +126,8 @@ __device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (
     const int later = row_less_column(i / 4, i % 4, lane);
     float& score = scores[i / 4][i % 4];
     if (later == 0 && of.own != nullptr) of.own[tile * kTile + lane.group + 8 * (i % 4 / 2)] = score;
-    ahead[i / 4][i % 4] = later < 0 ? score : 0.0f;
-    score = later > 0 ? score : 0.0f;
+    ahead[i / 4][i % 4] = later < 0 ? score * of.scale : 0.0f;
+    score = later > 0 ? score * of.scale : 0.0f;
   }
   apply_tile<NP>(before, scores, of.other_to, tile);
   apply_tile<NP>(behind, ahead, of.other_from, tile);
@@ -113,12 +162,13 @@ struct Sums {
 };
 
 // The gradients of r and k, from their sums; leaves X, Y and d(log d)/dw in the sums' place, and for
-// each half tile [2 * tiles, NP] the sum of X - Y and this block's share of gu.
+// each half tile [2 * tiles, NP] the sum of X - Y and this block's share of gu. `unscale` takes back what
+// the sums are scaled by; X and Y stay so.
 template <int NP>
 __device__ void finish_tokens(const Sums& sums, float* crossing, float* bonus,
                               const Inputs<bf16>& in, const Gradients<bf16>& out,
-                              const float* halves, const float* own, const Chunk& chunk,
-                              int64_t H) {
+                              const float* halves, const float* own, float unscale,
+                              const Chunk& chunk, int64_t H) {
   const Piece piece = piece_of<NP>(threadIdx.x);
   if (piece.half < halves_of(chunk)) {
     float middle[kQuad], log[kQuad], bonus_of[kQuad];
@@ -159,8 +209,8 @@ __device__ void finish_tokens(const Sums& sums, float* crossing, float* bonus,
 #pragma unroll
         for (int c = 0; c < kQuad; ++c) {
           const float weight = own[token] * bonus_of[c];
-          gr[c] = from[c] * r_before[c] + to[c] * r_behind[c] + weight * k[c];
-          gk[c] = from[c] * k_before[c] + to[c] * k_behind[c] + weight * r[c];
+          gr[c] = (from[c] * r_before[c] + to[c] * r_behind[c]) * unscale + weight * k[c];
+          gk[c] = (from[c] * k_before[c] + to[c] * k_behind[c]) * unscale + weight * r[c];
           later[c] = r_from[c] * r_before[c] + k_from[c] * k_before[c];
           earlier[c] = r_to[c] * r_behind[c] + k_to[c] * k_behind[c];
           enclosing[c] += later[c] - earlier[c];
@@ -293,6 +343,8 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
   join_tiles<NP>(between, step, rooted, middles, tiles);
   wait_for_copies();
   __syncthreads();
+  const float log = find_scale<NP>(crossing, gy, v, chunk);
+  const float scale = exp2_fast(log);
 
   const Lane lane;
   const int tile = lane.warp;
@@ -305,7 +357,7 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
     store_fragments<NP>(out.v, before, tile, chunk, lane);
     load_operand<NP>(x, gy, tile);
     clear<NP>(before);
-    gather_tiles<NP>(before, behind, x, {v, k_from, k_to, step, rooted, weights}, tile, tiles, lane);
+    gather_tiles<NP>(before, behind, x, {v, k_from, k_to, step, rooted, weights, scale}, tile, tiles, lane);
     load_operand<NP>(x, v, tile);
   }
   __syncthreads();  // k and v are done with: what r's gradient is made of takes their place
@@ -313,7 +365,7 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
     put_sums<NP>(sums.r_before, before, tile, lane);
     put_sums<NP>(sums.r_behind, behind, tile, lane);
     clear<NP>(before);
-    gather_tiles<NP>(before, behind, x, {gy, r_from, r_to, step, rooted, nullptr}, tile, tiles, lane);
+    gather_tiles<NP>(before, behind, x, {gy, r_from, r_to, step, rooted, nullptr, scale}, tile, tiles, lane);
   }
   __syncthreads();
   if (works) {
@@ -321,7 +373,8 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
     put_sums<NP>(sums.k_behind, behind, tile, lane);
   }
   __syncthreads();
-  finish_tokens<NP>(sums, crossing, bonus, in, out, halves, weights, chunk, shape.H);
+  const float unscale = exp2_fast(-log);
+  finish_tokens<NP>(sums, crossing, bonus, in, out, halves, weights, unscale, chunk, shape.H);
   __syncthreads();
   store_bonus<NP>(out.bonus, bonus, chunk);
   enclose_tokens<NP>(sums.r_before, sums.r_behind, crossing, nullptr, chunk,
@@ -329,7 +382,7 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
                        float slope[kQuad];
                        load_quad(slope, sums.k_before + at);
 #pragma unroll
-                       for (int c = 0; c < kQuad; ++c) gradient[c] *= slope[c];
+                       for (int c = 0; c < kQuad; ++c) gradient[c] *= unscale * slope[c];
                        store_decays(out.w, in, to, gradient);
                      });
 }

@@ -32,9 +32,11 @@ size_t dense_side_shared(int length, bool chunked) {
   return sizeof(bf16) * 4 * length * kStride<NP> + sizeof(float) * (floats + (chunked ? states : 0));
 }
 
-// spanning[j] = the pairs of tokens before the chunk and behind it, whose decay is that from end to end.
+// spanning[j] = the pairs of tokens before the chunk and behind it, whose decay is that from end to end,
+// times 2^scale.
 template <int NP>
-__device__ void sum_spanning(float* spanning, const DenseSide& side, const Chunk& chunk) {
+__device__ void sum_spanning(float* spanning, const DenseSide& side, float scale,
+                             const Chunk& chunk) {
   const int64_t block = block_of(chunk);
   const int lane = threadIdx.x % 32;
   for (int j = threadIdx.x / 32; j < NP; j += blockDim.x / 32) {
@@ -50,7 +52,7 @@ __device__ void sum_spanning(float* spanning, const DenseSide& side, const Chunk
     }
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (lane == 0) spanning[j] = exp2_fast(to_even(side.states.total[block * NP + j])) * sum;
+    if (lane == 0) spanning[j] = exp2_fast(to_even(side.states.total[block * NP + j]) + scale) * sum;
   }
 }
 
@@ -62,12 +64,12 @@ struct Beyond {
 };
 
 // The gradient from its sums; leaves X and Y in their place, and for each half tile the sum of X - Y and
-// of the shares of gu.
+// of the shares of gu. `unscale` takes back what the sums are scaled by; X and Y stay so.
 template <int NP, bool kChunked>
 __device__ void finish_side(const DenseSide& side, float* before, float* behind,
                             const Beyond& beyond, float* crossing, float* bonus,
-                            const float* halves, const float* weights, const Chunk& chunk,
-                            int64_t H) {
+                            const float* halves, const float* weights, float unscale,
+                            const Chunk& chunk, int64_t H) {
   const Piece piece = piece_of<NP>(threadIdx.x);
   if (piece.half >= halves_of(chunk)) return;
   float middle[kQuad], log[kQuad], u[kQuad];
@@ -107,7 +109,8 @@ __device__ void finish_side(const DenseSide& side, float* before, float* behind,
       }
 #pragma unroll
       for (int c = 0; c < kQuad; ++c) {
-        gradient[c] = from[c] * later[c] + to[c] * earlier[c] + weights[token] * u[c] * other[c];
+        gradient[c] = (from[c] * later[c] + to[c] * earlier[c]) * unscale +
+                      weights[token] * u[c] * other[c];
         gu[c] += weights[token] * own[c] * other[c];
         later[c] *= own_from[c];
         earlier[c] *= own_to[c];
@@ -186,11 +189,13 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
                           shape.H);
   __syncthreads();
   join_tiles<NP>(nullptr, step, rooted, middles, tiles);
-  if constexpr (kChunked) {
-    root_edges<NP>(beyond.roots, middles, side.states.total + block_of(chunk) * NP, tiles);
-  }
   wait_for_copies();
   __syncthreads();
+  const float log = find_scale<NP>(crossing, x, z, chunk);
+  if constexpr (kChunked) {
+    root_edges<NP>(beyond.roots, middles, side.states.total + block_of(chunk) * NP, tiles, log);
+    __syncthreads();
+  }
 
   const Lane lane;
   const int tile = lane.warp;
@@ -203,7 +208,8 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
     } else {
       clear<NP>(before);
     }
-    gather_tiles<NP>(before, behind, rows, {z, from, to, step, rooted, weights}, tile, tiles, lane);
+    gather_tiles<NP>(before, behind, rows, {z, from, to, step, rooted, weights, exp2_fast(log)}, tile, tiles,
+                     lane);
   }
   __syncthreads();
   if (tile < tiles) {
@@ -211,11 +217,12 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
     put_sums<NP>(sums_behind, behind, tile, lane);
   }
   __syncthreads();
+  const float unscale = exp2_fast(-log);
   finish_side<NP, kChunked>(side, sums_before, sums_behind, beyond, crossing, bonus, halves, weights,
-                            chunk, shape.H);
+                            unscale, chunk, shape.H);
   if constexpr (kChunked) {
     if (side.gw != nullptr) {
-      sum_spanning<NP>(beyond.crossing, side, chunk);
+      sum_spanning<NP>(beyond.crossing, side, log, chunk);
     } else {
       for (int j = threadIdx.x; j < NP; j += blockDim.x) beyond.crossing[j] = 0.0f;
     }
@@ -226,7 +233,11 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
     store_bonus<NP>(side.bonus, bonus, chunk);
     enclose_tokens<NP>(
         sums_before, sums_behind, crossing, behind_chunk, chunk,
-        [&](int64_t at, int, float(&gradient)[kQuad]) { store_quad(side.enclosing + at, gradient); });
+        [&](int64_t at, int, float(&gradient)[kQuad]) {
+#pragma unroll
+          for (int c = 0; c < kQuad; ++c) gradient[c] *= unscale;
+          store_quad(side.enclosing + at, gradient);
+        });
     return;
   }
   enclose_tokens<NP>(sums_before, sums_behind, crossing, behind_chunk, chunk,
@@ -240,7 +251,8 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
                        }
 #pragma unroll
                        for (int c = 0; c < kQuad; ++c) {
-                         gradient[c] = (gradient[c] + others[c]) * decay_slope(decay_rate(w[c]));
+                         gradient[c] = (gradient[c] * unscale + others[c]) *
+                                       decay_slope(decay_rate(w[c]));
                        }
                        store_decays(side.gw, side.in, at, gradient);
                      });

@@ -166,14 +166,15 @@ __global__ void __launch_bounds__(256)
 }
 
 // The decays from a chunk's start, and to its end as DenseStates sees it, to where each of its tiles is
-// seen from: [2, tiles, NP], their roots. All are powers of two. Where a root is too small a number, the
-// decay is below what the farthest token of a tile makes up for.
+// seen from, times 2^log, an even number: [2, tiles, NP], their roots. All are powers of two. Where a root
+// is too small a number, the decay is below what the farthest token of a tile makes up for.
 template <int NP>
-__device__ void root_edges(bf16* roots, const float* middles, const float* total, int tiles) {
+__device__ void root_edges(bf16* roots, const float* middles, const float* total, int tiles,
+                           float log = 0.0f) {
   for (int index = threadIdx.x; index < tiles * NP; index += blockDim.x) {
     const float middle = middles[index];
-    store(roots + index, exp2_fast(0.5f * middle));
-    store(roots + tiles * NP + index, exp2_fast(0.5f * (to_even(total[index % NP]) - middle)));
+    store(roots + index, exp2_fast(0.5f * (log + middle)));
+    store(roots + tiles * NP + index, exp2_fast(0.5f * (log + to_even(total[index % NP]) - middle)));
   }
 }
 

@@ -115,7 +115,7 @@ class ClassificationScore:
         name: of the data set.
         task: ZERO_SHOT or LINEAR_PROBE.
         images: that were classified.
-        left_out: images that have no label or cannot be decoded.
+        left_out: images that have no label, or cannot be read or decoded.
         classes: how many there are.
         top1, top5, mean_per_class: fractions.
         metric: which of them is reported for this data set.

@@ -8,13 +8,12 @@ was killed does the parts that are not there.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import Field
@@ -31,6 +30,8 @@ from ray_jobs.training.batches import PairFiles
 
 if TYPE_CHECKING:  # the actors that embed import this module, and MLflow takes a second
     from ray_jobs.tracking.source import ModelSource
+
+_READERS = 16  # of footers, which an object store takes its time to give
 
 SUMMARY = "embed an ingested data set, for search"
 configure = job.configure
@@ -126,11 +127,11 @@ def embed(config: EmbedConfig, storage: Storage, source: "ModelSource") -> Embed
     checkpoint = source.publish(storage, f"{folder}/model")
     started = time.monotonic()
     _embed(config, storage, manifest, checkpoint)
-    rows, dimensions = 0, 0
-    for part in manifest.parts:  # their footers: all vectors together may be larger than memory
-        about = storage.read_footer(_file(config.data, part.name))
-        rows += about.num_rows
-        dimensions = about.schema.to_arrow_schema().field("image_embedding").type.list_size
+    files = [_file(config.data, part.name) for part in manifest.parts]
+    with ThreadPoolExecutor(_READERS) as pool:
+        shapes = list(pool.map(partial(_shape, storage), files))
+    rows = sum(count for count, _ in shapes)
+    dimensions = shapes[-1][1] if shapes else 0
     result = EmbedResult(
         rows, manifest.rows - rows, dimensions, time.monotonic() - started, source.name
     )
@@ -158,21 +159,19 @@ class PartEncoder(ImageEncoder):
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[int]]]:
         """Do a part; gives rows as they are done, the last ones when the part is written."""
         (part,) = batch["part"].tolist()
-        sizes = [sum(groups) for groups in self.files.row_groups]
-        first = list(accumulate(sizes, initial=0))[part]
+        left = sum(self.files.row_groups[part])
         tables = []
-        for at in range(0, sizes[part], self.config.batch):
-            rows = min(self.config.batch, sizes[part] - at)
-            tables.append(self._table(first + at, rows))
-            if at + rows < sizes[part]:
-                yield {"rows": [rows]}
+        for pairs in self.files.batches(part, self.config.batch):
+            tables.append(self._table(pairs))
+            left -= len(pairs)
+            if left:
+                yield {"rows": [len(pairs)]}
         file = _file(self.config.data, self.files.names[part])
         self.storage.write_table(file, pa.concat_tables(tables))
-        yield {"rows": [rows]}
+        yield {"rows": [len(pairs)]}
 
     @torch.inference_mode()
-    def _table(self, first: int, rows: int) -> pa.Table:
-        pairs = self.files.take(np.arange(first, first + rows))
+    def _table(self, pairs: Sequence[Mapping[str, Any]]) -> pa.Table:
         ids = [pair["id"] for pair in pairs]
         image_emb, usable, _ = self.encode_images([pair["image"] for pair in pairs], ids)
         columns = {
@@ -186,7 +185,8 @@ class PartEncoder(ImageEncoder):
 
 
 def _embed(config: EmbedConfig, storage: Storage, manifest: Manifest, checkpoint: str) -> None:
-    there = {part.name for part in manifest.parts if storage.exists(_file(config.data, part.name))}
+    files = {*storage.names(vectors_folder(config.data), suffix=".parquet")}
+    there = {part.name for part in manifest.parts if _file(config.data, part.name) in files}
     todo = [at for at, part in enumerate(manifest.parts) if part.name not in there]
     if not todo:
         return
@@ -196,6 +196,12 @@ def _embed(config: EmbedConfig, storage: Storage, manifest: Manifest, checkpoint
     with Progress(f"embed {config.data}", manifest.rows, "pairs", done=done) as progress:
         for row in arrange(dataset).iter_rows():
             progress.update(row["rows"])
+
+
+def _shape(storage: Storage, name: str) -> tuple[int, int]:
+    """Rows and dimensions of a part, from its footer."""
+    about = storage.read_footer(name)
+    return about.num_rows, about.schema.to_arrow_schema().field("image_embedding").type.list_size
 
 
 def _file(name: str, part: str) -> str:

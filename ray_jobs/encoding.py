@@ -36,6 +36,8 @@ from rwkv_clip.transforms import TransformedBatch
 
 logger = logging.getLogger(__name__)
 
+_COPIED_AT_ONCE = 32_000_000  # bytes of a model, for each of which a server is asked
+
 
 class EncoderConfig(BaseConfig):
     """What embeds."""
@@ -294,7 +296,9 @@ def fetch_model(filesystem: pafs.FileSystem, folder: str) -> RWKVCLIP:
         for info in filesystem.get_file_info(files):
             if info.type == pafs.FileType.File:
                 copy = str(Path(copies, info.base_name))
-                pafs.copy_files(info.path, copy, source_filesystem=filesystem)
+                pafs.copy_files(
+                    info.path, copy, source_filesystem=filesystem, chunk_size=_COPIED_AT_ONCE
+                )
         return load_checkpoint(Path(copies))
 
 

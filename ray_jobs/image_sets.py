@@ -6,18 +6,21 @@ and one of what goes with them.
 
 import logging
 import posixpath
-from collections import Counter
+import re
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as pt
 from pydantic import Field
+from ray.exceptions import RayTaskError
 
 from ray_jobs.encoding import EncoderConfig, ImageEncoder, fetch_checkpoint, vectors
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Unit
-from ray_jobs.sources.files import find_files, open_file
+from ray_jobs.sources.files import find_files, is_denied, open_file
 from ray_jobs.sources.parquet import (
     image_bytes,
     is_string,
@@ -34,6 +37,10 @@ _PARQUET = (".parquet", ".pq")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SET_NAME = r"^[\w.-][\w. -]*$"  # what MLflow takes in a metric's name, and files in theirs
 _UNIT_BYTES = 1 << 29  # a task reads at most, about
+_READS = 16  # of image files at a time, and as many bytes of them as wait to be used:
+_AHEAD_BYTES = 100_000_000
+# S3 says so of an object that was archived, to which Arrow gives no name.
+_ARCHIVED = re.compile("InvalidObjectState|INVALID_OBJECT_STATE|not valid for the object's")
 
 
 class ImageSetConfig(FilesConfig):
@@ -104,15 +111,52 @@ class ImageSet:
         return digest_of_json(told)
 
     def read(self, units: Sequence[Unit]) -> Iterator[tuple[str, list[str], bytes]]:
-        """Name, label or captions, and encoded image of each; empty if it cannot be read."""
-        for unit in units:
-            if self.schema is not None:
+        """Name, label or captions, and encoded image of each; empty if it is too large.
+
+        What is gone, or may not be read, is left out with a warning.
+
+        Raises:
+            SourceError: a file cannot be reached.
+        """
+        if self.schema is not None:
+            for unit in units:
                 yield from self._rows(unit)
-                continue
-            with open_file(unit.path, self.config.s3) as stream:
-                small = (unit.size or 0) <= MAX_FILE_BYTES
-                image = bytes(stream.read()) if small else b""
-            yield unit.label, [posixpath.dirname(unit.label).partition("/")[0]], image
+            return
+        for unit, image in self._ahead(units):
+            if image is not None:
+                yield unit.label, [posixpath.dirname(unit.label).partition("/")[0]], image
+
+    def _ahead(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, bytes | None]]:
+        """Image files, which are on their way while those before them are used."""
+        pool = ThreadPoolExecutor(_READS, "images")
+        waiting: deque[tuple[Unit, Future[bytes | None]]] = deque()
+        size = 0
+        try:
+            for unit in units:
+                waiting.append((unit, pool.submit(self._image, unit)))
+                size += unit.size or 0
+                while len(waiting) == _READS or (waiting and size > _AHEAD_BYTES):
+                    done, image = waiting.popleft()
+                    size -= done.size or 0
+                    yield done, image.result()
+            for done, image in waiting:
+                yield done, image.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _image(self, unit: Unit) -> bytes | None:
+        """An image file; None if it is gone, or may not be read."""
+        if (unit.size or 0) > MAX_FILE_BYTES:
+            return b""
+        try:
+            with open_file(unit.path, self.config.s3) as file:
+                return bytes(file.read(file.size()))
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError)
+            if gone or is_denied(error) or _ARCHIVED.search(str(error)):
+                logger.warning("left out: %s: %s", unit.label, error)
+                return None
+            raise SourceError(f"{self.key}.path: {unit.path} cannot be read: {error}") from error
 
     def images_of(self, names: Collection[str]) -> dict[str, bytes]:
         """The encoded images of these names; no unit that holds none of them is read."""
@@ -230,12 +274,21 @@ def embed_set(
     *,
     template: str | None = None,
 ) -> pa.Table:
-    """What `SetEncoder` gives for all images that can be decoded, in order."""
+    """What `SetEncoder` gives for all images that can be decoded, in order.
+
+    Raises:
+        SourceError: there are none, or a file cannot be reached.
+    """
     work = [{"unit": at} for at in range(len(images.units))]
     arguments = (storage, checkpoint, images, config)
-    table = config.gather(
-        told, images.rows, "images", work, SetEncoder, *arguments, template=template
-    )
+    try:
+        table = config.gather(
+            told, images.rows, "images", work, SetEncoder, *arguments, template=template
+        )
+    except RayTaskError as error:
+        if isinstance(error.cause, SourceError):  # to whose words Ray adds lines of its own
+            raise SourceError(str(error.cause).partition("\n")[0]) from error
+        raise
     if not table.num_rows:
-        raise SourceError(f"{images.key}.path: none of the images can be decoded")
+        raise SourceError(f"{images.key}.path: none of the images can be read and decoded")
     return table

@@ -42,6 +42,7 @@ from ray_jobs.pairs import RowLimits
 from ray_jobs.progress import Progress
 from ray_jobs.room import Need, warn_without_room
 from ray_jobs.sources import Source, SourceConfig, SourceError, Unit, open_source
+from ray_jobs.sources.base import shortened
 from ray_jobs.storage import Storage, digest_of_json
 from rwkv_clip.config import BaseConfig
 
@@ -52,7 +53,9 @@ _EARLY_PARTS = 3  # with too many of them; one may be a broken file, whichever c
 _ATTEMPTS = 3  # to read a unit whose file cannot be reached
 # Fields of the configuration that decide how a run goes, but not which rows come out.
 _RUNTIME = frozenset({"max_rejected_share", "cpus_per_task", "hang_seconds"})
+_REQUESTS = 16  # at a time, for small files of which there are as many as parts
 _REASONS = 3  # that an error names
+_TOLD_CHARACTERS = 1000  # of an error, which may quote a name of any length
 # What is looked for, in this order: the column of the keys, the reason, and the configuration's
 # switch for dropping it.
 _DUPLICATES: dict[str, tuple[str, str | None]] = {
@@ -103,7 +106,18 @@ class IngestConfig(BaseConfig):
 
     def digest(self) -> str:
         """Over everything that decides which rows come out."""
+        return self._digest(lambda path: path.rstrip("/") or path)
+
+    def digests(self) -> frozenset[str]:
+        """Those of older releases too, to which a slash at a folder's end was another folder."""
+        spellings = (lambda path: path, lambda path: f"{path.rstrip('/')}/")
+        return frozenset({self.digest(), *map(self._digest, spellings)})
+
+    def _digest(self, spelt: Callable[[str], str]) -> str:
         source = self.source.model_dump(mode="json", exclude=set(self.source.runtime))
+        path = source.get("path")
+        if path is not None:
+            source["path"] = spelt(path) if isinstance(path, str) else [spelt(one) for one in path]
         chosen = self.model_dump(mode="json", exclude={"source", *_RUNTIME})
         return digest_of_json({"format": self.source.format, "source": source, **chosen})
 
@@ -121,7 +135,7 @@ def ingest(config: IngestConfig, storage: Storage, name: str = "train") -> Manif
     if not storage.exists(manifest_name(name)):
         return _Ingestion(config, storage, name).run()
     manifest = Manifest.from_storage(storage, name)
-    if manifest.config_digest != config.digest():
+    if manifest.config_digest not in config.digests():
         raise _mismatch(storage, name, "was ingested with another configuration or version")
     return manifest
 
@@ -131,7 +145,7 @@ class _Ingestion:
 
     def __init__(self, config: IngestConfig, storage: Storage, name: str) -> None:
         self.config, self.storage, self.name = config, storage, name
-        self.config_digest = config.digest()
+        self.config_digest, self.config_digests = config.digest(), config.digests()
         self.source = open_source(config.source)
         self.records: dict[int, Record] = {}
         # Kept up to date, because counting the records anew after each would take their square.
@@ -191,17 +205,18 @@ class _Ingestion:
             for index in range(max(len(units), len(there)))
             if {self.writer.path("pairs", index, ".json"), self.writer.path("keys", index)} <= there
         ]
-        with ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(_REQUESTS) as pool:
             paths = [self.writer.path("pairs", index, ".json") for index in done]
             found = [Record(**value) for value in pool.map(self.storage.read_json, paths)]
         for index, record in zip(done, found, strict=True):
-            if record.config != self.config_digest:
+            if record.config not in self.config_digests:
                 problem = "was begun with another configuration or version"
-            elif index >= len(units) or Unit(**record.unit) != units[index]:
-                problem = f"was begun when the source was another ({Unit(**record.unit).name})"
-            else:
-                continue
-            raise _mismatch(self.storage, self.name, problem)
+                raise _mismatch(self.storage, self.name, problem)
+            then, now = Unit(**record.unit), units[index] if index < len(units) else None
+            if now is None or not then.is_still(now):
+                told = f"{then.name}{then.change_to(now)}"
+                problem = f"was begun when the source was another ({told})"
+                raise _mismatch(self.storage, self.name, problem)
         return {
             index: record
             for index, record in zip(done, found, strict=True)
@@ -256,8 +271,8 @@ class _Ingestion:
         explained = {self.writer.path("rejected", index, DUPLICATES) for index in dropped}
         left = whole.intersection(self.storage.names(f"pairs/{self.name}"))
         left |= {*self.storage.names(f"rejected/{self.name}", DUPLICATES)} - explained
-        for name in left:
-            self.storage.delete(name)
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            list(pool.map(self.storage.delete, left))
 
     def _rewrite(self, drops: Mapping[int, Sequence[Drop]]) -> None:
         items = [
@@ -378,8 +393,8 @@ def _answer(index: int, name: str, work: Callable[[int], Record]) -> dict[str, A
             break
         except OSError as error:
             problem = (
-                f"{name} cannot be read or written ({error}). What is done is kept; when the file "
-                "can be reached, start the same command again"
+                f"{name} cannot be read or written ({shortened(str(error), _TOLD_CHARACTERS)}). "
+                "What is done is kept; when the file can be reached, start the same command again"
             )
             if attempt < _ATTEMPTS - 1:
                 time.sleep(4**attempt)

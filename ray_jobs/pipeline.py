@@ -33,7 +33,7 @@ from ray_jobs.report import Report, collect, examples
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import on_server
 from ray_jobs.stages import BASELINE, REPORT, Stages
-from ray_jobs.storage import Storage, StorageConfig
+from ray_jobs.storage import Storage, StorageConfig, refused_by_server
 from ray_jobs.summary import PipelineResult, Stage, stage_lines, table
 from ray_jobs.synthesize import SynthesisConfig, SynthesisError
 from ray_jobs.tracking import Tracker, TrackingConfig, TrackingError
@@ -131,6 +131,7 @@ def run_job(args: argparse.Namespace, stage: str | None = None) -> int:
     config = config_from_args(PipelineConfig, args)
     storage = Storage(config.storage)
     try:
+        storage.exists("pairs")  # before Ray, which takes its time: does the server answer?
         with connected(config.ray) as logs:
             _say(f"storage: {storage.uri}\nlogs of Ray and its workers: {logs}")
             if stage is None:
@@ -140,9 +141,11 @@ def run_job(args: argparse.Namespace, stage: str | None = None) -> int:
     except (*_FAILURES, OSError, RayError, TrainingFailedError) as error:
         if (cause := full_disk(error, storage.uri) or unwritable(error, storage)) is not None:
             raise CommandError(cause) from error
-        if not isinstance(error, _FAILURES):
-            raise
-        raise CommandError(str(error)) from error
+        if isinstance(error, _FAILURES):
+            raise CommandError(str(error)) from error
+        if (cause := refused_by_server(error, storage)) is not None:
+            raise CommandError(cause) from error
+        raise
     _say(told)
     return 0
 

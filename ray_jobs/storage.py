@@ -10,6 +10,7 @@ Choices:
 import hashlib
 import json
 import posixpath
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -32,7 +34,9 @@ _TEMPORARY = ".tmp-"
 _ONE_REQUEST = 8_000_000  # bytes; Arrow sends up to 10 MB so
 _PIECE = 80_000_000  # bytes, sent at a time: eight parts of Arrow's
 # Of the file systems that pyarrow knows; any that fsspec knows is reached by `fsspec+NAME://`.
-_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "hf", "mock")
+_OBJECTS = ("s3", "gs", "gcs", "abfs", "abfss")  # whose paths are names, which Arrow takes whole
+_SCHEMES = ("file", *_OBJECTS, "hdfs", "viewfs", "hf", "mock")
+_S3_TOLD = re.compile(r"(?:When [^\n]*)?AWS Error [^\n]*")  # Arrow's words
 _ROWS = 16  # at a time: encoded images are large
 _NOBODYS_SECONDS = 86_400.0  # without a byte written, a file that is not finished is given up
 
@@ -54,6 +58,32 @@ class S3Config(BaseConfig):
         exclude=True,
     )
 
+    @field_validator("endpoint")
+    @classmethod
+    def _is_a_server(cls, endpoint: str | None) -> str | None:
+        if endpoint and not _is_server(_with_scheme(endpoint)):
+            raise ValueError(f"{endpoint!r} is no server's URL; takes one such as http://host:9000")
+        return endpoint  # as it is written: it is a part of what tells ingestions apart
+
+    @property
+    def endpoint_url(self) -> str | None:
+        """The endpoint as a URL."""
+        return _with_scheme(self.endpoint) if self.endpoint else None
+
+
+def _with_scheme(endpoint: str) -> str:
+    """An endpoint as Arrow understands it that lacks a scheme, which others insist on."""
+    return endpoint if "://" in endpoint else f"https://{endpoint}"
+
+
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.port != 0  # which raises for what is no port
+    except ValueError:
+        return False
+    return named and parts.scheme in ("http", "https") and not any(map(str.isspace, url))
+
 
 class StorageConfig(BaseConfig):
     """Where a run keeps everything."""
@@ -72,6 +102,8 @@ class StorageConfig(BaseConfig):
                 raise ValueError(f"{uri} lacks slashes; such a URI begins with {scheme}://")
             if scheme != "file" and not rest.strip("/"):
                 raise ValueError(f"{uri} names no bucket; takes {scheme}://bucket/prefix")
+            if scheme in _OBJECTS and "//" in uri.removeprefix(f"{scheme}:/").rstrip("/"):
+                raise ValueError(f"{uri} has a part without a name: slashes follow on one another")
         elif rest.startswith("//") and not scheme.startswith("fsspec+"):
             known = ", ".join(f"{one}://" for one in _SCHEMES)
             raise ValueError(f"{uri} is on no known file system; takes a folder or {known}")
@@ -237,8 +269,8 @@ class Storage:
 
     def read_bytes(self, name: str) -> bytes:
         """A file's content; raises FileNotFoundError."""
-        with self.filesystem.open_input_stream(self.path(name)) as stream:
-            return bytes(stream.read())
+        with self.filesystem.open_input_file(self.path(name)) as file:
+            return bytes(file.read(file.size()))  # by one request; without a size they are many
 
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON document."""
@@ -315,3 +347,20 @@ class Storage:
             self.filesystem.delete_dir(info.path)
         elif info.type == pafs.FileType.File:
             self.filesystem.delete_file(info.path)
+
+
+def refused_by_server(error: BaseException, storage: Storage) -> str | None:
+    """What to do about a request that a storage on S3 could not answer; None for other errors."""
+    scheme, _, place = storage.uri.partition("://")
+    told = _S3_TOLD.findall(str(error))  # tasks' errors have all that led to them around it
+    if scheme != "s3" or not told:
+        return None
+    bucket = place.partition("/")[0]
+    if "in bucket '" in told[-1] and f"in bucket '{bucket}'" not in told[-1]:
+        return None  # a source's
+    server = f" at {storage.config.s3.endpoint}" if storage.config.s3.endpoint else ""
+    return (
+        f"storage.uri: S3{server} does not do what {storage.uri} needs ({told[-1]}). Look at that "
+        "name, at storage.s3 and at the keys that the AWS chain finds (AWS_ACCESS_KEY_ID, a "
+        "profile or a role), and start again; what is done is kept"
+    )

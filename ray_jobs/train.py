@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from ray_jobs import job
@@ -164,7 +164,7 @@ def train(
 
     Raises:
         TrainError: the data does not fit the configuration, nothing in it can be learnt from, or
-            the storage holds another run.
+            the storage holds another run, or another job trains there at the same time.
         TextsError: no pair has the text that validation searches by.
         NonFiniteLossError: the loss stopped being a number.
     """
@@ -188,8 +188,19 @@ def train(
         check_texts(validation, text, "train.validation.text", pairs)
         validator = Validator(config.validation, validation, folder)
     check_room(config)
-    with interruptible():
-        result = _trainer(config, storage, task, validator).fit()
+    try:
+        with interruptible():
+            result = _trainer(config, storage, task, validator).fit()
+    except ControllerError as error:
+        if not isinstance(error.controller_failure, FileNotFoundError):
+            raise
+        if is_trained(storage, folder):
+            return _finished(storage, folder, identity)
+        raise TrainError(
+            f"{storage.child_uri(folder)} lost a checkpoint while this trained "
+            f"({error.controller_failure}): another job seems to be at work on this storage. Start "
+            "again when that has ended, which takes up its result, or choose another storage.uri"
+        ) from error
     _raise_if_not_finite(storage, folder, result.checkpoint)
     score = validator.score if validator else None
     return _conclude(storage, folder, identity, result.checkpoint, score)

@@ -3,8 +3,21 @@
 import ipaddress
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Local to a network, and global to Python before 3.11.10: RFC 8215's and, of old, RFC 3879's.
-_LOCAL = (ipaddress.ip_network("64:ff9b:1::/48"), ipaddress.ip_network("fec0::/10"))
+# Nobody's on the internet, and global to some release of Python that this runs with.
+_OTHERS = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "64:ff9b:1::/48",  # local to a network: RFC 8215
+            "fec0::/10",  # and of old: RFC 3879
+            "::/96",  # carries an IPv4 address, and nobody routes it any more: RFC 4291
+            "::ffff:0:0:0/96",  # carries one to a translator: RFC 2765
+            "192.0.0.0/24",  # for protocols, to the last address: RFC 6890
+            "3fff::/20",  # for documents: RFC 9637
+            "5f00::/16",  # within networks that route by segments: RFC 9602
+        ),
+    )
+)
 
 
 def is_public(address: str) -> bool:
@@ -20,7 +33,7 @@ def is_public(address: str) -> bool:
             carried = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if carried is not None:
             return is_public(str(carried))
-    return ip.is_global and not ip.is_multicast and not any(ip in one for one in _LOCAL)
+    return ip.is_global and not ip.is_multicast and not any(ip in one for one in _OTHERS)
 
 
 def may_be_public(host: str) -> bool:

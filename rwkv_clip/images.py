@@ -106,12 +106,21 @@ def open_image(data: Encoded, formats: Sequence[str] | None = None) -> Image.Ima
 def _check_scans(jpeg: bytes, pixels: int) -> None:
     """Raise HeaderError for a JPEG that goes over its pixels too often."""
     most = min(_MOST_SCANS, max(_MOST_SCANS_OF_LARGE, _MOST_SCANNED // max(pixels, 1)))
-    # Previews and whatever lies behind the image have such bytes too, so these are the most.
-    if sum(_count_of_scan(jpeg, start) for start in (0, 1)) <= most:
-        return
-    scans = _scans(jpeg)
+    scans = scans_at_least(jpeg, most)
     if scans > most:
         raise HeaderError(f"has {scans} scans, more than the {most} that are read of its size")
+
+
+def scans_at_least(jpeg: bytes, least: int) -> int:
+    """How many scans a JPEG has, or `least` where that is more.
+
+    Raises:
+        HeaderError: it is of too many parts to be gone through.
+    """
+    # Previews and whatever lies behind the image have such bytes too, so these are the most.
+    if sum(_count_of_scan(jpeg, start) for start in (0, 1)) <= least:
+        return least
+    return max(least, _scans(jpeg))
 
 
 def _count_of_scan(jpeg: bytes, start: int) -> int:

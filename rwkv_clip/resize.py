@@ -57,7 +57,11 @@ def resize_bicubic_statement(
 def resize_by_pillow(
     image: Image.Image, box: Box, size: tuple[int, int], offset: tuple[int, int], side: int
 ) -> Image.Image:
-    """The same of an image of any mode; to a level or two where MAX_FULL_ASPECT is exceeded."""
+    """The same of an image of any mode; to a level or two where MAX_FULL_ASPECT is exceeded.
+
+    There a transparent image's colours, which opacity divides in the end, are as much farther off
+    as it is low: by 255 / opacity of those levels, and by any number where it is near zero.
+    """
     if max(size) <= MAX_FULL_ASPECT * min(size):
         return _rows_first(image, box, size, offset, side)
     left, upper, right, lower = _kept(box, size, offset, side)

@@ -3,8 +3,10 @@
 import argparse
 import errno
 import logging
+import math
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +22,7 @@ from ray._private import ray_logging
 from ray.exceptions import RayError
 from ray.serve._private.common import ReplicaState
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import DeploymentStatusOverview
 
 from rwkv_clip.config import add_config_options, config_from_args
@@ -47,9 +50,15 @@ FEWER_HOPS = {
 # Seconds that an ingress waits for HAProxies to notice that it ends. Other machines' may take half
 # a minute, as Serve has it; this one's takes less than one, and what came is answered before.
 _ONE_MACHINE = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+# HAProxy's own limit of connections is 4096, which half-sent requests fill, without any key. Each
+# of those takes 16 KiB of its memory.
+_CONNECTIONS = 16384
+_FILES_PER_CONNECTION = 3  # its two ends, and a pipe's for every fourth
+_QUIET_SECONDS = 10.0  # longer than a request may take: the ingress's own 408 comes before
 _POLL_SECONDS = 0.2
 _ASK_SECONDS = 5.0  # for the director to answer
 _REPORTED_SECONDS = 5.0  # from when a request is answered to when its ingress has said so
+_SENT_SECONDS = 2.0  # for a proxy to hand the last answer to its client
 _FAILURE = re.compile(r"^[\w.]*(?:Error|Exception): .*$", re.MULTILINE)
 
 
@@ -105,7 +114,7 @@ def _serve(
     fewer_hops()
     _quieten()
     if not address:
-        os.environ.update({**QUIET, **_ONE_MACHINE, **os.environ})
+        os.environ.update({**QUIET, **_ONE_MACHINE, **_haproxys(config.serve), **os.environ})
     try:
         with joining(address), nullcontext() if address else _kept_from(signal.SIGTERM):
             ray.init(
@@ -150,13 +159,15 @@ def _serve(
     finally:
         try:
             if deployed:
-                _take_away(config.serve)
+                _take_away(config.serve, shared)
             if not shared:
+                # It ends the proxies first: without the application they answer 404.
                 serve.shutdown()  # type: ignore[no-untyped-call]
         except KeyboardInterrupt:
             _tell("ended at once; what was under way gets no answer")
             if address:  # a cluster that stays
-                serve.delete(APPLICATION, _blocking=False)
+                with suppress(RayError, RayServeException):  # where Serve has just ended
+                    serve.delete(APPLICATION, _blocking=False)
         finally:
             ray.shutdown()
     return 0
@@ -190,8 +201,11 @@ def _where(config: ServeConfig) -> str:
     return f"http://{options.host}:{options.port}"
 
 
-def _take_away(config: ServeConfig) -> None:
-    """End the application when what came is answered: Serve ends towers beside the ingress."""
+def _take_away(config: ServeConfig, shared: bool) -> None:
+    """Wait until what came is answered, and end the application in a Serve that goes on.
+
+    Serve may end towers beside the ingress that still asks them.
+    """
     until = time.monotonic() + config.request_seconds + _REPORTED_SECONDS
     pause = threading.Event()
     director: Handle | None = None
@@ -200,6 +214,7 @@ def _take_away(config: ServeConfig) -> None:
         try:
             director = director or _director()  # once: each handle has a router of its own
             if _ended(director):
+                pause.wait(_SENT_SECONDS)
                 break
         except Exception as error:  # a busy machine is slow, and a director may die: again
             why = type(error).__name__
@@ -207,8 +222,9 @@ def _take_away(config: ServeConfig) -> None:
                 told.add(why)
                 _tell(f"the director has not answered yet ({why})")
         pause.wait(_POLL_SECONDS)
-    with suppress(TimeoutError):
-        serve.delete(APPLICATION)
+    if shared:
+        with suppress(TimeoutError):
+            serve.delete(APPLICATION)
 
 
 def _director_runs() -> bool:
@@ -304,9 +320,28 @@ def _reason(error: RuntimeError) -> str:
     return failed[0] if failed else str(error)
 
 
+def _haproxys(config: ServeConfig) -> dict[str, str]:
+    """What HAProxy is to have: as Serve has it, a connection without a word is kept for an hour."""
+    if not _behind_haproxy():
+        return {}
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _CONNECTIONS if files == resource.RLIM_INFINITY else files // _FILES_PER_CONNECTION
+    return {
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(
+            math.ceil(config.request_seconds + _QUIET_SECONDS)
+        ),
+        # It does not start with more than it may open files for.
+        "RAY_SERVE_HAPROXY_MAXCONN": str(min(_CONNECTIONS, most)),
+    }
+
+
+def _behind_haproxy() -> bool:
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
 def _check_host(config: ServeConfig) -> None:
     """Raise ValueError if the proxy would listen on more addresses than were asked for."""
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and config.host != _EVERY_ADDRESS:
+    if _behind_haproxy() and config.host != _EVERY_ADDRESS:
         raise ValueError(
             f"serve.host is {config.host}, but HAProxy listens on every address; set serve.host "
             f"to {_EVERY_ADDRESS}, with keys and a firewall, or unset RAY_SERVE_ENABLE_HA_PROXY"

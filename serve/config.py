@@ -33,14 +33,17 @@ class LimitsConfig(BaseConfig):
     image_pixels: PositiveInt = Field(40_000_000, description="width times height")
     request_pixels: PositiveInt = Field(
         640_000_000,
-        description="of all images in a request; a JPEG's, which is decoded at a smaller scale, "
-        "count a fourth",
+        description="of all images in a request, by what they take to decode: a JPEG's count a "
+        "sixteenth for each scan and a fourth at least, a WEBP's one and a half, those of a PNG of "
+        "16 bits twice",
     )
     prompts: PositiveInt = Field(4096, description="labels times templates to classify by")
     text_characters: PositiveInt = Field(100_000, description="of a text")
     formats: tuple[Format, ...] = Field(FORMATS, description="of images")
     bodies_bytes: PositiveInt = Field(
-        512 << 20, description="of all requests that an ingress reads at once; 429 answers more"
+        512 << 20,
+        description="of all requests that an ingress reads at once, for which the server takes "
+        "up to four times as much memory; 429 answers more",
     )
 
 

@@ -42,6 +42,7 @@ from serve.together import together
 logger = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 4  # that may be decoded and wait for the model
+_OF_A_REQUEST = 2  # of these: one is decoded while the model has the other
 _SHORT = 2000  # characters that are tokenized sooner than a thread is woken
 _PIECE = 10_000  # characters that are tokenized in one go, which nothing ends before it is done
 
@@ -55,6 +56,23 @@ class Held:
     config: CLIPConfig
     encode: Encode
     transform: ImageTransform
+
+
+class Turns:
+    """What a request may have under way at once, so that others' work comes between its own.
+
+    What waits for room or a thread is served in the order in which it came: a request that put all
+    that it has there would make everyone else wait for the whole of it.
+
+    Attributes:
+        batch: is held for each batch.
+        image: is held for each image while it is decoded.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.batch = asyncio.Semaphore(_OF_A_REQUEST)
+        # One more, so that a request alone keeps all threads busy.
+        self.image = asyncio.Semaphore(threads + 1)
 
 
 class Encoder:
@@ -78,9 +96,8 @@ class Encoder:
         self.batch = settings.batch
         self.compute = Compute(tower, settings)
         self.replica = serve.get_replica_context().replica_id.unique_id
-        self.workers = ThreadPoolExecutor(
-            settings.decode_threads, "preprocess", initializer=_work_alone
-        )
+        self.threads = settings.decode_threads
+        self.workers = ThreadPoolExecutor(self.threads, "preprocess", initializer=_work_alone)
         self.loader = ThreadPoolExecutor(1, "load", initializer=_work_alone)
         self.metrics = TowerMetrics(tower)
         self.batcher = Batcher(
@@ -121,9 +138,12 @@ class Encoder:
         if held is None:
             return Elsewhere(self.serving)
         starts = range(0, len(items), self.batch)
+        turns = Turns(self.threads)
         # By then whoever asked has given up, which Serve tells only of a client that has left.
         async with asyncio.timeout(self.config.serve.request_seconds):
-            parts = await together(self._part(held, items[at : at + self.batch]) for at in starts)
+            parts = await together(
+                self._part(held, items[at : at + self.batch], turns) for at in starts
+            )
         vectors = [part.vectors for part in parts]
         seconds = {
             "preprocess": sum(part.seconds["preprocess"] for part in parts),
@@ -152,11 +172,11 @@ class Encoder:
                 f"the GPU computes nothing more in this process: {self.compute.broken}"
             )
 
-    async def _part(self, held: Held, items: Sequence[bytes | str]) -> Encoded:
+    async def _part(self, held: Held, items: Sequence[bytes | str], turns: Turns) -> Encoded:
         """At most a batch of items."""
-        async with self.room.of(len(items)):
+        async with turns.batch, self.room.of(len(items)):
             began = time.monotonic()
-            read = await self._read(held, items)
+            read = await self._read(held, items, turns)
             inputs = [one for one in read if isinstance(one, torch.Tensor)]
             preprocessed = time.monotonic() - began
             if inputs:
@@ -177,15 +197,18 @@ class Encoder:
         )
 
     async def _read(
-        self, held: Held, items: Sequence[bytes | str]
+        self, held: Held, items: Sequence[bytes | str], turns: Turns
     ) -> list[torch.Tensor | ImageDecodeError]:
-        """Pixels of images, side by side, or tokens of texts, some at a time."""
+        """Pixels of images, some side by side, or tokens of texts, some at a time."""
         run = asyncio.get_running_loop().run_in_executor
+
+        async def pixels(image: bytes) -> torch.Tensor | ImageDecodeError:
+            async with turns.image:
+                return await run(self.workers, _pixels, held, image)
+
         images = [item for item in items if isinstance(item, bytes)]
         if images:
-            return list(
-                await asyncio.gather(*(run(self.workers, _pixels, held, one) for one in images))
-            )
+            return await together(map(pixels, images))
         texts = [item for item in items if isinstance(item, str)]
         length = held.config.context_length
         if sum(map(len, texts)) <= _SHORT:

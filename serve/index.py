@@ -37,6 +37,7 @@ from serve.messages import REPORT_SECONDS
 logger = logging.getLogger(__name__)
 
 _SAMPLE = 64  # vectors for each cell, to find its centre by
+_OFF = 0.02  # that a vector's squared length may be from one: rounded to 16 bits it is off by less
 
 
 class SearchError(ValueError):
@@ -52,6 +53,8 @@ class IndexFiles:
         settings: how they are searched.
         parts: the names of the Parquet files, without their suffix.
         model: the digest of the weights that made them.
+        rows: the vectors of all parts, and None where an older release did not note it.
+        dimensions: of a vector, likewise.
         record: what tells them from those that were there before, under the same names.
     """
 
@@ -59,6 +62,8 @@ class IndexFiles:
     settings: SearchConfig
     parts: tuple[str, ...]
     model: str
+    rows: int | None
+    dimensions: int | None
     record: str
 
 
@@ -114,11 +119,20 @@ def find_index(config: ServeFile) -> IndexFiles | None:
             for name in names
             if name.startswith("part-") and name.endswith(".parquet")
         )
-        model = json.loads(content)["run"]["model"]
-        return IndexFiles(storage, search, tuple(parts), model, record)
+        told = json.loads(content)
+        result = told.get("result", {})
+        return IndexFiles(
+            storage,
+            search,
+            tuple(parts),
+            told["run"]["model"],
+            result.get("rows"),
+            result.get("dimensions"),
+            record,
+        )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SearchError(
             f"serve.search: vectors/{search.data} of the storage cannot be read: {error}; run "
             "`rwkv-clip embed` again, or set serve.search to null"
@@ -210,7 +224,7 @@ class Index:
         self, query: Matrix, results: int, model: str, pictures: bool
     ) -> list[Hit] | Lacking:
         """The pairs whose images are nearest to a vector [D] of a model, the nearest first."""
-        collection = self._of(model)
+        collection = self._of(model, len(query))
         if collection is None:
             return Lacking(self.newest is not None, self.trouble)
         run = asyncio.get_running_loop().run_in_executor
@@ -221,14 +235,27 @@ class Index:
         if self.watcher.done():
             raise RuntimeError("the vectors are no longer followed")
 
-    def _of(self, model: str) -> "Collection | None":
+    def _of(self, model: str, width: int) -> "Collection | None":
+        """What a query of a model is searched in; the newest, unless that is of another width."""
         if self.newest is not None and self.newest.files.model == model:
-            if self.moved is None:
-                self.moved = time.monotonic()
-            return self.newest
-        if self.before is not None and self.before.files.model == model:
-            return self.before
+            if self.newest.width == width:
+                if self.moved is None:
+                    self.moved = time.monotonic()
+                return self.newest
+            self._note(
+                f"vectors/{self.newest.settings.data} has vectors of {self.newest.width} numbers, "
+                f"and the model that is to have made them makes {width}; {self.newest.anew}"
+            )
+        before = self.before
+        if before is not None and before.files.model == model and before.width == width:
+            return before
         return None
+
+    def _note(self, trouble: str) -> None:
+        """Keep what is wrong, for who asks, and log it once."""
+        if self.trouble != trouble:
+            logger.error("the vectors to be searched cannot be used: %s", trouble)
+        self.trouble = trouble
 
     def _left(self) -> bool:
         """Whether nobody asks for what was there before the newest any more."""
@@ -251,10 +278,7 @@ class Index:
         try:
             found = await run(self.loader, self._taken, there)
         except Exception as error:  # whatever is in files that others wrote
-            told = f"{type(error).__name__}: {error}"
-            if self.trouble != told:
-                logger.error("the vectors to be searched cannot be loaded: %s", told)
-            self.trouble = told
+            self._note(f"{type(error).__name__}: {error}")
             return
         self.trouble = None
         if found is not None:
@@ -282,10 +306,20 @@ class Collection:
 
     def __init__(self, files: IndexFiles) -> None:
         self.files, self.settings = files, files.settings
+        # What a manifest calls done, `embed` leaves as it is.
+        self.anew = f"delete vectors/{self.settings.data} and run `rwkv-clip embed`"
         self.filesystem, self.root = open_filesystem(files.storage.uri, files.storage.s3)
         self.parts, self.pairs = files.parts, self._pairs()
+        self._check_rows()
         loaded = [self._load(part) for part in files.parts]
-        self.method = method_of(np.concatenate([one for one, _ in loaded]), self.settings)
+        vectors = np.concatenate([one for one, _ in loaded])
+        self.width = vectors.shape[1]
+        if files.dimensions not in (self.width, None):
+            raise SearchError(
+                f"vectors/{self.settings.data} has vectors of {self.width} numbers, and its "
+                f"manifest tells of {files.dimensions}; {self.anew}"
+            )
+        self.method = method_of(vectors, self.settings)
         self.about = pa.concat_tables([about for _, about in loaded])
         self.part_of = np.repeat(np.arange(len(loaded)), [len(about) for _, about in loaded])
 
@@ -310,7 +344,7 @@ class Collection:
             wanted = np.flatnonzero(owners == part)
             try:
                 images = self._images(self.parts[part], rows[wanted])
-            except (OSError, IndexError, pa.ArrowException) as error:
+            except (OSError, LookupError, pa.ArrowException) as error:
                 logger.warning("pictures of %s cannot be read: %s", self.parts[part], error)
                 continue
             for at, (id_there, image) in zip(wanted, images, strict=True):
@@ -335,21 +369,50 @@ class Collection:
                     images[int(row)] = read["id"][at].as_py(), read["image"][at].as_py()
             return [images[int(row)] for row in rows]
 
+    def _check_rows(self) -> None:
+        """Raise SearchError where a part is not there any more, before any is read."""
+        if self.files.rows is None:
+            return
+        rows = 0
+        for part in self.parts:
+            with self.filesystem.open_input_file(self._vectors(part)) as file:
+                rows += pq.read_metadata(file).num_rows
+        if rows != self.files.rows:
+            raise SearchError(
+                f"vectors/{self.settings.data} has {rows:,} vectors, and its manifest tells of "
+                f"{self.files.rows:,}; delete that manifest.json and run `rwkv-clip embed`, which "
+                "makes what is missing"
+            )
+
+    def _vectors(self, part: str) -> str:
+        return f"{self.root}/vectors/{self.settings.data}/{part}.parquet"
+
     def _load(self, part: str) -> tuple[Matrix, pa.Table]:
         """Vectors [n, D] of a part, and of each its pair's id, text and row."""
-        folder = f"{self.root}/vectors/{self.settings.data}"
-        vectors = self._read(f"{folder}/{part}.parquet", ["id", "image_embedding"])
+        vectors = self._read(self._vectors(part), ["id", "image_embedding"])
         if part not in self.pairs:
             raise self._others(part)
         pairs = self._read(self.pairs[part], ["id", self.settings.text])
         column = vectors["image_embedding"].combine_chunks()
         size = column.type.list_size
         matrix = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+        matrix = matrix.astype(np.float32, copy=False)
+        self._check_vectors(part, matrix)
         rows = pc.index_in(vectors["id"], pairs["id"].combine_chunks())
         if rows.null_count:
             raise self._others(part)
         about = {"id": vectors["id"], "text": pairs[self.settings.text].take(rows), "row": rows}
-        return matrix.astype(np.float32, copy=False), pa.table(about)
+        return matrix, pa.table(about)
+
+    def _check_vectors(self, part: str, matrix: Matrix) -> None:
+        """Raise SearchError for what no query can be compared with: it would be of every answer."""
+        squares = np.einsum("nd,nd->n", matrix, matrix)
+        unusable = int(np.count_nonzero(~(np.abs(squares - 1) <= _OFF)))  # NaN and inf among them
+        if unusable:
+            raise SearchError(
+                f"vectors/{self.settings.data}/{part} has {unusable} vectors that are not "
+                f"finite, or not of length one; look at the model, and {self.anew}"
+            )
 
     def _pairs(self) -> dict[str, str]:
         """The parts' files of pairs, which are not all called as the parts are."""

@@ -96,6 +96,8 @@ class Ingress:
             docs_url="/docs" if open_docs else None,
             redoc_url=None,
             openapi_url="/openapi.json" if open_docs else None,
+            # A redirection names http:// behind a proxy that ends TLS.
+            redirect_slashes=False,
         )
         app.openapi_schema = document(
             __version__, self.keys.needed, () if self.config.metrics else ("/metrics",)
@@ -106,7 +108,7 @@ class Ingress:
             ("/v1/classify", ClassifyRequest, classify),
             ("/v1/search", SearchRequest, self.searcher.search),
         ):
-            app.add_route(route, self._v1(route, shape, work), ["POST"])
+            _add_route(app, route, self._v1(route, shape, work), "POST")
         asked_for: dict[str, Answer] = {
             "/v1/models": self.models,
             "/v1/models/{model:path}": self.model,
@@ -116,7 +118,7 @@ class Ingress:
         if self.config.metrics:
             asked_for["/metrics"] = self.tell_metrics
         for route, answer in asked_for.items():
-            app.add_route(route, self._answering(route, answer), ["GET"])  # and HEAD with it
+            _add_route(app, route, self._answering(route, answer), "GET")  # and HEAD with it
         app.add_route("/", _page, ["GET"])
         app.mount("/page", StaticFiles(directory=PAGE))
         return app
@@ -132,8 +134,6 @@ class Ingress:
     async def model(self, request: Request) -> Response:
         """The served model by its name; raises ApiError for another's."""
         asked = request.path_params["model"]
-        if not asked:  # the list's address with a slash at its end
-            return await self.models(request)
 
         async def tell(served: Served) -> Response:
             check_model(asked, served.card)
@@ -257,6 +257,12 @@ class Ingress:
         self.metrics.count(OTHER_ROUTE, status)
         code = "not_found" if status == 404 else "bad_method"
         return error_response(ApiError(status, code, told), headers)
+
+
+def _add_route(app: FastAPI, route: str, answer: Answer, method: str) -> None:
+    """Answer at an address, and with a slash at its end."""
+    for path in (f"{route}/", route):  # in this order: a name of any path takes a slash too
+        app.add_route(path, answer, [method])
 
 
 def _told(card: ModelCard) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from rwkv_clip.images import CodingError, HeaderError, open_image
+from rwkv_clip.images import CodingError, HeaderError, open_image, scans_at_least
 from serve.config import LimitsConfig
 from serve.errors import ApiError
 from serve.remote import Fetcher
@@ -36,7 +36,19 @@ _AS_TEXT = 'a text that begins so is sent as {"type": "text", "text": …}'
 _MOST_PIECES = 100_000  # of a request; a few bytes of JSON become hundreds of memory
 _LONGEST_SIDE = 65_535  # which is JPEG's and GIF's; of a pixel a row, others take seconds
 _BREAKS = 16  # characters of base64 to one of its line breaks at least, with a few to spare
-_SCALED_DOWN = 4  # times a JPEG's pixels cost less, which the towers decode at a smaller scale
+
+# What a pixel costs to decode, in sixteenths of a PNG's. A file of 40 megapixels took so many
+# seconds of a core, from one of a single colour to one of noise:
+#
+#     PNG 0.7 to 1.9, RGBA 0.9 to 2.5, 16 bits 2.4      GIF 0.3 to 0.6      BMP 0.2 to 0.3
+#     WEBP 0.9 to 1.7                                   TIFF 0.2 to 0.9
+#     JPEG 0.03 to 0.2, in CMYK 0.1 to 0.4, with a second image behind it (MPO) 0.3
+#     progressive JPEG, in ten scans 0.2 to 0.9, in 18 and CMYK 0.5 to 1.4, in 25 1.0
+#
+# So 640 million, which a request may have, take some twenty seconds, whatever they are of; noise
+# of more does not fit into one.
+_UNIT, _DEEP, _WEBP = 16, 32, 24
+_JPEG = 4  # at least; one for each of its scans, which go over all pixels
 
 
 class Shape(BaseModel):
@@ -140,11 +152,18 @@ class Placed:
 
 @dataclass(frozen=True)
 class Header:
-    """What an encoded image says of itself."""
+    """What an encoded image says of itself.
+
+    Attributes:
+        format: Pillow's name of it.
+        width, height: of the image.
+        weight: of a pixel, when it is decoded.
+    """
 
     format: str | None
     width: int
     height: int
+    weight: int
 
     @property
     def pixels(self) -> int:
@@ -153,8 +172,8 @@ class Header:
 
     @property
     def cost(self) -> int:
-        """Of decoding it, in pixels."""
-        return self.pixels // _SCALED_DOWN if self.format == "JPEG" else self.pixels
+        """Of decoding it, in pixels of a PNG."""
+        return self.pixels * self.weight // _UNIT
 
 
 def parse_request(shape: type[Request], body: bytes) -> Request:
@@ -319,8 +338,8 @@ class Reader:
             raise ApiError(
                 413,
                 "too_many_pixels",
-                f"is an image with which the request has more than {most:,} pixels; send several "
-                "requests, or smaller images",
+                f"is an image with which the request has more than {most:,} pixels, where those "
+                "that take longer to decode count more; send several requests, or smaller images",
             )
         self._costs[at] = cost
 
@@ -399,7 +418,7 @@ def read_header(data: bytes, limits: LimitsConfig) -> Header:
     try:
         # Only the header is read; a bomb's pixels never come to be.
         with open_image(data, limits.formats) as image:
-            return Header(image.format, *image.size)
+            return Header(image.format, *image.size, _weight(image, data))
     except UnidentifiedImageError:
         raise ApiError(
             415,
@@ -418,6 +437,15 @@ def read_header(data: bytes, limits: LimitsConfig) -> Header:
         raise ApiError(400, "broken_image", f"is an image that {error}") from None
     except Exception:  # Pillow raises whatever a broken header leads it to
         raise ApiError(400, "broken_image", "is an image whose header is broken") from None
+
+
+def _weight(image: Image.Image, data: bytes) -> int:
+    """What a pixel of an image, opened from `data`, costs to decode; see `_UNIT`."""
+    if image.format in ("JPEG", "MPO"):
+        return scans_at_least(data, _JPEG)
+    if image.format == "PNG" and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        return _DEEP  # as Pillow writes what lies in the file
+    return _WEBP if image.format == "WEBP" else _UNIT
 
 
 def check_picture(header: Header, limits: LimitsConfig) -> None:

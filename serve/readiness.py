@@ -27,8 +27,10 @@ class Readiness:
         self._towers, self._limit = towers, limit
         self._trial: asyncio.Task[ModelCard | ApiError] | None = None
         self._began = 0.0
-        # When the towers last gave an embedding, or were full after one.
-        self._proved: float | None = None
+        self._proved = False  # the towers have given an embedding
+        # The last try-out that ended got none in all its time. Ages do not count: while nobody asks
+        # whether they work, they may work all the time.
+        self._hung = False
 
     async def card(self) -> ModelCard | None:
         """The model's that gives embeddings; None for towers that did and are busy now.
@@ -49,10 +51,7 @@ class Readiness:
         found = self._trial.result() if self._trial.done() else _nothing_within(_WAIT_SECONDS)
         if isinstance(found, ModelCard):
             return found
-        if self._proved is not None and (
-            found.status == 429
-            or (found.code == "timeout" and time.monotonic() - self._proved < self._limit)
-        ):
+        if self._proved and (found.status == 429 or (found.code == "timeout" and not self._hung)):
             return None
         raise found
 
@@ -61,12 +60,13 @@ class Readiness:
             async with asyncio.timeout(self._limit):
                 served = await self._towers.through_one_model(_embeddings)
         except TimeoutError:
+            self._hung = True
             return _nothing_within(self._limit)
         except ApiError as error:
-            if self._proved is not None and error.status == 429:
-                self._proved = time.monotonic()
+            if error.status == 429:
+                self._hung = False
             return error
-        self._proved = time.monotonic()
+        self._proved, self._hung = True, False
         return served.card
 
 

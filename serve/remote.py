@@ -20,6 +20,7 @@ from serve.errors import ApiError
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK = 1 << 16
+_LONGEST_LABEL = 63  # of a host's name (RFC 1035)
 
 
 class Fetcher:
@@ -56,7 +57,8 @@ class Fetcher:
             raise ApiError(
                 400, "remote_timeout", f"is not here within {self.config.seconds:g} seconds"
             ) from None
-        except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
+        except (aiohttp.ClientError, ssl.SSLError, OSError, UnicodeError) as error:
+            # The last one is the codec's of hosts' names, whatever it finds wrong with one.
             raise ApiError(
                 400, "remote_failed", f"cannot be fetched ({type(error).__name__})"
             ) from None
@@ -98,11 +100,13 @@ class Fetcher:
         """An address that may be asked; raises ApiError for any other."""
         try:
             url = URL(address)
-            host = (url.raw_host or "").rstrip(".").lower()
+            host = (url.raw_host or "").removesuffix(".").lower()
         except ValueError:
             raise ApiError(400, "remote_refused", "is no address") from None
         if url.scheme != "https" or url.user is not None:
             raise ApiError(400, "remote_refused", "is no https address without a user's name")
+        if not all(0 < len(label) <= _LONGEST_LABEL for label in host.split(".")):
+            raise ApiError(400, "remote_refused", "has a host that no name can be")
         if not any(_fits(host, pattern) for pattern in self.config.hosts):
             raise ApiError(400, "remote_refused", "has a host that this server may not ask")
         if _is_address(host) and not self._allowed(host):

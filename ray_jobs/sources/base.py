@@ -11,11 +11,14 @@ Choices:
 import difflib
 import hashlib
 import json
+import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from typing import Any, ClassVar, Protocol
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from ray_jobs.pairs import printable
 from ray_jobs.storage import S3Config
@@ -23,6 +26,9 @@ from rwkv_clip.config import BaseConfig
 
 # No larger file is read into memory, whatever the limits of a pair say.
 MAX_FILE_BYTES = 100_000_000
+# Of units: what older releases did not take note of, and not every file system or list tells.
+_NOT_ALWAYS_KNOWN = frozenset({"modified", "end"})
+_KEYS = re.compile("(s3|gs|gcs)://(.+)")  # URIs whose slashes part a key, and no folders
 
 
 class SourceError(ValueError):
@@ -60,6 +66,18 @@ class FilesConfig(BaseSourceConfig):
     )
     s3: S3Config = Field(S3Config(), description="in a pipeline, storage.s3 if absent")
     unit_rows: PositiveInt = Field(4096, description="rows a task reads, about")
+
+    @field_validator("path")
+    @classmethod
+    def _can_be_named(cls, path: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for one in (path,) if isinstance(path, str) else path:
+            key = _KEYS.fullmatch(one)
+            if key and "" in key[2].rstrip("/").split("/"):
+                raise ValueError(
+                    f"{one} has two slashes where one belongs; keys with an empty part cannot be "
+                    "read, so rename such objects"
+                )
+        return path
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -173,6 +191,9 @@ class Unit:
         size: the file's bytes when it was listed, so that a changed file is noticed.
         before: how many rows of other files come before the first one.
         beside: a digest of what lay beside the file when it was listed.
+        modified: when the file had been, in seconds since 1970. Some tools copy no fractions of
+            one, and S3 does not always tell them.
+        end: where the last row ends, as `offset`; there is no need to read further than that.
     """
 
     path: str
@@ -183,6 +204,8 @@ class Unit:
     size: int | None = None
     before: int | None = None
     beside: str | None = None
+    modified: int | None = None
+    end: int | None = None
 
     @property
     def name(self) -> str:
@@ -194,6 +217,40 @@ class Unit:
     def as_dict(self) -> dict[str, Any]:
         """As JSON takes it; `Unit(**unit.as_dict())` is the unit again."""
         return asdict(self)
+
+    def is_still(self, now: "Unit") -> bool:
+        """Whether a later listing's unit is the same rows of a file that was not changed."""
+        return all(
+            now_known == known or (name in _NOT_ALWAYS_KNOWN and None in (now_known, known))
+            for (name, known), now_known in zip(
+                asdict(self).items(), asdict(now).values(), strict=True
+            )
+        )
+
+    def change_to(self, now: "Unit | None") -> str:
+        """What became of the file until a later listing, for a person; as far as it is known."""
+        if now is None or now.path != self.path:
+            return ""
+        if now.size != self.size:
+            return f" had {self.size or 0:,} bytes and has {now.size or 0:,}"
+        if now.modified == self.modified or None in (now.modified, self.modified):
+            return ""
+        then = _time_of(self.modified)
+        told = f" was written anew, with as many bytes, at {_time_of(now.modified)}, after {then}"
+        if "://" in self.path:
+            return f"{told}; the same content sent anew cannot be told from another"
+        again = f"touch -d {then} {shlex.quote(self.path)}"
+        return f"{told}; if it holds what it held, `{again}` lets this go on"
+
+
+def _time_of(seconds: int | None) -> str:
+    return datetime.fromtimestamp(seconds or 0, UTC).isoformat()
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many characters of a text: its beginning and its end."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Finding and opening a source's files, on any file system that pyarrow knows."""
 
+import errno
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Self
@@ -21,6 +23,10 @@ _MAGIC = re.compile(r"[*?\[]")
 HIDDEN = (".", "_")  # folders that others left behind or began, such as _temporary and .cache
 # Such files. Spark's _SUCCESS and _metadata have no ending that any source asks for.
 _HIDDEN_FILES = (".", "_committed_", "_started_")
+_SLASH_IN_BRACKETS = re.compile(r"\[[^\]]*/")
+# Arrow has the codes of S3 and of Google's store in its words only.
+_DENIED = re.compile("AWS Error ACCESS_DENIED|PERMISSION_DENIED")
+_LISTINGS = 16  # at a time
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,13 @@ class File:
         label: its name below what the configuration names, or where several entries have folders
             of one name, below what these share: the same wherever the files lie.
         size: in bytes.
+        modified: in seconds since 1970; None where the file system does not say.
     """
 
     uri: str
     label: str
     size: int
+    modified: int | None
 
 
 def find_files(
@@ -166,6 +174,11 @@ def locate(uri: str, s3: S3Config) -> tuple[pafs.FileSystem, str]:
         ) from error
 
 
+def is_denied(error: OSError) -> bool:
+    """Whether it says that something may not be asked for, rather than that it cannot be now."""
+    return error.errno == errno.EACCES or _DENIED.search(str(error)) is not None
+
+
 def name_below(folder: str, name: str) -> str:
     """A name below a folder, as `locate` takes it: a % is an escape in all URIs but those of S3."""
     escaped = "://" in folder and not folder.startswith("s3://")
@@ -190,22 +203,23 @@ def _find(
     usual: Sequence[str],
     hidden: tuple[str, ...],
 ) -> list[File]:
-    base = _static(path)
-    filesystem, root = locate(base, s3)
+    base = path
     try:
+        base = _static(path, s3)
+        filesystem, root = locate(base, s3)
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.File:
-            return [File(base if "://" in base else root, posixpath.basename(root), info.size)]
+            return [_file(info, base if "://" in base else root, posixpath.basename(root))]
         if info.type == pafs.FileType.NotFound:
             raise SourceError(f"source.path: {base} does not exist{_here(base)}")
+        wanted = path.removeprefix(base).lstrip("/")
         prefix = root.rstrip("/") + "/"
         below = _there(filesystem, [prefix + name for name in usual if path == base])
         count = len(below)
         if not below:
-            below, count = _below(filesystem, root, tuple(suffixes))
+            below, count = _below(filesystem, root, tuple(suffixes), _enters(wanted, prefix))
     except OSError as error:
         raise SourceError(f"source.path: {base} cannot be listed: {error}") from error
-    wanted = path.removeprefix(base).lstrip("/")
     pattern = _pattern(wanted)
     *folders, name = wanted.replace("**", "**/").split("/")  # a ** is of folders, too
     if any(part.startswith(hidden) for part in folders):
@@ -215,7 +229,7 @@ def _find(
     start = base.rstrip("/") if "://" in base else root.rstrip("/")
     named = ((info, info.path.removeprefix(prefix)) for info in below)
     files = [
-        File(name_below(start, label), label, info.size)
+        _file(info, name_below(start, label), label)
         for info, label in named
         if info.type == pafs.FileType.File
         and label.lower().endswith(tuple(suffixes))
@@ -224,11 +238,23 @@ def _find(
         and pattern.fullmatch(label)
     ]
     if not files:
+        literal = "; a [ that is part of a name is written [[]" if "[" in wanted else ""
         raise SourceError(
             f"source.path: {path} holds no file that ends in {' or '.join(suffixes)} "
-            f"({count:,} other files and folders)"
+            f"({count:,} other files and folders){literal}"
         )
+    for file in files:
+        if "" in file.label.split("/"):
+            raise SourceError(
+                f"source.path: {file.uri} has two slashes in its key, and cannot be read so; "
+                "rename it, or name the others by a pattern"
+            )
     return sorted(files, key=lambda file: file.uri)
+
+
+def _file(info: pafs.FileInfo, uri: str, label: str) -> File:
+    modified = None if info.mtime_ns is None else info.mtime_ns // 1_000_000_000
+    return File(uri, label, info.size, modified)
 
 
 def _real(uri: str) -> str:
@@ -237,13 +263,26 @@ def _real(uri: str) -> str:
 
 
 def _below(
-    filesystem: pafs.FileSystem, root: str, suffixes: tuple[str, ...]
+    filesystem: pafs.FileSystem,
+    root: str,
+    suffixes: tuple[str, ...],
+    enters: Callable[[str], bool] | None,
 ) -> tuple[list[pafs.FileInfo], int]:
-    """What is below a folder, of this machine's only the files that end so; how much there is."""
+    """What is below a folder, of this machine's only the files that end so; how much there is.
+
+    Args:
+        filesystem: that it is on.
+        root: the folder.
+        suffixes: of files.
+        enters: tells which folders are looked into; all if absent.
+    """
     if not isinstance(filesystem, pafs.LocalFileSystem):
-        below = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        if enters is None:  # then few requests take all of it
+            below = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        else:
+            below = _entered(filesystem, root, enters)
         return below, len(below)
-    paths = list(_walk(root))
+    paths = list(_walk(root, enters or (lambda _: True)))
     ending = [path for path in paths if path.lower().endswith(suffixes)]
     for path in ending:
         if os.fsencode(path) != path.encode("utf-8", "replace"):
@@ -254,7 +293,34 @@ def _below(
     return filesystem.get_file_info(ending), len(paths)
 
 
-def _walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+def _entered(
+    filesystem: pafs.FileSystem, root: str, enters: Callable[[str], bool]
+) -> list[pafs.FileInfo]:
+    """What is in a folder and in those below it that are to be looked into, by a listing each."""
+    found: list[pafs.FileInfo] = []
+    folders = [root]
+    with ThreadPoolExecutor(_LISTINGS) as pool:
+        while folders:
+            some = [*pool.map(partial(_entries, filesystem), folders)]
+            found += [info for infos in some for info in infos]
+            folders = [
+                info.path
+                for infos in some
+                for info in infos
+                if info.type == pafs.FileType.Directory and enters(info.path)
+            ]
+    return found
+
+
+def _entries(filesystem: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
+    below = filesystem.get_file_info(pafs.FileSelector(folder))
+    # On S3 a folder is in itself where a key goes on with another slash.
+    return [info for info in below if info.path.rstrip("/") != folder.rstrip("/")]
+
+
+def _walk(
+    folder: str, enters: Callable[[str], bool], above: frozenset[str] = frozenset()
+) -> Iterator[str]:
     """All paths below a folder. Links that lead in a circle, which Arrow follows, are not."""
     real = os.path.realpath(folder)
     if real in above:
@@ -262,27 +328,62 @@ def _walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             yield entry.path
-            if entry.is_dir():
-                yield from _walk(entry.path, above | {real})
+            if entry.is_dir() and enters(entry.path):
+                yield from _walk(entry.path, enters, above | {real})
+
+
+def _enters(wanted: str, prefix: str) -> Callable[[str], bool] | None:
+    """Tells whether what a pattern means may be in a folder; None if it may be in any.
+
+    Args:
+        wanted: the pattern.
+        prefix: begins the paths of folders, and is no part of the pattern.
+    """
+    if not wanted or "**" in wanted or _SLASH_IN_BRACKETS.search(wanted):
+        return None
+    folders = wanted.split("/")[:-1]
+    levels = [_pattern("/".join(folders[:depth])) for depth in range(1, len(folders) + 1)]
+
+    def enters(path: str) -> bool:
+        below = path.removeprefix(prefix)
+        depth = below.count("/")
+        return depth < len(levels) and levels[depth].fullmatch(below) is not None
+
+    return enters
 
 
 def _there(filesystem: pafs.FileSystem, paths: Sequence[str]) -> list[pafs.FileInfo]:
-    """The files among some paths; none where one may not be asked for."""
+    """The files among some paths; none where one may not be asked for. Raises OSError."""
     try:
         found = filesystem.get_file_info(list(paths))
-    except OSError:
-        return []
+    except OSError as error:
+        if is_denied(error):
+            return []
+        raise
     return [info for info in found if info.type == pafs.FileType.File]
 
 
-def _static(path: str) -> str:
-    """The part of a pattern before its first special character, up to a slash."""
+def _static(path: str, s3: S3Config) -> str:
+    """The part of a pattern before its first special character, up to a slash.
+
+    All of it if something is called so. Raises OSError.
+    """
     match = _MAGIC.search(path)
-    if match is None or ("://" not in path and Path(path).exists()):
+    if match is None or _exists(path, s3):
         return path
     return path[: path.rfind("/", 0, match.start()) + 1].rstrip("/") or (
         "/" if path.startswith("/") else "."
     )
+
+
+def _exists(path: str, s3: S3Config) -> bool:
+    filesystem, place = locate(path, s3)
+    try:
+        return bool(filesystem.get_file_info(place).type != pafs.FileType.NotFound)
+    except OSError as error:
+        if is_denied(error):  # as S3 says of what is not there to those who may not list
+            return False
+        raise
 
 
 def _pattern(text: str) -> re.Pattern[str]:

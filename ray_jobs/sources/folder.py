@@ -6,8 +6,9 @@ Choices:
   folder that has one of such a name is not searched for more, among millions of images.
 - A list is data, and data may be hostile: a name that leads out of the list's folder, also by a
   symbolic link, is refused and not read.
-- An image that may not be read costs its pair. S3 says the same of one object and of credentials
-  that have run out, so it counts only while the list itself can be read.
+- An image that may not be read costs its pair, as does one whose name the server refuses. S3 says
+  the same of one object and of credentials that have run out, so it counts only while the list
+  itself can be read.
 """
 
 import errno
@@ -35,8 +36,9 @@ from ray_jobs.sources.base import (
     SourceError,
     Unit,
     digest_of,
+    shortened,
 )
-from ray_jobs.sources.files import locate, name_below, open_file
+from ray_jobs.sources.files import is_denied, locate, name_below, open_file
 from ray_jobs.sources.lists import list_units, name_text, present_columns, read_list
 from ray_jobs.sources.parquet import id_text
 from ray_jobs.storage import S3Config
@@ -120,13 +122,13 @@ class FolderSource:
             return row
         problem, image = begun.result()
         folder = posixpath.dirname(unit.path)
-        if problem == "image_forbidden":
+        if problem in _PERHAPS:
             problem, image = self._image_again(unit, folder, row.name)
         elif problem == _LATER:
             problem, image = self._image(folder, row.name)
         if not problem:
             return {**row.raw, "image": image}
-        told = f"{row.name!r}: {_EXPLAINED[problem]}"
+        told = f"{shortened(row.name, _TOLD_CHARACTERS)!r}: {_EXPLAINED[problem]}"
         return Rejected(row.raw["id"], row.raw["origin"], problem, told)
 
     def _present(self, unit: Unit, *, warn: bool = False) -> dict[str, str]:
@@ -137,6 +139,8 @@ class FolderSource:
         inside = posixpath.normpath(name)
         if not name or "\x00" in name:
             return "no_image", b""
+        if _URI.match(name):
+            return "image_is_uri", b""
         if inside.startswith(("/", "../")) or inside in (".", "..") or "\\" in name:
             return "outside_folder", b""
         try:
@@ -149,6 +153,8 @@ class FolderSource:
                 return "no_image", b""
             if _is_forbidden(error):
                 return "image_forbidden", b""
+            if _S3_BAD_REQUEST in str(error):
+                return "refused_name", b""
             raise
 
     def _image_again(self, unit: Unit, folder: str, name: str) -> _Found:
@@ -178,6 +184,9 @@ class FolderSource:
     def _inside(self, folder: str, inside: str, most: int) -> _Found:
         """As `_image`, of one below the folder."""
         filesystem, path = locate(name_below(folder, inside), self.config.s3)
+        # Which no object has; the server says no more than that the request is a bad one.
+        if filesystem.type_name == "s3" and _key_bytes(path) > _MOST_KEY_BYTES:
+            return "no_image", b""
         if isinstance(filesystem, pafs.LocalFileSystem):
             if not _leads_inside(path, folder):
                 return "outside_folder", b""
@@ -210,22 +219,34 @@ _AHEAD_BYTES = 16_000_000  # a larger image is read when its turn has come
 _LATER = "later"
 _CHECKED_UNITS = 10  # before work starts
 _CHECKED_ROWS = 200  # of all these
-# Arrow has S3's own codes in its words only; the others are an archived object's.
-# Arrow has no name for that one, so there are the server's words.
-_S3_FORBIDDEN = re.compile(
-    "AWS Error ACCESS_DENIED|InvalidObjectState|INVALID_OBJECT_STATE|not valid for the object's|"
+# Arrow has S3's own codes in its words only, and for that of an archived object no name, so there
+# are the server's words.
+_S3_ARCHIVED = re.compile(
+    "InvalidObjectState|INVALID_OBJECT_STATE|not valid for the object's|"
     "not valid for the current state of the object"
 )
+_S3_BAD_REQUEST = "(HTTP status 400)"  # also of credentials that have run out
+_MOST_KEY_BYTES = 1024
+_URI = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
+_TOLD_CHARACTERS = 200  # of a name
+_PERHAPS = ("image_forbidden", "refused_name")  # if it is not that nothing can be read any more
 _EXPLAINED = {
     "no_image": "there is no such file",
+    "image_is_uri": "is a URI; takes names relative to the list's folder (or kind: urls, of http)",
     "image_forbidden": "may not be read",
+    "refused_name": "the server takes no such name",
     "outside_folder": "is no name below the folder of the list with forward slashes, or a link out",
     "image_too_large": f"over {MAX_FILE_BYTES:,} bytes",
 }
 
 
 def _is_forbidden(error: OSError) -> bool:
-    return error.errno == errno.EACCES or _S3_FORBIDDEN.search(str(error)) is not None
+    return is_denied(error) or _S3_ARCHIVED.search(str(error)) is not None
+
+
+def _key_bytes(path: str) -> int:
+    """How long the key of an object of S3 is; its path begins with the bucket."""
+    return len(path.partition("/")[2].encode("utf-8", "replace"))
 
 
 def _leads_inside(path: str, folder: str) -> bool:

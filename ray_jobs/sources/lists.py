@@ -11,6 +11,8 @@ Choices:
   closed as CSV closes them and are no longer than any text is.
 - The lines of CSV end with LF, or CRLF. Where the header ends with a CR alone, as Excel's for the
   Macintosh do, they end with any of these: such a file may well have LF within its fields.
+- What a file's beginning says of its rows is kept for its other units that the process reads, so
+  each asks for its own bytes alone.
 - A compressed file that breaks off gives the rows before the break; the break is one rejected row,
   of the last unit.
 """
@@ -22,7 +24,9 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain, islice, zip_longest
 from types import NoneType
 from typing import Any, get_args
 
@@ -60,6 +64,7 @@ _BLOCK_BYTES = 1 << 20
 _SAMPLE_ROWS = 1000  # looked at for the names of columns
 _ANY_SIZE = 1 << 62
 _MANY_UNITS = 1000  # of a packed file
+_KEPT_FILES = 64  # of whose beginnings is known what they are; several are listed at a time
 # With their ends, where a CR is one. Several, also before an LF, are the end of one line: so some
 # write CRLF on Windows.
 _CR_LINES = re.compile(rb"[^\r\n]*+(?:\r+\n?|\n)|[^\r\n]+")
@@ -79,6 +84,9 @@ def list_units(
         SourceError: there are none, or what `check` raises.
     """
     files = find_files(config, LIST_SUFFIXES, usual=usual, hidden=HIDDEN)
+    # Whoever lists wants what is there now, whatever was there a moment ago.
+    _head.cache_clear()
+    _sampled.cache_clear()
     for file in files:
         _check_suffix(file.uri)
 
@@ -114,7 +122,9 @@ def present_columns(
     """
     schema = read_footer(unit.path, s3)[1] if _kind(unit.path) == "parquet" else None
     names = _names(unit, s3) if schema is None else schema.names
-    seen, whole = _sampled(unit, s3) if names is None else ({name: set() for name in names}, True)
+    seen, whole = (
+        _sampled(_beginning(unit), s3) if names is None else ({name: set() for name in names}, True)
+    )
     where = unit.path if whole else f"the beginning of {unit.path}"
     present = columns.present(seen, where, required, whole=whole)
     later = {name: theirs for name, theirs in present.items() if theirs not in seen}
@@ -145,19 +155,24 @@ def _names(unit: Unit, s3: S3Config) -> list[str] | None:
     if _kind(unit.path) not in ("csv", "tsv"):
         return None
     try:
-        return _header(unit, s3, has_cr=_has_cr(unit, s3))
+        return _head(_beginning(unit), s3).names
     except _BrokenFileError as error:
         raise SourceError(f"source.path: {unit.path} {error}") from error
 
 
-def _sampled(unit: Unit, s3: S3Config) -> tuple[_Seen, bool]:
-    """The columns of the beginning of a unit's JSON lines; and whether these are all.
+def _beginning(unit: Unit) -> Unit:
+    """The unit of all of a unit's file, the same for all of the file's units."""
+    return Unit(unit.path, size=unit.size, modified=unit.modified)
+
+
+@lru_cache(maxsize=_KEPT_FILES)
+def _sampled(beginning: Unit, s3: S3Config) -> tuple[_Seen, bool]:
+    """The columns of the beginning of a file of JSON lines; and whether these are all.
 
     Raises:
         SourceError: none of its rows can be read.
     """
-    # From the file's beginning, so that all its units are read alike.
-    rows = read_list(Unit(unit.path), None, s3)
+    rows = read_list(beginning, None, s3)
     seen: _Seen = {}
     problems = []
     for _, row in islice(rows, _SAMPLE_ROWS):
@@ -168,8 +183,8 @@ def _sampled(unit: Unit, s3: S3Config) -> tuple[_Seen, bool]:
             seen.setdefault(name, set()).add(type(value))
     if problems and not seen:
         raise SourceError(
-            f"source.path: no row of {unit.path} can be read, the first one: {problems[0]}. Takes "
-            "lines of UTF-8, each a JSON object"
+            f"source.path: no row of {beginning.path} can be read, the first one: {problems[0]}. "
+            "Takes lines of UTF-8, each a JSON object"
         )
     return seen, next(rows, None) is None
 
@@ -228,13 +243,10 @@ class _UnclosedQuoteError(Exception):
 
 
 def _read_json(unit: Unit, s3: S3Config) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    number = unit.first
-    for line in _lines(unit, s3):
-        if unit.rows is not None and number >= unit.first + unit.rows:
-            return
+    # Without a look at the line after the last, which may have to be asked for.
+    for number, line in enumerate(islice(_lines(unit, s3), unit.rows), unit.first):
         if line.strip():
             yield number, _parse(line)
-        number += 1
 
 
 def _parse(line: bytes) -> Mapping[str, Any] | str:
@@ -246,14 +258,12 @@ def _parse(line: bytes) -> Mapping[str, Any] | str:
 
 
 def _read_csv(unit: Unit, s3: S3Config) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    has_cr = _has_cr(unit, s3)
-    header = _header(unit, s3, has_cr=has_cr)
-    records = iter(_Records(_lines(unit, s3, has_cr=has_cr), unit.path, len(header)))
+    head = _head(_beginning(unit), s3)
+    header = head.names
+    records = iter(_Records(_lines(unit, s3, has_cr=head.has_cr), unit.path, len(header)))
     if not unit.offset:
         next(records, None)
-    for number, record in enumerate(records, unit.first):
-        if unit.rows is not None and number >= unit.first + unit.rows:
-            return
+    for number, record in enumerate(islice(records, unit.rows), unit.first):
         if isinstance(record, str):
             yield number, record
         elif len(record) != len(header):
@@ -262,17 +272,28 @@ def _read_csv(unit: Unit, s3: S3Config) -> Iterator[tuple[int, Mapping[str, Any]
             yield number, dict(zip(header, record, strict=True))
 
 
-def _header(unit: Unit, s3: S3Config, *, has_cr: bool) -> list[str]:
-    """The names in the first line of a unit's file, if it is one; raises _BrokenFileError."""
-    first = next(iter(_Records(_lines(unit, s3, 0, has_cr=has_cr), unit.path)), None)
-    return first if isinstance(first, list) else []
+@dataclass(frozen=True)
+class _Head:
+    """What a CSV file's header tells.
+
+    Attributes:
+        names: of the columns, some perhaps twice; none if the first line is no header.
+        has_cr: whether it ends with a CR alone, and so all lines may.
+    """
+
+    names: list[str]
+    has_cr: bool
 
 
-def _has_cr(unit: Unit, s3: S3Config) -> bool:
-    """Whether the header of a unit's CSV file ends with a CR alone; raises _BrokenFileError."""
-    records = _Records(_lines(unit, s3, 0, has_cr=True), unit.path)
-    next(iter(records), None)
-    return records.ends_with_cr
+@lru_cache(maxsize=_KEPT_FILES)
+def _head(beginning: Unit, s3: S3Config) -> _Head:
+    """A CSV file's; raises _BrokenFileError."""
+    records = _Records(_lines(beginning, s3, has_cr=True), beginning.path)
+    first = next(iter(records), None)
+    has_cr = records.ends_with_cr
+    if not has_cr:  # a CR within it is no end then
+        first = next(iter(_Records(_lines(beginning, s3), beginning.path)), None)
+    return _Head(first if isinstance(first, list) else [], has_cr)
 
 
 class _Records:
@@ -377,7 +398,7 @@ def _units_of(file: File, config: FilesConfig) -> list[Unit]:
     if _kind(file.uri) == "parquet":
         metadata, _ = read_footer(file.uri, config.s3)
         return row_group_units(file, metadata, config.unit_rows, _ANY_SIZE)
-    whole = Unit(file.uri, file.label, size=file.size)
+    whole = Unit(file.uri, file.label, size=file.size, modified=file.modified)
     if file.size == 0:
         return []
     starts = _row_starts(whole, config)
@@ -387,8 +408,10 @@ def _units_of(file: File, config: FilesConfig) -> list[Unit]:
             "own, so it is better unpacked, or cut",
             *(file.label, f"{len(starts) * config.unit_rows:,}", f"{len(starts):,}"),
         )
+    ends = [offset for _, _, offset in starts[1:]]
     return [
-        Unit(file.uri, file.label, first, rows, offset, file.size) for first, rows, offset in starts
+        replace(whole, first=first, rows=rows, offset=offset, end=end)
+        for (first, rows, offset), end in zip_longest(starts, ends)
     ]
 
 
@@ -401,7 +424,8 @@ def _row_starts(whole: Unit, config: FilesConfig) -> list[tuple[int, int | None,
     starts: list[tuple[int, int | None, int]] = []
     start = count = 0
     try:
-        lines = _lines(whole, config.s3, has_cr=not is_json and _has_cr(whole, config.s3))
+        has_cr = not is_json and _head(_beginning(whole), config.s3).has_cr
+        lines = _lines(whole, config.s3, has_cr=has_cr)
         counted = _Counted(lines) if is_json else _Records(lines, whole.path)
         rows = iter(counted)
         if not is_json:
@@ -434,25 +458,21 @@ class _Counted:
             yield line
 
 
-def _lines(
-    unit: Unit, s3: S3Config, offset: int | None = None, *, has_cr: bool = False
-) -> Iterator[bytes]:
-    """Lines with their ends, from the unit's offset on, or from another.
+def _lines(unit: Unit, s3: S3Config, *, has_cr: bool = False) -> Iterator[bytes]:
+    """Lines with their ends, from the unit's offset on; as many as are asked for.
 
     Args:
         unit: of the file.
         s3: where the file is on S3.
-        offset: in bytes, where a line begins.
         has_cr: whether lines end with a CR too; only with an LF if not.
 
     Raises:
         _BrokenFileError: the file cannot be unpacked from there on.
         OSError: it does not come.
     """
-    start = (unit.offset or 0) if offset is None else offset
     blocks = _unpacked if _is_packed(unit.path) else _blocks
     rest = b""
-    for block in blocks(unit, start, s3):
+    for block in blocks(unit, s3):
         if has_cr:
             *lines, rest = _CR_LINES.findall(rest + block)
             yield from lines
@@ -466,22 +486,28 @@ def _lines(
         yield rest
 
 
-def _blocks(unit: Unit, start: int, s3: S3Config) -> Iterator[bytes]:
-    """The content of a unit's file from an offset in bytes on."""
+def _blocks(unit: Unit, s3: S3Config) -> Iterator[bytes]:
+    """The content of a unit's file from its offset on.
+
+    Also what is behind the unit, if it is asked for: a quote that nothing closes is told by that.
+    """
     with open_file(unit.path, s3, unit.size) as stream:
-        stream.seek(start)
-        while block := stream.read(_BLOCK_BYTES):
+        stream.seek(unit.offset or 0)
+        left = (unit.end or 0) - stream.tell()
+        while block := stream.read(min(left, _BLOCK_BYTES) if left > 0 else _BLOCK_BYTES):
             yield block
+            left -= len(block)
 
 
-def _unpacked(unit: Unit, start: int, s3: S3Config) -> Iterator[bytes]:
-    """The content of a unit's compressed file from an offset in it on.
+def _unpacked(unit: Unit, s3: S3Config) -> Iterator[bytes]:
+    """The content of a unit's compressed file from its offset on.
 
     Raises:
         _BrokenFileError: it cannot be unpacked.
         OSError: it does not come.
     """
     codec = pa.Codec.detect(unit.path.lower()).name
+    start = unit.offset or 0
     with (
         WatchedFile(unit.path, s3, unit.size) as file,
         pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec) as stream,

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from itertools import accumulate, islice, pairwise
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -264,6 +265,7 @@ def row_group_units(
     file: File, metadata: pq.FileMetaData, unit_rows: int, unit_bytes: int
 ) -> list[Unit]:
     """A file's row groups: small neighbours put together, large ones cut into equal pieces."""
+    unit = partial(Unit, file.uri, file.label, size=file.size, modified=file.modified)
     units: list[Unit] = []
     first = rows = size = 0
     for index in range(metadata.num_row_groups):
@@ -271,21 +273,19 @@ def row_group_units(
         if rows and (
             rows + group.num_rows > unit_rows or size + group.total_byte_size > unit_bytes
         ):
-            units.append(Unit(file.uri, file.label, first, rows, size=file.size))
+            units.append(unit(first, rows))
             first, rows, size = first + rows, 0, 0
         pieces = math.ceil(max(group.num_rows / unit_rows, group.total_byte_size / unit_bytes))
         if pieces > 1:
             ends = [group.num_rows * at // pieces for at in range(pieces + 1)]
             units += [
-                Unit(file.uri, file.label, first + begin, end - begin, size=file.size)
-                for begin, end in pairwise(ends)
-                if end > begin
+                unit(first + begin, end - begin) for begin, end in pairwise(ends) if end > begin
             ]
             first += group.num_rows
             continue
         rows += group.num_rows
         size += group.total_byte_size
-    return [*units, Unit(file.uri, file.label, first, rows, size=file.size)] if rows else units
+    return [*units, unit(first, rows)] if rows else units
 
 
 def read_rows(
@@ -432,7 +432,7 @@ class _Reader:
 
 def _place(unit: Unit, columns: Sequence[str], s3: S3Config) -> tuple[object, ...]:
     """What one _Reader can read."""
-    return unit.path, unit.size, tuple(columns), s3
+    return unit.path, unit.size, unit.modified, tuple(columns), s3
 
 
 def image_bytes(value: object) -> object:

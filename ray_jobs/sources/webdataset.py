@@ -157,6 +157,7 @@ class WebdatasetSource:
                 file.uri,
                 file.label,
                 size=file.size,
+                modified=file.modified,
                 # Its suffix is part of ids then, which else are those of the others.
                 beside=f"{counts[stem]} of this name" if counts[stem] > 1 else None,
             )

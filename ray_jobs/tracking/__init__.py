@@ -1,6 +1,6 @@
 """Runs, metrics and models in MLflow."""
 
-from ray_jobs.tracking.config import TrackingConfig
-from ray_jobs.tracking.runs import StageRun, Tracker, TrackingError
+from ray_jobs.tracking.config import TrackingConfig, TrackingError
+from ray_jobs.tracking.runs import StageRun, Tracker
 
 __all__ = ["StageRun", "Tracker", "TrackingConfig", "TrackingError"]

@@ -17,6 +17,11 @@ from rwkv_clip.config import BaseConfig
 
 # What a call of MLflow's client raises when the server, or the store of its artifacts, is away.
 STORE_ERRORS = (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError)
+_ARTIFACTS = "mlflow/artifacts"  # in a storage
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be used; the message says what to do."""
 
 
 class TrackingConfig(BaseConfig):
@@ -73,7 +78,7 @@ def tracking_place(config: TrackingConfig, storage: Storage) -> Place:
     MLflow finds a storage's own S3 server by the environment alone, so it is put there.
     """
     for name, value in (
-        ("MLFLOW_S3_ENDPOINT_URL", storage.config.s3.endpoint),
+        ("MLFLOW_S3_ENDPOINT_URL", storage.config.s3.endpoint_url),
         ("AWS_DEFAULT_REGION", storage.config.s3.region),
     ):
         if value:
@@ -91,9 +96,23 @@ def tracking_place(config: TrackingConfig, storage: Storage) -> Place:
     folder.mkdir(parents=True, exist_ok=True)
     return Place(
         f"sqlite:///{folder / 'mlflow.db'}",
-        storage.child_uri("mlflow/artifacts"),
+        storage.child_uri(_ARTIFACTS),
         passing=not storage.is_local,
     )
+
+
+def check_artifacts(place: Place, storage: Storage) -> None:
+    """Raises TrackingError if MLflow would keep runs or artifacts outside of a storage.
+
+    It ends a URI at such a character, also where that is written as %23.
+    """
+    wrong = sorted(set(storage.uri) & ({"?"} if storage.is_local else {"?", "#"}))
+    if wrong and place.artifacts == storage.child_uri(_ARTIFACTS):
+        raise TrackingError(
+            f"storage.uri: {storage.uri} holds {' and '.join(wrong)}, where MLflow takes a URI to "
+            "end; choose another name, name an MLflow server by tracking.uri, or set tracking to "
+            "null"
+        )
 
 
 def _artifacts_beside(uri: str, storage: Storage) -> str | None:
@@ -102,9 +121,25 @@ def _artifacts_beside(uri: str, storage: Storage) -> str | None:
     For a database that it reaches without a server MLflow takes the working directory, which is
     a submitted job's own and is removed after it.
     """
-    scheme = uri.partition(":")[0].partition("+")[0]
-    if scheme not in DATABASE_ENGINES:
+    if not is_database(uri):
         return None
-    if scheme == "sqlite" and (file := uri.partition(":///")[2].partition("?")[0]):
-        return str(Path(file).absolute().parent / "mlruns")
-    return storage.child_uri("mlflow/artifacts")
+    if (file := sqlite_file(uri)) is not None:
+        return str(file.parent / "mlruns")
+    return storage.child_uri(_ARTIFACTS)
+
+
+def is_database(uri: str) -> bool:
+    """Whether MLflow reaches its store without a server of its own."""
+    return _scheme(uri) in DATABASE_ENGINES
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file that holds a store; None for other stores, and for one in memory."""
+    file = uri.partition(":///")[2].partition("?")[0]
+    if _scheme(uri) != "sqlite" or file in ("", ":memory:"):
+        return None
+    return Path(file).absolute()
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition(":")[0].partition("+")[0]

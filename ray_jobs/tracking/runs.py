@@ -36,10 +36,17 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from ray_jobs.storage import Storage, digest_of_json
-from ray_jobs.tracking.config import STORE_ERRORS, TrackingConfig, tracking_place
+from ray_jobs.tracking.config import (
+    STORE_ERRORS,
+    TrackingConfig,
+    TrackingError,
+    check_artifacts,
+    tracking_place,
+)
 from ray_jobs.tracking.machine import MachineMetrics
 from ray_jobs.tracking.metrics import StepMetrics
 from ray_jobs.tracking.notes import Notes
+from ray_jobs.tracking.store import open_store
 from rwkv_clip import __version__
 
 logger = logging.getLogger(__name__)
@@ -67,10 +74,6 @@ _REFUSALS = frozenset(  # by another error MLflow, or what it stands on, is away
         "UNAUTHENTICATED",
     }
 )
-
-
-class TrackingError(RuntimeError):
-    """MLflow cannot be used; the message says what to do."""
 
 
 class StageRun:
@@ -192,6 +195,7 @@ class Tracker:
     ) -> None:
         self.config, self.storage, self.settings, self.name = config, storage, settings, name
         place = tracking_place(config, storage)
+        check_artifacts(place, storage)
         self.uri = place.uri
         if place.passing:
             logger.warning(_PASSING, self.uri)
@@ -199,7 +203,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `place` tells
         os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-        self.client = MlflowClient(tracking_uri=self.uri)
+        self.client = open_store(self.uri)
         self._notes = Notes(storage, self.uri, settings)
         try:
             self.experiment = self._experiment(place.artifacts)

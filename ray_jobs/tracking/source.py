@@ -5,13 +5,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import mlflow.artifacts
 
 from ray_jobs.storage import Storage, StorageConfig
-from ray_jobs.tracking.config import STORE_ERRORS, TrackingConfig, tracking_place
+from ray_jobs.tracking.config import (
+    STORE_ERRORS,
+    TrackingConfig,
+    TrackingError,
+    tracking_place,
+)
 from ray_jobs.tracking.runs import current_store
+from ray_jobs.tracking.store import open_store
 from rwkv_clip.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 
 _REGISTRY = "models:/"
@@ -70,9 +77,10 @@ def model_source(
     place = tracking_place(tracking, storage)
     with tempfile.TemporaryDirectory() as folder:
         try:
+            open_store(place.uri)  # which may have to be made, as by a run that begins now
             with current_store(place.uri):  # the way to name the registry that is looked in
                 fetched = mlflow.artifacts.download_artifacts(name, dst_path=folder)
-        except STORE_ERRORS as error:
+        except (*STORE_ERRORS, TrackingError) as error:
             raise ModelSourceError(f"{name} cannot be had from {place.uri}: {error}") from error
         found = sorted(Path(fetched).rglob(WEIGHTS_FILE))
         if not found:
@@ -88,8 +96,16 @@ def stored_model(storage: Storage, folder: str, name: str = "") -> ModelSource:
                 f"{name or storage.child_uri(folder)} has no {file}; name the folder of a "
                 "checkpoint, or models:/NAME@ALIAS"
             )
-    weights = storage.read_bytes(_inside(folder, WEIGHTS_FILE))
-    return ModelSource(name or folder, storage, folder, hashlib.sha256(weights).hexdigest())
+    weights = _inside(folder, WEIGHTS_FILE)
+    changed = storage.filesystem.get_file_info(storage.path(weights)).mtime_ns
+    return ModelSource(name or folder, storage, folder, _digest(storage, weights, changed))
+
+
+@lru_cache(maxsize=16)
+def _digest(storage: Storage, file: str, changed: int | None) -> str:
+    """Of a file, as it is since a time; several stages of a run ask for that of one model."""
+    del changed  # a part of what is kept, because another training writes to the same names
+    return hashlib.sha256(storage.read_bytes(file)).hexdigest()
 
 
 def _inside(folder: str, file: str) -> str:

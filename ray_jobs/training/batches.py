@@ -110,6 +110,24 @@ class PairFiles:
             found = dict(zip(np.concatenate(wanted).tolist(), read, strict=True))
         return [found[row] for row in rows.tolist()]
 
+    def batches(self, part: int, rows: int) -> Iterator[list[dict[str, Any]]]:
+        """The pairs of a part in order, so many at a time; each row group is read once."""
+        waiting: list[dict[str, Any]] = []
+        read = sum(map(sum, self.row_groups[:part]))
+        there, end = read, read + sum(self.row_groups[part])
+        for size in self.row_groups[part]:
+            there += size
+            # As many row groups as fill a batch, because they are read at the same time.
+            if len(waiting) + there - read < rows and there < end:
+                continue
+            waiting += self.take(np.arange(read, there))
+            read = there
+            while len(waiting) >= rows:
+                yield waiting[:rows]
+                del waiting[:rows]
+        if waiting:
+            yield waiting
+
     def _read(self, group: int, rows: Rows) -> list[dict[str, Any]]:
         """Some rows of a row group, with what was written beside them."""
         part = int(self.address.part_of_group[group])

@@ -121,7 +121,7 @@ class ChannelMix(nn.Module, ABC):
     def forward(self, x: Tensor, shift: TokenShift) -> tuple[Tensor, Tensor]:
         """[B, T, C] -> r and v of [B, T, C]; gating waits until they meet the residual stream."""
         xk, xr = fused.token_shift_mix(x, self.neighbours_share(), shift=shift)
-        square = fused.relu_square_ if _gives_away(self.key) else fused.relu_square_statement
+        square = fused.relu_square_ if _gives_away(self.key) else fused.relu_square
         return self.receptance(xr), self.value(square(self.key(xk)))
 
 
@@ -291,13 +291,17 @@ def _gives_away(module: nn.Module) -> bool:
 def _may_overwrite() -> bool:
     """Whether a step may write over what a product returned, where nothing needs that later.
 
-    Not where a dispatch mode sees each step and may keep what it returned, as selective activation
-    checkpointing does; nor under torch.func, which may map over the other operand alone. A compiler
-    reuses memory by itself.
+    Not where a mode sees each step or function and may keep what it returned, as selective
+    activation checkpointing does; nor under torch.func, which may map over the other operand alone.
+    A compiler reuses memory by itself.
+
+    What autograd keeps must not depend on the answer: a mode may see a pass, and not its repetition
+    under activation checkpointing.
     """
     if torch.compiler.is_compiling():
         return False
-    return not (torch._C._len_torch_dispatch_stack() or is_transformed())
+    is_seen = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return not (is_seen or is_transformed())
 
 
 def _parameter(*shape: int) -> nn.Parameter:

@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, height, width] -> [B, D, rows, columns]; zeros fill the last row and column."""
         below, right = -pixels.shape[-2] % self.side, -pixels.shape[-1] % self.side
-        if below or right:
+        if _is_open(below) or _is_open(right) or below or right:
             pixels = F.pad(pixels, (0, right, 0, below))
         patches: Tensor = self.projection(pixels)
         return patches
@@ -107,9 +107,15 @@ class ImageEncoder(nn.Module):
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """The position embedding of a grid: [1, rows * columns, D]."""
-        if rows == columns == self.config.grid:
+        is_open = _is_open(rows) or _is_open(columns)
+        if not is_open and rows == columns == self.config.grid:
             return self.pos_embed
         return resize_positions(self.pos_embed, rows, columns)
+
+
+def _is_open(size: int) -> bool:
+    """Whether a program is exported for every such size: to ask after it would bind the program."""
+    return torch.compiler.is_exporting() and isinstance(size, torch.SymInt)
 
 
 def resize_positions(positions: Tensor, rows: int, columns: int) -> Tensor:

@@ -3,12 +3,13 @@
 Each `*_statement` says in plain PyTorch what its step computes: the definition that its kernel is
 tested against, and what runs wherever there is none (other devices and types, tracing, torch.func,
 forward-mode differentiation, no compiled library). A kernel passes over memory once, and keeps for
-the backward pass only what it was given or what it returned.
+the backward pass only what it was given or what it returned. Batched gradients, and those that
+have tangents, are made by the statement.
 
 Shapes: B batch, T tokens, C = H * N channels, H heads, N head size, n mixtures, R rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -117,6 +118,18 @@ def relu_square_(a: Tensor) -> Tensor:
     return a
 
 
+def relu_square(a: Tensor) -> Tensor:
+    """The same, of an a that others hold.
+
+    Keeps as much for the backward pass: which of the two runs may differ between a pass and its
+    repetition under activation checkpointing.
+    """
+    if not (_has_kernel(a) and _is_differentiated(a)):
+        return relu_square_statement(a)
+    out: Tensor = _apply(_ReluSquareApart, a)
+    return out
+
+
 def gated_residual(x: Tensor, r: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
     """Add a gated branch: x + sigmoid(r) * v * scale.
 
@@ -207,16 +220,23 @@ class _TokenShiftMix(torch.autograd.Function):
         ctx: Any, x: Tensor, mix: Tensor, a: Tensor | None, b: Tensor | None, shift: TokenShift
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, mix, a, b)
-        ctx.shift = _plain(shift)
-        return tuple(torch.ops.rwkv_clip.token_shift_mix(x, mix, a, b, *ctx.shift))
+        ctx.shift = shift
+        return tuple(torch.ops.rwkv_clip.token_shift_mix(x, mix, a, b, *_plain(shift)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gouts: Tensor) -> tuple[Tensor | None, ...]:
         x, mix, a, b = ctx.saved_tensors
+        if _takes_the_statement(*gouts):
+
+            def mixed(x: Tensor, mix: Tensor, *low_rank: Tensor) -> tuple[Tensor, ...]:
+                pair = (low_rank[0], low_rank[1]) if low_rank else None
+                return token_shift_mix_statement(x, mix, pair, shift=ctx.shift)
+
+            return *_differentiate(mixed, gouts, x, mix, a, b), None
         gouts = tuple(gout.contiguous() for gout in gouts)
         gx, gmix, *gproducts = torch.ops.rwkv_clip.token_shift_mix_backward(
-            gouts, x, mix, a, b, *ctx.shift
+            gouts, x, mix, a, b, *_plain(ctx.shift)
         )
         ga = gb = None
         if a is not None:
@@ -239,6 +259,12 @@ class _GroupNormGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gout: Tensor) -> tuple[Tensor | None, ...]:
+        if _takes_the_statement(gout):
+
+            def gated(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                return group_norm_gate_statement(y, g, weight, bias, *ctx.constants)
+
+            return *_differentiate(gated, gout, *ctx.saved_tensors), None, None
         gy, gg, gaffine = torch.ops.rwkv_clip.group_norm_gate_backward(
             gout.contiguous(), *ctx.saved_tensors, *ctx.constants
         )
@@ -259,8 +285,22 @@ class _ReluSquare(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gout: Tensor) -> Tensor:
         (out,) = ctx.saved_tensors
-        ga: Tensor = torch.ops.rwkv_clip.relu_square_backward(gout.contiguous(), out)
+        ga: Tensor
+        if _takes_the_statement(gout):
+            ga = gout * (2 * out.sqrt())
+        else:
+            ga = torch.ops.rwkv_clip.relu_square_backward(gout.contiguous(), out)
         return ga
+
+
+class _ReluSquareApart(_ReluSquare):
+    """The same in memory of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        out = relu_square_statement(a)
+        ctx.save_for_backward(out)
+        return out
 
 
 class _CompiledReluSquare(torch.autograd.Function):
@@ -290,6 +330,12 @@ class _GatedResidual(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gout: Tensor) -> tuple[Tensor | None, ...]:
         r, v, scale = ctx.saved_tensors
+        if _takes_the_statement(gout):
+
+            def branch(r: Tensor, v: Tensor) -> Tensor:
+                return gated_residual_statement(torch.zeros_like(v), r, v, scale)
+
+            return gout, *_differentiate(branch, gout, r, v), None
         gr, gv = torch.ops.rwkv_clip.gated_residual_backward(gout.contiguous(), r, v, scale)
         return gout, gr, gv, None
 
@@ -317,6 +363,24 @@ def _is_compiled() -> bool:
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _takes_the_statement(*gouts: Tensor) -> bool:
+    """Whether gradients are of a kind that kernels do not know: batched, or with tangents.
+
+    `is_grads_batched` makes batched ones that are not of `torch.func`.
+    """
+    return is_transformed() or any(map(torch._C._functorch.is_legacy_batchedtensor, gouts))
+
+
+def _differentiate(
+    statement: Callable[..., Any], gouts: Tensor | tuple[Tensor, ...], *inputs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs that are given, for the others None."""
+    given = [x.detach() for x in inputs if x is not None]
+    with torch.enable_grad():  # without, PyTorch takes formulas that have no tangents
+        gradients = iter(torch.func.vjp(statement, *given)[1](gouts))
+    return tuple(None if x is None else next(gradients) for x in inputs)
 
 
 def _apply(function: Any, *args: object) -> Any:

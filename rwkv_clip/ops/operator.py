@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
 from rwkv_clip.ops import reference
@@ -70,13 +71,26 @@ def is_transformed() -> bool:
 
     The library's operators have no rule for the one, and drop the other's tangents unsaid.
     """
+    if TracingContext.try_get() is not None:
+        _guard_forward_mode()
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-# The compiler compiles anew for each state of either. This is what
+# The compiler takes one answer for each state of either. This is what
 # `torch.compiler.assume_constant_result` sets; to call that imports the compiler: two seconds and
 # 70 MB in every process, of which few compile.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _guard_forward_mode() -> None:
+    """Have the compiler compile anew within and outside forward-mode differentiation.
+
+    Of the two it watches `torch.func` alone by itself.
+    """
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.variables.ctx_manager import DualLevelContextManager
+
+    install_guard(DualLevelContextManager._guards_singleton)
 
 
 def check_shapes(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
@@ -161,7 +175,11 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa
 
 
 def _backward(ctx: Any, gy: Tensor) -> Gradients:
-    gradients: Gradients = torch.ops.rwkv_clip.wkv6_backward(gy, *ctx.saved_tensors)
+    gradients: Gradients
+    if forward_ad._current_level >= 0:  # the library's would drop the tangents of gy
+        gradients = torch.func.vjp(reference.wkv6, *ctx.saved_tensors)[1](gy)
+    else:
+        gradients = torch.ops.rwkv_clip.wkv6_backward(gy, *ctx.saved_tensors)
     return gradients
 
 

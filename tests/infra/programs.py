@@ -24,9 +24,14 @@ from ray_jobs.pipeline import PipelineConfig
 from rwkv_clip.cli import CommandError, _parser
 from rwkv_clip.config import ConfigError, config_from_args, load_config
 from serve.app import http_options
-from serve.config import ServeFile
+from serve.config import LimitsConfig, ServeFile
 from tests.infra.manifests import Document, Pod, identity, named, of_kind, pods
 from tests.infra.rules import quantity
+
+# Of a worker with a replica of everything; and what requests take, in terms of limits.bodies_bytes.
+# Measured with configs/emoji.yaml: 1.6 GB at rest, 2.1 GB with 128 MiB, and 3.6 GB with 512.
+_MEMORY_OF_REPLICAS = 7 << 28
+_MEMORY_OF_BODIES = 4
 
 
 class ProgramError(ValueError):
@@ -131,6 +136,19 @@ def _application_problems(service: Document, documents: Sequence[Document]) -> I
         if http.host != "0.0.0.0":
             yield f"http_options.host is {http.host}, which no other pod reaches"
         yield from misfits(serve_needs(configs[0]), found)
+        yield from _too_large_bodies(configs[0].serve.limits, found)
+
+
+def _too_large_bodies(limits: LimitsConfig, found: Sequence[Pod]) -> Iterator[str]:
+    """Workers that the kernel would end for what clients send."""
+    bodies = _MEMORY_OF_BODIES * limits.bodies_bytes
+    for pod in (pod for pod in found if pod.role == "worker"):
+        memory = quantity(pod.main["resources"]["limits"]["memory"])
+        if _MEMORY_OF_REPLICAS + bodies > memory:
+            yield (
+                f"{pod.where}: limits.bodies_bytes may take {bodies:,} bytes, which do not fit "
+                f"into {memory:,.0f} beside the replicas"
+            )
 
 
 def _served(arguments: dict[str, Any], pod: Pod, documents: Sequence[Document]) -> ServeFile:

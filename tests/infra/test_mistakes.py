@@ -553,6 +553,13 @@ PROGRAMS: dict[str, tuple[Change, str]] = {
         ),
         "serve.image takes",
     ),
+    "bodies of more memory than there is": (
+        lambda d: worker(d, "RayService")["containers"][0]["resources"].update(
+            requests={"cpu": "8", "memory": "3Gi"},
+            limits={"cpu": "8", "memory": "3Gi", "nvidia.com/gpu": 1},
+        ),
+        "limits.bodies_bytes may take 2,147,483,648 bytes, which do not fit into 3,221,225,472",
+    ),
     "an option of MLflow's that there is not": (
         lambda d: one(d, "Deployment")["spec"]["template"]["spec"]["containers"][0]["args"].append(
             "--allowed-host=x"

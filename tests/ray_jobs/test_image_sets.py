@@ -23,11 +23,12 @@ from ray_jobs.classification import (
     open_sets,
 )
 from ray_jobs.evaluate import Evaluation, EvaluationConfig, EvaluationResult, _add_search
-from ray_jobs.image_sets import ImageSet
+from ray_jobs.image_sets import ImageSet, embed_set
 from ray_jobs.retrieval import CaptionedConfig, RetrievalScore, captioned
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import Unit
-from ray_jobs.storage import Storage
+from ray_jobs.sources.files import open_file
+from ray_jobs.storage import S3Config, Storage
 from ray_jobs.training.config import ModelConfig
 from rwkv_clip.evaluation import (
     classify,
@@ -409,3 +410,42 @@ def test_of_a_few_images_only_the_units_are_read(tmp_path, monkeypatch):
     found = parquet.images_of({"set.parquet:3", "set.parquet:12", "set.parquet:99"})
     assert found == {"set.parquet:3": images[3], "set.parquet:12": images[12]}
     assert [unit.first for unit in read] == [0, 10]
+
+
+def test_an_image_that_cannot_be_had_is_left_out(tmp_path, monkeypatch, caplog):
+    images = labelled(LabelledConfig(path=str(write_folder(tmp_path, 0)), unit_rows=99), "test")
+    (tmp_path / "blue_square" / "003.png").unlink()
+    refusals = {
+        "004.png": "AWS Error ACCESS_DENIED during GetObject operation: No response body.",
+        "005.png": "AWS Error UNKNOWN (HTTP status 403) during GetObject operation: Unable to "
+        "parse ExceptionName: InvalidObjectState Message: The operation is not valid for the "
+        "object's storage class",
+    }
+
+    def refusing(uri: str, s3: S3Config) -> Any:
+        if (name := Path(uri).name) in refusals:
+            raise OSError(refusals[name])
+        return open_file(uri, s3)
+
+    monkeypatch.setattr("ray_jobs.image_sets.open_file", refusing)
+    (units,) = images.units
+    expected = [
+        (f"{label}/{at:03d}.png", [label], image) for at, (label, image) in enumerate(pictures(0))
+    ]
+    assert list(images.read(units)) == expected[:3] + expected[6:]
+    told = {record.message.partition(".png")[0] for record in caplog.records}
+    assert told == {f"left out: blue_square/00{at}" for at in (3, 4, 5)}
+    refusals["006.png"] = "AWS Error SLOW_DOWN during GetObject operation: Reduce your requests."
+    with pytest.raises(SourceError, match=r"^test\.path: \S+/006\.png cannot be read: AWS Error S"):
+        list(images.read(units))
+
+
+def test_a_server_that_is_away_ends_an_evaluation_with_the_file(storage, tmp_path):
+    folder = write_folder(tmp_path / "set", 0)
+    gone = folder / "blue_square" / "003.png"
+    images = labelled(LabelledConfig(path=str(folder)), "set")
+    gone.unlink()
+    gone.mkdir()  # which Arrow cannot open either, and which is no file that is missing
+    config = EvaluationConfig(cpus_per_worker=0.2)
+    with pytest.raises(SourceError, match=r"^set\.path: \S+/003\.png cannot be read: [^\n]+$"):
+        embed_set("classify", images, config, storage, "model")

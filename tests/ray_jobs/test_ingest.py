@@ -284,6 +284,63 @@ def test_other_files_under_a_begun_run_are_refused(storage: Storage, tmp_path: P
         ingest(config(tmp_path / "data"), storage)
 
 
+def test_files_of_the_same_size_under_a_begun_run_are_refused_and_under_a_finished_one_are_not(
+    storage: Storage, tmp_path: Path
+) -> None:
+    write(tmp_path / "data", [pair(1)], [pair(2)])
+    options, replaced = config(tmp_path / "data"), tmp_path / "data/1.parquet"
+    os.utime(replaced, (1_000_000_000, 1_000_000_000.5))
+    whole = ingest(options, storage)
+    os.utime(replaced, (1_000_000_060, 1_000_000_060))
+    assert ingest(options, storage) == whole
+    storage.delete("pairs/train/manifest.json")
+    with pytest.raises(
+        IngestError,
+        match=r"1\.parquet rows 0 to 0 was written anew, with as many bytes, at 2001-09-09T01:47:40"
+        r".*, after 2001-09-09T01:46:40.*; if it holds .* `touch -d .*1\.parquet` lets this go on",
+    ):
+        ingest(options, storage)
+    os.utime(replaced, (1_000_000_000, 1_000_000_000))  # fractions are not copied by every tool
+    assert ingest(options, storage) == whole
+
+
+def test_an_ingestion_that_an_older_release_began_goes_on(storage: Storage, tmp_path: Path) -> None:
+    write(tmp_path / "data", [pair(1)], [pair(2)])
+    options = config(tmp_path / "data")
+    whole = ingest(options, storage)
+    for index in range(2):
+        name = f"pairs/train/part-0000{index}.json"
+        record = storage.read_json(name)
+        # It took note of neither.
+        del record["unit"]["modified"], record["unit"]["end"]
+        storage.write_json(name, record)
+    storage.delete("pairs/train/manifest.json")
+    storage.delete("keys/train/part-00001.parquet")
+    os.utime(tmp_path / "data/0.parquet", (1, 1))
+    assert ingest(options, storage) == whole
+
+
+@pytest.mark.parametrize("began", ["", "/"])
+@pytest.mark.parametrize("goes_on", ["", "/"])
+def test_a_slash_at_a_folder_s_end_makes_no_other_configuration(
+    began: str, goes_on: str, storage: Storage, tmp_path: Path
+) -> None:
+    def options(end: str) -> IngestConfig:
+        return config({"kind": "parquet", "path": f"{tmp_path}/data{end}"})
+
+    write(tmp_path / "data", [pair(1)])
+    whole = ingest(options(began), storage)
+    # As an older release wrote it, to which both were different.
+    older = options(began)._digest(lambda path: path)
+    for name in ("pairs/train/manifest.json", "pairs/train/part-00000.json"):
+        text = storage.read_bytes(name).decode()
+        storage.write_bytes(name, text.replace(whole.config_digest, older).encode())
+    assert ingest(options(goes_on), storage).data_digest == whole.data_digest
+    storage.delete("pairs/train/manifest.json")
+    assert ingest(options(goes_on), storage) == whole
+    assert options("").digest() == options("")._digest(lambda path: path)
+
+
 def test_the_first_row_of_an_id_wins(storage: Storage, tmp_path: Path) -> None:
     write(
         tmp_path / "data",

@@ -175,6 +175,17 @@ def test_a_mistake_in_the_configuration_is_told_before_any_work(tmp_path, capsys
     assert not (tmp_path / "storage").exists()
 
 
+def test_a_server_that_does_not_answer_is_told_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3 = {"endpoint": "http://127.0.0.1:9", "region": "us-east-1", "attempts": 1}
+    path = config_file(tmp_path, storage={"uri": "s3://bucket/run", "s3": s3})
+    assert main(["pipeline", "--config", str(path)]) == 2
+    shown = capsys.readouterr()
+    assert "storage.uri: S3 at http://127.0.0.1:9 does not do" in shown.err
+    assert "NETWORK_CONNECTION" in shown.err
+    assert not shown.out  # where the logs of Ray are
+
+
 def test_vectors_of_pairs_that_are_not_there_are_told_before_any_work(tmp_path):
     for data, told in (("tset", "there is no tset_data"), ("test", "set it to train, or leave")):
         path = config_file(tmp_path, embed={"data": data}, test_data=None)

@@ -17,7 +17,7 @@ from ray_jobs.ingest import IngestConfig
 from ray_jobs.pipeline import PipelineConfig
 from ray_jobs.sources import open_source
 from ray_jobs.sources.base import on_server
-from ray_jobs.storage import S3Config, Storage, StorageConfig
+from ray_jobs.storage import S3Config, Storage, StorageConfig, refused_by_server
 from tests.ray_jobs.s3_server import BUCKET, Server
 
 
@@ -37,6 +37,8 @@ def refuse(server: Server, requests: int) -> None:
     [
         ("s3://", "names no bucket"),
         ("s3:/bucket/run", "begins with s3://"),
+        ("s3://bucket//run", "has a part without a name"),
+        ("gs:///run", "has a part without a name"),
         ("s4://bucket/run", "on no known file system; takes a folder or .*s3://"),
         ("file:///a b", "is no folder"),
         ("~nobody-of-that-name/run", "is no folder"),
@@ -49,10 +51,55 @@ def test_a_place_that_cannot_be_is_told_before_any_work(uri: str, told: str) -> 
 
 
 @pytest.mark.parametrize(
-    "uri", ["runs/a: b", "/", "~/run", "s3://bucket", "gs://b/run", "abfss://c@a/run", "file:///a"]
+    "uri",
+    [
+        *("runs/a: b", "/", "~/run", "runs//a", "s3://bucket", "s3://bucket/a#b", "gs://b/run"),
+        *("abfss://c@a/run", "file:///a", "hdfs:///run"),
+    ],
 )
 def test_other_places_are_taken_as_they_are_called(uri: str) -> None:
     assert StorageConfig(uri=uri).uri == uri
+
+
+@pytest.mark.parametrize("endpoint", ["httpx://host", "http://", "http://host:port", "a b", ":9"])
+def test_an_endpoint_that_is_none_is_told_before_any_work(endpoint: str) -> None:
+    with pytest.raises(ValidationError, match=r"takes one such as http://host:9000"):
+        S3Config(endpoint=endpoint)
+
+
+def test_an_endpoint_without_a_scheme_is_what_arrow_makes_of_it() -> None:
+    told = {
+        **{"host": "https://host", "host:9000": "https://host:9000"},
+        **{"http://[::1]:9000/": "http://[::1]:9000/", "https://host/s3": "https://host/s3"},
+    }
+    for endpoint, url in told.items():
+        config = S3Config(endpoint=endpoint)
+        assert (config.endpoint, config.endpoint_url) == (endpoint, url)
+    assert S3Config().endpoint_url is None
+
+
+def test_what_a_server_says_is_told_by_the_key_of_the_storage(s3: Server) -> None:
+    config = StorageConfig(uri="s3://nosuch/run", s3=S3Config(endpoint=s3.endpoint))
+    place = Storage(config)
+    with pytest.raises(OSError, match="NO_SUCH_BUCKET") as caught:
+        place.write_bytes("a", b"a")
+    told = refused_by_server(caught.value, place)
+    assert told is not None
+    assert told.startswith(f"storage.uri: S3 at {s3.endpoint} does not do what s3://nosuch/run ")
+    assert "NO_SUCH_BUCKET" in told
+    assert refused_by_server(caught.value, storage(s3)) is None, "it is another bucket's"
+    assert refused_by_server(caught.value, Storage.at("/run")) is None
+    assert refused_by_server(OSError("no disk"), place) is None
+
+
+def test_a_file_is_read_by_one_request(s3: Server) -> None:
+    place, asked = storage(s3), list[str]()
+    for size in (0, 2, 3_000_000):
+        place.write_bytes("a", bytes(size))
+        asked.clear()
+        s3.refuses = lambda method, path: bool(asked.append(method))
+        assert place.read_bytes("a") == bytes(size)
+        assert asked == ["HEAD", "GET"][: 2 if size else 1]
 
 
 def test_a_busy_server_is_asked_again_in_other_processes_too(s3: Server) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rwkv_clip.images import HeaderError, ImageDecodeError, open_image, open_named
+from rwkv_clip.images import HeaderError, ImageDecodeError, open_image, open_named, scans_at_least
 
 NOISE = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
 
@@ -177,6 +177,20 @@ def test_what_looks_like_scans_of_a_jpeg_is_none():
         with open_image(file) as image:
             image.load()
     assert open_image(files[1]).format == "MPO"
+
+
+def test_scans_are_counted_from_a_number_on():
+    preview = segment(0xE1, SCAN * 300)
+    for data, scans in [
+        (encoded("JPEG"), 1),
+        (encoded("JPEG", progressive=True), 10),
+        (of_scans(25), 25),
+        (of_scans(7, preview), 7),
+        (of_two(of_scans(7)), 7),
+    ]:
+        assert [scans_at_least(data, least) for least in (0, 4, 30)] == [
+            scans, max(scans, 4), 30
+        ]  # fmt: skip
 
 
 def bmp(compression: int) -> bytes:

@@ -1,6 +1,7 @@
 """`rwkv-clip serve`, and the file for Ray Serve's own command."""
 
 import http.client
+import inspect
 import json
 import os
 import queue
@@ -12,9 +13,10 @@ import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from resource import RLIM_INFINITY
 
 import httpx
 import psutil
@@ -22,6 +24,7 @@ import pytest
 import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from ray.serve._private import constants
 from ray.serve.schema import ServeDeploySchema
 
 from rwkv_clip.cli import main
@@ -68,6 +71,14 @@ def collector() -> Iterator[tuple[str, "queue.Queue[Span]"]]:
 def _answer(response: http.client.HTTPResponse) -> tuple[int, str]:
     """The status, and the error's code."""
     return response.status, json.loads(response.read()).get("error", {}).get("code", "")
+
+
+def _until_nobody_listens(address: str, headers: dict[str, str]) -> Iterator[str]:
+    """The codes of the errors that a request gets, one after the other."""
+    with suppress(httpx.TransportError):
+        while True:
+            refused = httpx.post(address, json={"input": "x"}, headers=headers, timeout=60)
+            yield refused.json()["error"]["code"]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +167,7 @@ def test_it_serves_until_it_is_interrupted(checkpoint, tmp_path, environment, en
         else:
             slow.send(many[100:].encode())
             assert _answer(slow.getresponse()) == (200, "")
+            assert {*_until_nobody_listens(f"{address}/v1/embeddings", headers)} == {"ending"}
         told = process.stderr.read()
         assert process.wait() == 0, told
         assert process.stdout.read() == "", "Ray's words belong into its files"
@@ -243,6 +255,25 @@ def test_haproxy_listens_everywhere_or_not_at_all(checkpoint, tmp_path, capsys, 
     file = config_file(tmp_path, model=str(checkpoint), port=free_port())
     assert main(["serve", "--config", str(file)]) == 2
     assert "serve.host to 0.0.0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "connections"),
+    [(1 << 20, "16384"), (20_000, "6666"), (RLIM_INFINITY, "16384")],
+)
+def test_haproxy_keeps_no_silent_connection_for_an_hour(monkeypatch, files, connections):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1024, files))
+    config = ServeConfig(request_seconds=45.5)
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    assert command._haproxys(config) == {}
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    wanted = {
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "56",
+        "RAY_SERVE_HAPROXY_MAXCONN": connections,
+    }
+    assert command._haproxys(config) == wanted
+    read = inspect.getsource(constants)  # another release of Ray may have other names
+    assert all(f'"{name}"' in read for name in wanted)
 
 
 def test_the_file_for_serve_run_is_one(monkeypatch, checkpoint):

@@ -131,6 +131,20 @@ def test_a_method_that_is_not_there_tells_which_are(client):
     assert (refused.status_code, refused.headers["allow"], refused.content) == (405, "POST", b"")
 
 
+def test_an_address_may_end_in_a_slash(client, endpoint):
+    """It is answered, not redirected: behind TLS, Location would name http://."""
+    body = {"input": "a heart"}
+    assert client.post("/v1/embeddings/", json=body).status_code == 200
+    told = client.get("/v1/models").json()
+    assert client.get("/v1/models/").json() == told
+    assert client.get("/v1/models/small/").json() == told["data"][0]
+    for path in ("/readyz/", "/healthz/", "/metrics/"):
+        assert client.get(path).status_code == 200
+    made = OpenAI(base_url=f"{endpoint}/v1/", api_key="none").embeddings
+    assert len(made.create(model="small", input="a heart").data) == 1
+    assert client.get("/v1/nothing/").json()["error"]["code"] == "not_found"
+
+
 def test_a_page_elsewhere_may_not_read_an_answer(client):
     answer = client.get("/v1/models", headers=FROM_A_PAGE_ELSEWHERE)
     assert not any(name.startswith("access-control") for name in answer.headers)

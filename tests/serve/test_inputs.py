@@ -4,7 +4,7 @@ import asyncio
 import base64
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from rwkv_clip.images import ImageDecodeError
 from serve import encoders
 from serve.batching import Room
 from serve.config import LimitsConfig, ServeFile
-from serve.encoders import Encoder
+from serve.encoders import Encoder, Turns
 from serve.errors import ApiError
 from serve.inputs import (
     EmbeddingsRequest,
@@ -69,6 +69,50 @@ def test_panoramas_and_a_full_request_of_photographs_are_let_pass():
     assert LIMITS.items * screen.cost <= LIMITS.request_pixels
 
 
+def encoded(kind: str, side: int = 64, mode: str = "RGB", **options: object) -> bytes:
+    out = BytesIO()
+    Image.new(mode, (side, side)).save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("image", "cost"),
+    [
+        (encoded("PNG"), 1),
+        (encoded("GIF"), 1),
+        (encoded("BMP"), 1),
+        (encoded("PNG", mode="I;16"), 2),
+        (encoded("WEBP"), 1.5),
+        (encoded("WEBP", lossless=True), 1.5),
+        (encoded("JPEG"), 1 / 4),
+        (encoded("JPEG", mode="CMYK"), 1 / 4),
+        (encoded("MPO", save_all=True, append_images=[Image.new("RGB", (64, 64))] * 9), 1 / 4),
+        (encoded("JPEG", progressive=True), 10 / 16),
+        (encoded("JPEG", mode="CMYK", progressive=True), 18 / 16),
+        (of_scans(3), 1 / 4),
+        (of_scans(25), 25 / 16),
+        (of_scans(100), 100 / 16),
+    ],
+    ids=[
+        "PNG", "GIF", "BMP", "16 bits", "WEBP", "lossless WEBP", "JPEG", "CMYK", "MPO",
+        "progressive", "progressive CMYK", "3 scans", "25 scans", "100 scans",
+    ],
+)  # fmt: skip
+def test_an_image_costs_what_its_decoder_takes(image, cost):
+    assert read_header(image, LIMITS).cost == cost * 64 * 64
+
+
+def test_large_photographs_are_let_pass_whatever_they_are_saved_as():
+    for file in (
+        encoded("JPEG", 4_900),  # of 24 megapixels
+        encoded("JPEG", 4_900, progressive=True),
+        blank((4_900, 4_900)),
+    ):
+        photograph = read_header(file, LIMITS)
+        check_picture(photograph, LIMITS)
+        assert 16 * photograph.cost <= LIMITS.request_pixels
+
+
 def test_images_beyond_a_requests_pixels_are_refused_each_by_itself():
     reader = Reader(LimitsConfig(request_pixels=1000), None, lambda _: None)
     png, jpeg = data_uri(picture(0, (20, 20))), data_uri(picture(0, (20, 20), "JPEG"), "jpeg")
@@ -83,7 +127,7 @@ def test_images_beyond_a_requests_pixels_are_refused_each_by_itself():
             for error in refused.values():
                 assert isinstance(error, ApiError)
                 assert (error.status, error.code) == (413, "too_many_pixels")
-                assert "the request has more than 1,000 pixels" in error.message
+                assert "the request has more than 1,000 pixels, where" in error.message
 
     asyncio.run(work())
 
@@ -121,7 +165,7 @@ def replica(**serve: Any) -> Any:
     """One that reads an item at a time."""
     config = ServeFile.model_validate({"serve": {"model": "a", **serve}})
     made = SimpleNamespace(
-        config=config, batch=64, workers=ThreadPoolExecutor(1), room=Room(256), held={}
+        config=config, batch=64, threads=1, workers=ThreadPoolExecutor(1), room=Room(256), held={}
     )
     made._part, made._read = (
         lambda *given: Encoder._part(made, *given),
@@ -139,7 +183,7 @@ def test_texts_of_many_characters_are_tokenized_some_at_a_time(monkeypatch):
 
     monkeypatch.setattr(encoders, "tokenize", noted)
     texts = ["a b " * 500, "c " * 3000, "d " * 3000, "e", "f " * 20_000, "g " * 20_000]
-    read = asyncio.run(Encoder._read(made, held, texts))
+    read = asyncio.run(Encoder._read(made, held, texts, Turns(1)))
     assert pieces == [[2000, 6000], [6000, 1], [40_000], [40_000]]
     torch.testing.assert_close(torch.stack(read), tokenize(texts, 16))
 
@@ -172,14 +216,48 @@ def test_texts_that_nobody_waits_for_are_not_tokenized(monkeypatch):
 
     monkeypatch.setattr(encoders, "tokenize", slow)
     asked = [letter * 10_000 for letter in "abc"]
-    end_before_it_is_done(made, lambda: Encoder._read(made, held, asked), held.first, held.more)
+    end_before_it_is_done(
+        made, lambda: Encoder._read(made, held, asked, Turns(1)), held.first, held.more
+    )
     assert texts == asked[:1]
 
 
 def test_images_that_nobody_waits_for_are_not_decoded():
     held, made, asked = Held(), replica(), [b"a", b"b", b"c"]
-    end_before_it_is_done(made, lambda: Encoder._read(made, held, asked), held.first, held.more)
+    end_before_it_is_done(
+        made, lambda: Encoder._read(made, held, asked, Turns(1)), held.first, held.more
+    )
     assert held.begun == asked[:1]
+
+
+class Stopped(Executor):
+    """Threads that never come to what waits for them."""
+
+    def __init__(self) -> None:
+        self.waiting: list[object] = []
+
+    def submit(self, work: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        self.waiting.append(given[-1])
+        return Future()
+
+
+def test_who_sends_one_image_does_not_wait_for_all_of_whoever_sent_many_before():
+    made, workers = replica(), Stopped()
+    made.held["a"], made.batch, made.room, made.workers = Held(), 4, Room(16), workers
+
+    async def work() -> None:
+        for images in ([b"many"] * 40, [b"one"]):
+            tasks.append(asyncio.ensure_future(Encoder.encode(made, images, "a")))
+            async with asyncio.timeout(10):
+                while images[0] not in workers.waiting:
+                    await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    tasks: list[asyncio.Future[Any]] = []
+    asyncio.run(work())
+    assert workers.waiting == [b"many"] * 2 + [b"one"]  # of a thread, and one to keep it busy
 
 
 def test_no_more_is_read_for_a_request_whose_time_is_over():

@@ -1,6 +1,7 @@
 """Probes: what they are told, and what they cost."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
@@ -84,10 +85,33 @@ def test_towers_with_a_backlog_are_busy_and_those_that_hang_are_not(quick):
         assert await ready.card() is None
         towers.refusal = None
         towers.free.clear()
-        assert await ready.card() is None
-        ready._limit = 0.0  # as after all the time that a request may take
-        with pytest.raises(ApiError, match="no embedding within"):
+        ready._limit = 0.0  # the try-out has had all the time that a request may take
+        with pytest.raises(ApiError, match="no embedding within 0 seconds"):
             await ready.card()
+        ready._limit = 60
+        with pytest.raises(ApiError, match="no embedding within"):
+            await ready.card()  # the next one waits, and the towers hang as before
+        towers.free.set()
+        await ready._trial
+        assert await ready.card() == CARD
+        towers.free.clear()
+        assert await ready.card() is None
+
+    asyncio.run(work())
+
+
+def test_towers_are_busy_however_long_nobody_has_asked(quick, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(readiness, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def work() -> None:
+        towers = Towers()
+        towers.free.set()
+        ready = Readiness(towers, 60)
+        assert await ready.card() == CARD
+        clock.now += 3600
+        towers.free.clear()
+        assert await ready.card() is None
 
     asyncio.run(work())
 

@@ -159,6 +159,11 @@ def test_an_image_of_a_named_host_is_fetched(read, address):
         ("https://127.0.0.1:PORT/image.png", 400, "remote_refused"),
         ("https://[::1]/image.png", 400, "remote_refused"),
         ("https://[", 400, "remote_refused"),
+        ("https://.cdn.example/image.png", 400, "remote_refused"),
+        ("https://a..cdn.example/image.png", 400, "remote_refused"),
+        (f"https://{HOST}..:PORT/image.png", 400, "remote_refused"),
+        (f"https://{'a' * 64}.cdn.example/image.png", 400, "remote_refused"),
+        (f"https://{HOST}:PORT/to/https://a..cdn.example/image.png", 400, "remote_refused"),
         (f"https://{INSIDE}/image.png", 400, "remote_refused"),
         (f"https://{HOST}:PORT/to/https://169.254.169.254/latest", 400, "remote_refused"),
         (f"https://{HOST}:PORT/to/https://{INSIDE}/", 400, "remote_refused"),
@@ -212,10 +217,35 @@ def test_what_no_host_can_match_is_no_entry(entry):
 
 
 @pytest.mark.parametrize(
-    "address", ["64:ff9b:1::a00:1", "64:ff9b:1:ffff::808:808", "fec0::1", "feff::1"]
-)
-def test_what_is_local_to_a_network_is_not_public(address):
+    "address",
+    [
+        "64:ff9b:1::a00:1", "64:ff9b:1:ffff::808:808", "fec0::1", "feff::1", "::127.0.0.1",
+        "::8.8.8.8", "::ffff:0:127.0.0.1", "192.0.0.8", "192.0.0.9", "3fff:fff::1", "5f00::1",
+    ],
+)  # fmt: skip
+def test_what_is_nobodys_on_the_internet_is_not_public(address):
     assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["::ffff:8.8.8.8", "192.0.1.1", "3ffe::1", "5f01::1"])
+def test_what_lies_beside_that_is_public(address):
+    assert is_public(address)
+
+
+def test_a_name_that_its_codec_refuses_fails_its_own_item():
+    class Codec(Names):
+        async def resolve(self, host: str, port: int = 0, family: int = socket.AF_INET):
+            raise UnicodeError("label empty or too long")
+
+    async def work() -> None:
+        fetcher = Fetcher(RemoteConfig(hosts=(HOST,)), 1000, Codec())
+        reader = Reader(LimitsConfig(), fetcher, lambda _: None)
+        with pytest.raises(ApiError) as failed:
+            await reader.item(image_part(f"https://{HOST}/image.png"))
+        assert (failed.value.status, failed.value.code) == (400, "remote_failed")
+        await fetcher.close()
+
+    asyncio.run(work())
 
 
 class Slow:

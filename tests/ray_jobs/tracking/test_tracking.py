@@ -2,10 +2,12 @@
 
 import base64
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +17,7 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
@@ -24,11 +27,12 @@ from pydantic import ValidationError
 from ray_jobs.evaluate import scored_on
 from ray_jobs.storage import Storage, StorageConfig, digest_of_json
 from ray_jobs.tracking import Tracker, TrackingConfig, TrackingError
-from ray_jobs.tracking.config import tracking_place
+from ray_jobs.tracking.config import Place, check_artifacts, tracking_place
 from ray_jobs.tracking.machine import MachineMetrics
 from ray_jobs.tracking.metrics import StepMetrics, counts
 from ray_jobs.tracking.registry import CHAMPION, champion_of, crown, register
 from ray_jobs.tracking.runs import StageRun, current_store
+from ray_jobs.tracking.store import open_store
 from rwkv_clip import __version__, load_checkpoint, tokenize
 from rwkv_clip.model import create_model, save_checkpoint
 from rwkv_clip.model.config import named_config
@@ -264,6 +268,66 @@ def test_a_store_that_cannot_be_reached_is_told_before_any_work(storage):
     config = TrackingConfig(uri="http://127.0.0.1:9")
     with pytest.raises(TrackingError, match=r"mend tracking\.uri or MLFLOW_TRACKING_URI"):
         Tracker(config, storage, SETTINGS, "a run")
+
+
+def test_a_store_is_made_by_one_process_and_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "mlflow.db"
+
+    def killed(engine: Any) -> None:
+        with pytest.raises(Timeout), FileLock(f"{file}.lock", timeout=0):
+            pass
+        half_made(Path(engine.url.database))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlflow.store.db.utils._initialize_tables", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_store(f"sqlite:///{file}")
+    assert not file.exists()
+    assert open_store(f"sqlite:///{file}").search_experiments()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
+def half_made(file: Path) -> None:
+    """A store as a process leaves it that is killed at one of MLflow's migrations."""
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("CREATE TABLE _alembic_tmp_metrics (key VARCHAR)")
+
+
+def test_a_store_that_is_half_made_is_told_with_its_file(tmp_path):
+    file = tmp_path / "mlflow.db"
+    half_made(file)
+    told = rf"_alembic_tmp_metrics already exists\); .*killed.* tables in {file},.* delete it"
+    with pytest.raises(TrackingError, match=told):
+        Tracker(TrackingConfig(uri=f"sqlite:///{file}"), Storage.at(tmp_path), SETTINGS, "a run")
+
+
+def test_a_store_that_is_no_database_is_told_with_its_file(tmp_path):
+    file = tmp_path / "mlflow.db"
+    file.write_bytes(b"something else" * 100)
+    with pytest.raises(TrackingError, match=rf"not a database\); look at {file},"):
+        open_store(f"sqlite:///{file}")
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://bucket/a#b", "holds #, "),
+        ("s3://bucket/a#b?", r"holds # and \?, "),
+        ("/folder/a?b", r"holds \?, "),
+        ("/folder/a#b", None),
+        ("s3://bucket/a%23b", None),
+    ],
+)
+def test_a_storage_outside_of_which_mlflow_would_write_is_told(uri, told):
+    storage = Storage(StorageConfig(uri=uri))
+    place = Place("sqlite:///mlflow.db", storage.child_uri("mlflow/artifacts"))
+    check_artifacts(Place("http://mlflow", None), storage)
+    if told is None:
+        check_artifacts(place, storage)
+    else:
+        with pytest.raises(TrackingError, match=rf"^storage\.uri: .* {told}where MLflow"):
+            check_artifacts(place, storage)
 
 
 def test_a_deleted_experiment_is_told_before_any_work(storage):

@@ -4,9 +4,10 @@ from threading import Barrier
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from ray_jobs.pairs import pair_table
+from ray_jobs.pairs import PAIR_SCHEMA, pair_table
 from ray_jobs.storage import Storage, StorageConfig
 from ray_jobs.training.batches import BatchMaker, Images, PairFiles, choose_text, rows_at, stream
 from ray_jobs.training.plan import DataPlan
@@ -58,6 +59,30 @@ def test_row_groups_on_a_server_are_waited_for_together(s3):
     files = PairFiles(storage, ("pairs",), ((2,) * 4,))
     order = np.array([7, 0, 3, 4, 1])
     assert [pair["id"] for pair in files.take(order)] == [str(row) for row in order]
+
+
+def test_a_part_in_batches_of_any_size_asks_a_server_the_same(s3):
+    config = StorageConfig(uri=f"s3://{BUCKET}/run", s3={"endpoint": s3.endpoint})
+    storage = Storage(config)
+    pairs = [{"id": str(at), "image": b"i", "web_text": "t"} for at in range(12)]
+    parts, row_groups = ("a", "b"), ((1, 3), (4, 3, 1))
+    for part, rows in zip(parts, (pairs[:4], pairs[4:]), strict=True):
+        with storage.writing(part) as stream, pq.ParquetWriter(stream, PAIR_SCHEMA) as file:
+            first = 0
+            for size in row_groups[parts.index(part)]:
+                file.write_table(pair_table(rows[first : first + size]))
+                first += size
+    asked: list[str] = []
+    s3.refuses = lambda method, path: bool(asked.append(method))
+    files = PairFiles(storage, parts, row_groups)
+    requests = []
+    for size in (1, 3, 5, 99):
+        asked.clear()
+        found = [[pair["id"] for pair in batch] for batch in files.batches(1, size)]
+        ids = [pair["id"] for pair in pairs[4:]]
+        assert found == [ids[at : at + size] for at in range(0, 8, size)]
+        requests.append(sorted(asked))
+    assert requests == [requests[0]] * 4
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
-from ray.train import Checkpoint, ReportedCheckpoint, ReportedCheckpointStatus
+from ray.train import (
+    Checkpoint,
+    ControllerError,
+    ReportedCheckpoint,
+    ReportedCheckpointStatus,
+)
 
 from ray_jobs.encoding import TextsError
 from ray_jobs.ingest import IngestConfig, ingest
@@ -163,6 +168,28 @@ def test_texts_of_other_pairs_are_told_before_the_work(own_storage):
     own_storage.write_json("descriptions/train/manifest.json", held)
     with pytest.raises(TrainError, match=r"descriptions/train belongs to other pairs.*delete"):
         train(config_of(), own_storage)
+
+
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_a_job_that_meets_another_takes_its_result_or_says_so(
+    undisturbed, own_storage, monkeypatch, has_ended
+):
+    done, result = undisturbed
+    ended = {file: done.read_json(f"train/{file}") for file in ("run.json", "result.json")}
+
+    class Trainer:
+        def fit(self) -> None:
+            if has_ended:
+                own_storage.write_json("train/result.json", ended["result.json"])
+            raise ControllerError(FileNotFoundError("Path not found: train/step-000000004"))
+
+    monkeypatch.setattr("ray_jobs.train._trainer", lambda *_: Trainer())
+    own_storage.write_json("train/run.json", ended["run.json"])
+    if has_ended:
+        assert train(config_of(), own_storage).history == result.history
+    else:
+        with pytest.raises(TrainError, match=r"/train lost .*step-000000004\): another job seems"):
+            train(config_of(), own_storage)
 
 
 def test_an_interrupt_is_one_during_training_and_after_it():

@@ -5,6 +5,7 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,29 @@ def test_the_text_encoder_exports_for_every_length(tiny):
     program = torch.export.export(encoder, (tokens,), dynamic_shapes=(sizes,)).module()
     for T in (1, 2, 3, 9):
         torch.testing.assert_close(program(tokens[:2, :T]), encoder(tokens[:2, :T]))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (60, 33)])
+def test_the_image_encoder_exports_for_every_grid(size, tiny):
+    encoder = tiny.image_model
+    sizes = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    program = torch.export.export(encoder, (torch.randn(2, 3, *size),), dynamic_shapes=(sizes,))
+    for other in ((64, 64), (32, 96), (33, 47)):
+        pixels = torch.randn(2, 3, *other)
+        torch.testing.assert_close(program.module()(pixels), encoder(pixels))
+
+
+def test_a_compiled_encoder_differentiates_forwards(tiny):
+    pixels, along = torch.randn(2, 2, 3, 32, 32)
+    encode = tiny.requires_grad_(False).encode_image
+    compiled = torch.compile(encode, fullgraph=True, backend="eager")
+
+    def tangent(function):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(pixels, along))).tangent
+
+    compiled(pixels)
+    torch.testing.assert_close(tangent(compiled), tangent(encode), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tower", "inputs"), [("image_model", "image"), ("text_model", "text")])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from rwkv_clip.model import RWKVCLIP, create_model
 from rwkv_clip.model.blocks import drop_path_scale, sample_noise
@@ -264,6 +267,71 @@ def test_what_a_hook_sees_of_the_channel_mix_stays(tiny, tiny_io):
         handle.remove()
     assert len(seen) == 2
     assert all(torch.equal(out, copy) for out, copy in seen)
+
+
+class _KeepProducts(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (F.linear, torch.matmul, torch.Tensor.__matmul__, torch.Tensor.matmul):
+            self.kept.append((out, out.clone()))
+        return out
+
+
+def test_what_a_mode_sees_of_any_product_stays(tiny, tiny_io):
+    with torch.no_grad(), _KeepProducts() as mode:
+        tiny.encode_image(tiny_io["image"])
+        tiny.encode_text(tiny_io["text"])
+    assert len(mode.kept) > 5 * 8
+    assert all(torch.equal(out, copy) for out, copy in mode.kept)
+
+
+def _by_hook(model):
+    return model.text_model.blocks[0].ffn.key.register_forward_hook(lambda *_: None)
+
+
+def _by_hook_on_all(model):
+    return nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+
+WATCHES = {
+    "a mode of dispatch": lambda model: FlopCounterMode(display=False),
+    "a mode of functions": lambda model: _KeepProducts(),
+    "a hook": _by_hook,
+    "a hook on every layer": _by_hook_on_all,
+}
+
+
+@pytest.mark.parametrize("watch", WATCHES)
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+def test_one_pass_alone_may_be_watched_under_activation_checkpointing(
+    watch, watched, tiny, tiny_io
+):
+    text = tiny.train().text_model
+    text(tiny_io["text"]).sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in text.named_parameters()}
+    tiny.set_activation_checkpointing(True)
+    tiny.zero_grad()
+    with WATCHES[watch](tiny) if watched == "forward" else nullcontext():
+        loss = text(tiny_io["text"]).sum()
+    with WATCHES[watch](tiny) if watched == "backward" else nullcontext():
+        loss.backward()
+    for name, parameter in text.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_gradients_of_an_encoder_come_as_one_batch(tiny, tiny_io):
+    pixels = tiny_io["image"][:1]
+
+    def embed(pixels):
+        return tiny.encode_image(pixels)[:, :2]
+
+    got = torch.autograd.functional.jacobian(embed, pixels, vectorize=True)
+    expected = torch.autograd.functional.jacobian(embed, pixels)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_channel_mix_takes_hooks_on_the_way_back(tiny, tiny_io):

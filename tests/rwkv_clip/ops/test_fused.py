@@ -329,6 +329,78 @@ def test_relu_square_works_in_place_where_nothing_else_needs_its_input():
 
 
 @needs_kernels
+def test_relu_square_may_leave_its_input_and_keeps_as_much():
+    def kept(square):
+        layer = torch.nn.Linear(8, 16)
+        saved = []
+
+        def keep(tensor):
+            saved.append((tensor.shape, tensor.dtype))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = layer(torch.ones(3, 8))
+            copy = hidden.detach().clone()
+            out = square(hidden)
+        if square is fused.relu_square:
+            assert torch.equal(hidden, copy)
+        (gradient,) = torch.autograd.grad(out.sum(), layer.bias)
+        torch.testing.assert_close(gradient, 3 * 2 * copy[0].relu())
+        return saved
+
+    assert kept(fused.relu_square) == kept(fused.relu_square_)
+
+
+def _batched_at_once(gradients, gouts):
+    return gradients(gouts, is_grads_batched=True)
+
+
+def _batched_by_vmap(gradients, gouts):
+    return torch.vmap(gradients)(gouts)
+
+
+def _as_tangents(gradients, gouts):
+    """Of a gradient that is linear in its argument."""
+
+    def along(shares):
+        return gradients(torch.einsum("n,n...->...", shares, gouts))
+
+    rows = torch.func.jacfwd(along)(torch.ones(len(gouts)))
+    return [row.movedim(-1, 0) for row in rows]
+
+
+@needs_kernels  # without, some of PyTorch's own gradients have no tangents
+@pytest.mark.parametrize("way", [_batched_at_once, _batched_by_vmap, _as_tangents])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_gradients_may_be_batched_and_have_tangents(way, rank):
+    torch.manual_seed(0)
+    shift = TokenShift(8, (2, 3))
+    x, g, v = (torch.randn(2, 6, 16, requires_grad=True) for _ in range(3))
+    mix, (weight, bias) = torch.rand(2, 16, requires_grad=True), torch.randn(2, 16)
+    weight.requires_grad_()
+    low_rank = [torch.randn(s, requires_grad=True) for s in ((2, 6, 2 * rank), (2, rank, 16))]
+    mixed = fused.token_shift_mix(x, mix, tuple(low_rank) if rank else None, shift=shift)
+    steps = [
+        torch.stack(mixed).sum(0),
+        fused.group_norm_gate(x, g, weight, bias, 2, 1e-5),
+        fused.relu_square_(x * 1),
+        fused.relu_square(x * 1),
+        fused.gated_residual(x, g, v),
+        fused.gated_residual(x, g, v, torch.tensor([0.0, 1.25])),
+    ]
+    leaves = [[x, mix, *(low_rank if rank else ())], [x, g, weight], [x], [x], [x, g, v], [x, g, v]]
+    gouts = torch.randn(3, 2, 6, 16)
+    for out, inputs in zip(steps, leaves, strict=True):
+
+        def gradients(gout, out=out, inputs=inputs, **options):
+            return torch.autograd.grad(out, inputs, gout, retain_graph=True, **options)
+
+        one_by_one = zip(*map(gradients, gouts), strict=True)
+        for got, expected in zip(way(gradients, gouts), one_by_one, strict=True):
+            torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
 def test_the_kernels_keep_only_what_they_took_or_gave():
     x = torch.randn(2, 49, 160, requires_grad=True)
     mix, a, b = torch.randn(5, 160), torch.randn(2, 49, 160), torch.randn(5, 32, 160)

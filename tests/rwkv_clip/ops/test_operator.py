@@ -81,6 +81,41 @@ def test_forward_mode_has_every_tangent(position, compiles):
     torch.testing.assert_close(derivative(inputs[position]), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_dual_numbers_have_tangents_where_it_was_compiled_before(backend):
+    torch._dynamo.reset()
+    inputs = arguments()
+    graphs = []
+
+    def count(graph, examples):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, examples)
+
+    compiled = torch.compile(wkv6, fullgraph=True, backend=count)
+
+    def tangent(function):
+        with forward_ad.dual_level():
+            r = forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+            return forward_ad.unpack_dual(function(r, *inputs[1:])).tangent
+
+    for _ in range(2):
+        compiled(*inputs)
+        torch.testing.assert_close(tangent(compiled), tangent(wkv6))
+    assert len(graphs) == 2
+
+
+def test_the_gradient_has_tangents():
+    inputs = leaves(1, 3, 1, 8)
+    y = wkv6(*inputs)
+
+    def gradients(scale):
+        return torch.autograd.grad(y, inputs, scale * torch.ones_like(y), retain_graph=True)
+
+    tangents = torch.func.jacfwd(gradients)(torch.tensor(2.0))
+    for tangent, expected in zip(tangents, gradients(1.0), strict=True):  # it is linear
+        torch.testing.assert_close(tangent, expected)
+
+
 def test_dual_numbers_have_tangents_under_autocast_too():
     inputs = arguments()
     with forward_ad.dual_level(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -204,6 +204,40 @@ def test_large_numbers_under_the_fastest_decays_agree(library: ctypes.CDLL, toke
     check(run(library, inputs), inputs)
 
 
+# A mean over a large batch, or a scaled loss; one kernel, three, chunks.
+@pytest.mark.parametrize("tokens", [49, 130, 300])
+@pytest.mark.parametrize("exponent", [-27, 17])
+def test_gradients_are_as_exact_in_any_scale(
+    library: ctypes.CDLL, tokens: int, exponent: int
+) -> None:
+    inputs = random_inputs((1, tokens, 1, 16), torch.bfloat16, torch.float32, decays=(-2.0, 4.0))
+    scaled = [*inputs[:5], inputs[5] * 2.0**exponent]
+    for name, got, want in zip(
+        NAMES[1:], run(library, scaled)[1:], run(library, inputs)[1:], strict=True
+    ):
+        assert torch.equal(got * 2.0**-exponent, want), name
+
+
+# Their gw, ten thousand times smaller than other channels', is what large sums differ by.
+@pytest.mark.parametrize("tokens", [49, 130, 300])
+@pytest.mark.parametrize("decays", [(2.1, 2.7), (2.7, 3.2)])
+def test_channels_that_forget_within_a_token_agree(
+    library: ctypes.CDLL, tokens: int, decays: tuple[float, float]
+) -> None:
+    inputs = random_inputs((1, tokens, 1, 32), torch.bfloat16, torch.float32, decays)
+    for name, got, want in zip(NAMES, run(library, inputs), expected(inputs), strict=True):
+        assert (got.double() - want).norm() <= 6e-3 * want.norm(), name
+
+
+@pytest.mark.parametrize("tokens", [33, 130, 300])
+def test_numbers_far_from_one_agree_under_the_fastest_decays(
+    library: ctypes.CDLL, tokens: int
+) -> None:
+    inputs = random_inputs((1, tokens, 1, 16), torch.bfloat16, torch.float32, (1.0, 6.0))
+    inputs = [x * (1e5, 1e-6, 1e-5, 1, 1, 1e4)[i] for i, x in enumerate(inputs)]
+    check(run(library, inputs), inputs)
+
+
 @pytest.mark.parametrize(
     ("tokens", "size", "dtype", "shared"),
     [
