@@ -28,8 +28,8 @@ struct Gathering {
   const bf16* other_to;
   const float* step;
   const int* rooted;
-  float* own;   // receives M[t, t], or null
-  float scale;  // that M is taken times
+  float* own;          // receives M[t, t], or null
+  const float* scale;  // of find_scale
 };
 
 // The logarithm of the largest of a block's numbers, to an even one; of zeros, and of what is infinite, there
@@ -42,10 +42,12 @@ __device__ __forceinline__ float log_of_largest(const float* of_warps) {
   return most > 0.0f && most <= 3.4e38f ? to_even(log2f(most)) : 0.0f;
 }
 
-// The logarithm of what M is taken times, an even number, from x and z in shared memory. `scratch` has room
-// for two numbers a warp. The whole block must call it.
+// What M is taken times: scale[0] its logarithm, an even number, and scale[1] itself, in shared memory for
+// want of registers. From x and z there; `scratch` has room for two numbers a warp. The whole block must
+// call it, and wait.
 template <int NP>
-__device__ float find_scale(float* scratch, const bf16* x, const bf16* z, const Chunk& chunk) {
+__device__ void find_scale(float* scale, float* scratch, const bf16* x, const bf16* z,
+                           const Chunk& chunk) {
   constexpr int kQuads = NP / kQuad;
   constexpr float kMost = 120.0f;
   const int warps = blockDim.x / 32;
@@ -65,8 +67,11 @@ __device__ float find_scale(float* scratch, const bf16* x, const bf16* z, const 
     if (threadIdx.x % 32 == 0) scratch[i * warps + warp] = most;
   }
   __syncthreads();
-  const float log = log_of_largest(scratch) + log_of_largest(scratch + warps);
-  return fmaxf(-kMost, fminf(kMost, -log));
+  if (threadIdx.x == 0) {
+    const float log = -log_of_largest(scratch) - log_of_largest(scratch + warps);
+    scale[0] = fmaxf(-kMost, fminf(kMost, log));
+    scale[1] = exp2_fast(scale[0]);
+  }
 }
 
 // The left operand of a tile, in registers or still in shared memory.
@@ -102,7 +107,7 @@ __device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (
     float scores[2][4] = {};
     get_operand<NP>(a, x, tile);
     score_tile<NP>(scores, a, of.z, other);
-    scale_scores(scores, of.scale);
+    scale_scores(scores, of.scale[1]);
     apply_tile<NP>(before, scores, of.other_to, other);
     scale_columns(before, of.step + (other + 1) * NP,
                       of.rooted[between_tiles(other, other + 1)], lane);
@@ -112,7 +117,7 @@ __device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (
     float scores[2][4] = {};
     get_operand<NP>(a, x, tile);
     score_tile<NP>(scores, a, of.z, other);
-    scale_scores(scores, of.scale);
+    scale_scores(scores, of.scale[1]);
     apply_tile<NP>(behind, scores, of.other_from, other);
     scale_columns(behind, of.step + other * NP, of.rooted[between_tiles(other - 1, other)],
                       lane);
@@ -121,13 +126,14 @@ __device__ __forceinline__ void gather_tiles(float (&before)[NP / 8][4], float (
   float ahead[2][4];
   get_operand<NP>(a, x, tile);
   score_tile<NP>(scores, a, of.z, tile);
+  const float scale = of.scale[1];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int later = row_less_column(i / 4, i % 4, lane);
     float& score = scores[i / 4][i % 4];
     if (later == 0 && of.own != nullptr) of.own[tile * kTile + lane.group + 8 * (i % 4 / 2)] = score;
-    ahead[i / 4][i % 4] = later < 0 ? score * of.scale : 0.0f;
-    score = later > 0 ? score * of.scale : 0.0f;
+    ahead[i / 4][i % 4] = later < 0 ? score * scale : 0.0f;
+    score = later > 0 ? score * scale : 0.0f;
   }
   apply_tile<NP>(before, scores, of.other_to, tile);
   apply_tile<NP>(behind, ahead, of.other_from, tile);
@@ -295,7 +301,7 @@ template <int NP>
 size_t dense_backward_shared(int length) {
   const int tiles = length / kTile;
   return dense_tables<NP>(length) + 2 * dense_region<NP>(length) +
-         sizeof(float) * (tiles * NP + length + 2 * 2 * tiles * NP);
+         sizeof(float) * (tiles * NP + length + 2 * 2 * tiles * NP + 2);
 }
 
 constexpr int kMaxDenseBackwardThreads = 256;
@@ -332,7 +338,8 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
   float* bonus = crossing + 2 * tiles * NP;
   float* weights = bonus + 2 * tiles * NP;  // M[t, t]
   float* own = weights + chunk.length;
-  int* rooted = reinterpret_cast<int*>(own + chunk.length * kOwnStride<NP>);
+  float* scale = own + chunk.length * kOwnStride<NP>;
+  int* rooted = reinterpret_cast<int*>(scale + 2);
   bf16* between = reinterpret_cast<bf16*>(rooted + tiles * (tiles - 1) / 2);
   const Scaled scaled{r_from, r_to, k_from, k_to, halves, middles, own};
   const Sums sums{of_r, of_r + size, of_k, of_k + size};
@@ -343,8 +350,8 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
   join_tiles<NP>(between, step, rooted, middles, tiles);
   wait_for_copies();
   __syncthreads();
-  const float log = find_scale<NP>(crossing, gy, v, chunk);
-  const float scale = exp2_fast(log);
+  find_scale<NP>(scale, crossing, gy, v, chunk);
+  __syncthreads();
 
   const Lane lane;
   const int tile = lane.warp;
@@ -357,7 +364,8 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
     store_fragments<NP>(out.v, before, tile, chunk, lane);
     load_operand<NP>(x, gy, tile);
     clear<NP>(before);
-    gather_tiles<NP>(before, behind, x, {v, k_from, k_to, step, rooted, weights, scale}, tile, tiles, lane);
+    gather_tiles<NP>(before, behind, x, {v, k_from, k_to, step, rooted, weights, scale}, tile, tiles,
+                     lane);
     load_operand<NP>(x, v, tile);
   }
   __syncthreads();  // k and v are done with: what r's gradient is made of takes their place
@@ -365,7 +373,8 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
     put_sums<NP>(sums.r_before, before, tile, lane);
     put_sums<NP>(sums.r_behind, behind, tile, lane);
     clear<NP>(before);
-    gather_tiles<NP>(before, behind, x, {gy, r_from, r_to, step, rooted, nullptr, scale}, tile, tiles, lane);
+    gather_tiles<NP>(before, behind, x, {gy, r_from, r_to, step, rooted, nullptr, scale}, tile, tiles,
+                     lane);
   }
   __syncthreads();
   if (works) {
@@ -373,14 +382,15 @@ __global__ void __launch_bounds__(kDenseBackwardBound<NP>)
     put_sums<NP>(sums.k_behind, behind, tile, lane);
   }
   __syncthreads();
-  const float unscale = exp2_fast(-log);
-  finish_tokens<NP>(sums, crossing, bonus, in, out, halves, weights, unscale, chunk, shape.H);
+  finish_tokens<NP>(sums, crossing, bonus, in, out, halves, weights, exp2_fast(-scale[0]), chunk,
+                    shape.H);
   __syncthreads();
   store_bonus<NP>(out.bonus, bonus, chunk);
   enclose_tokens<NP>(sums.r_before, sums.r_behind, crossing, nullptr, chunk,
                      [&](int64_t to, int at, float(&gradient)[kQuad]) {
                        float slope[kQuad];
                        load_quad(slope, sums.k_before + at);
+                       const float unscale = exp2_fast(-scale[0]);
 #pragma unroll
                        for (int c = 0; c < kQuad; ++c) gradient[c] *= unscale * slope[c];
                        store_decays(out.w, in, to, gradient);

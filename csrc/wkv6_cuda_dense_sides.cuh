@@ -27,7 +27,7 @@ struct DenseSide {
 template <int NP>
 size_t dense_side_shared(int length, bool chunked) {
   const int tiles = length / kTile;
-  const size_t floats = 8 * tiles * NP + length + tiles * (tiles - 1) / 2;
+  const size_t floats = 8 * tiles * NP + length + 4 + tiles * (tiles - 1) / 2;
   const size_t states = length * kStride<NP> + (1 + 3 * tiles) * NP;
   return sizeof(bf16) * 4 * length * kStride<NP> + sizeof(float) * (floats + (chunked ? states : 0));
 }
@@ -177,12 +177,13 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
   float* crossing = step + tiles * NP;
   float* bonus = crossing + 2 * tiles * NP;
   float* weights = bonus + 2 * tiles * NP;  // M[t, t]
+  float* scale = weights + chunk.length;
   Beyond beyond;
-  beyond.behind = weights + chunk.length;
+  beyond.behind = scale + 4;  // for its alignment
   beyond.crossing = beyond.behind + size;
   beyond.roots = reinterpret_cast<bf16*>(beyond.crossing + (1 + 2 * tiles) * NP);
   int* rooted = reinterpret_cast<int*>(
-      kChunked ? reinterpret_cast<float*>(beyond.roots + 2 * tiles * NP) : weights + chunk.length);
+      kChunked ? reinterpret_cast<float*>(beyond.roots + 2 * tiles * NP) : scale + 4);
   copy_tokens<NP>(x, side.in.gy, chunk);
   copy_tokens<NP>(z, side.in.v, chunk);
   scale_tokens<NP, false>({nullptr, nullptr, from, to, halves, middles, nullptr}, side.in, chunk,
@@ -191,9 +192,10 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
   join_tiles<NP>(nullptr, step, rooted, middles, tiles);
   wait_for_copies();
   __syncthreads();
-  const float log = find_scale<NP>(crossing, x, z, chunk);
+  find_scale<NP>(scale, crossing, x, z, chunk);
+  __syncthreads();
   if constexpr (kChunked) {
-    root_edges<NP>(beyond.roots, middles, side.states.total + block_of(chunk) * NP, tiles, log);
+    root_edges<NP>(beyond.roots, middles, side.states.total + block_of(chunk) * NP, tiles, scale[0]);
     __syncthreads();
   }
 
@@ -208,8 +210,7 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
     } else {
       clear<NP>(before);
     }
-    gather_tiles<NP>(before, behind, rows, {z, from, to, step, rooted, weights, exp2_fast(log)}, tile, tiles,
-                     lane);
+    gather_tiles<NP>(before, behind, rows, {z, from, to, step, rooted, weights, scale}, tile, tiles, lane);
   }
   __syncthreads();
   if (tile < tiles) {
@@ -217,12 +218,11 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
     put_sums<NP>(sums_behind, behind, tile, lane);
   }
   __syncthreads();
-  const float unscale = exp2_fast(-log);
   finish_side<NP, kChunked>(side, sums_before, sums_behind, beyond, crossing, bonus, halves, weights,
-                            unscale, chunk, shape.H);
+                            exp2_fast(-scale[0]), chunk, shape.H);
   if constexpr (kChunked) {
     if (side.gw != nullptr) {
-      sum_spanning<NP>(beyond.crossing, side, log, chunk);
+      sum_spanning<NP>(beyond.crossing, side, scale[0], chunk);
     } else {
       for (int j = threadIdx.x; j < NP; j += blockDim.x) beyond.crossing[j] = 0.0f;
     }
@@ -234,6 +234,7 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
     enclose_tokens<NP>(
         sums_before, sums_behind, crossing, behind_chunk, chunk,
         [&](int64_t at, int, float(&gradient)[kQuad]) {
+          const float unscale = exp2_fast(-scale[0]);
 #pragma unroll
           for (int c = 0; c < kQuad; ++c) gradient[c] *= unscale;
           store_quad(side.enclosing + at, gradient);
@@ -249,6 +250,7 @@ __global__ void __launch_bounds__(kChunked ? kMaxChunkThreads : kMaxSideThreads<
                        } else {
                          load_quad(w, static_cast<const bf16*>(side.in.w) + at);
                        }
+                       const float unscale = exp2_fast(-scale[0]);
 #pragma unroll
                        for (int c = 0; c < kQuad; ++c) {
                          gradient[c] = (gradient[c] * unscale + others[c]) *
