@@ -103,6 +103,15 @@ def test_extreme_decays_agree(dtype: torch.dtype, tokens: int, decays: tuple[flo
     check(run(inputs), inputs)
 
 
+@pytest.mark.parametrize("tokens", [49, 130, 300])
+def test_gradients_are_as_exact_in_any_scale(tokens: int) -> None:
+    inputs = random_inputs((1, tokens, 2, 64), torch.bfloat16, torch.float32, (-2.0, 4.0))
+    scaled = run([*inputs[:5], inputs[5] * 2.0**-27])
+    for name, got, want in zip(NAMES[1:], scaled[1:], run(inputs)[1:], strict=True):
+        difference = got.double() * 2.0**27 - want.double()
+        assert difference.norm() <= 1e-3 * want.double().norm(), name
+
+
 def test_golden_values(golden: Callable[[str], Path]) -> None:
     values = load_file(golden("wkv6.safetensors"), device="cuda")
     for case in sorted({key.split("/")[0] for key in values}):
