@@ -279,7 +279,10 @@ def test_other_files_under_a_begun_run_are_refused(storage: Storage, tmp_path: P
     write(tmp_path / "data", [pair(1)], [pair(2)])
     ingest(config(tmp_path / "data"), storage)
     storage.delete("pairs/train/manifest.json")
+    same = tmp_path / "data/0.parquet"
+    written = same.stat().st_mtime_ns
     write(tmp_path / "data", [pair(1)], [pair(2), pair(3)])
+    os.utime(same, ns=(written, written))
     with pytest.raises(IngestError, match=r"source was another .*1\.parquet"):
         ingest(config(tmp_path / "data"), storage)
 
