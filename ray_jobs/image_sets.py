@@ -6,10 +6,8 @@ and one of what goes with them.
 
 import logging
 import posixpath
-import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +18,7 @@ from ray.exceptions import RayTaskError
 from ray_jobs.encoding import EncoderConfig, ImageEncoder, fetch_checkpoint, vectors
 from ray_jobs.sources import SourceError
 from ray_jobs.sources.base import MAX_FILE_BYTES, FilesConfig, Unit
-from ray_jobs.sources.files import find_files, is_denied, open_file
+from ray_jobs.sources.files import done_ahead, find_files, is_forbidden, open_file
 from ray_jobs.sources.parquet import (
     image_bytes,
     is_string,
@@ -37,10 +35,7 @@ _PARQUET = (".parquet", ".pq")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SET_NAME = r"^[\w.-][\w. -]*$"  # what MLflow takes in a metric's name, and files in theirs
 _UNIT_BYTES = 1 << 29  # a task reads at most, about
-_READS = 16  # of image files at a time, and as many bytes of them as wait to be used:
-_AHEAD_BYTES = 100_000_000
-# S3 says so of an object that was archived, to which Arrow gives no name.
-_ARCHIVED = re.compile("InvalidObjectState|INVALID_OBJECT_STATE|not valid for the object's")
+_AHEAD_BYTES = 100_000_000  # of image files that are read ahead
 
 
 class ImageSetConfig(FilesConfig):
@@ -122,27 +117,12 @@ class ImageSet:
             for unit in units:
                 yield from self._rows(unit)
             return
-        for unit, image in self._ahead(units):
-            if image is not None:
+        # Images are on their way while those before them are used.
+        for unit, begun in done_ahead(
+            self._image, units, lambda unit: unit.size or 0, _AHEAD_BYTES
+        ):
+            if (image := begun.result()) is not None:
                 yield unit.label, [posixpath.dirname(unit.label).partition("/")[0]], image
-
-    def _ahead(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, bytes | None]]:
-        """Image files, which are on their way while those before them are used."""
-        pool = ThreadPoolExecutor(_READS, "images")
-        waiting: deque[tuple[Unit, Future[bytes | None]]] = deque()
-        size = 0
-        try:
-            for unit in units:
-                waiting.append((unit, pool.submit(self._image, unit)))
-                size += unit.size or 0
-                while len(waiting) == _READS or (waiting and size > _AHEAD_BYTES):
-                    done, image = waiting.popleft()
-                    size -= done.size or 0
-                    yield done, image.result()
-            for done, image in waiting:
-                yield done, image.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _image(self, unit: Unit) -> bytes | None:
         """An image file; None if it is gone, or may not be read."""
@@ -152,8 +132,7 @@ class ImageSet:
             with open_file(unit.path, self.config.s3) as file:
                 return bytes(file.read(file.size()))
         except OSError as error:
-            gone = isinstance(error, FileNotFoundError)
-            if gone or is_denied(error) or _ARCHIVED.search(str(error)):
+            if isinstance(error, FileNotFoundError) or is_forbidden(error):
                 logger.warning("left out: %s: %s", unit.label, error)
                 return None
             raise SourceError(f"{self.key}.path: {unit.path} cannot be read: {error}") from error

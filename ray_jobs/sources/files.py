@@ -1,16 +1,18 @@
 """Finding and opening a source's files, on any file system that pyarrow knows."""
 
 import errno
+import math
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -19,6 +21,9 @@ import pyarrow.fs as pafs
 from ray_jobs.sources.base import FilesConfig, SourceError
 from ray_jobs.storage import S3Config, Storage, StorageConfig
 
+_Item = TypeVar("_Item")
+_Done = TypeVar("_Done")
+
 _MAGIC = re.compile(r"[*?\[]")
 HIDDEN = (".", "_")  # folders that others left behind or began, such as _temporary and .cache
 # Such files. Spark's _SUCCESS and _metadata have no ending that any source asks for.
@@ -26,7 +31,13 @@ _HIDDEN_FILES = (".", "_committed_", "_started_")
 _SLASH_IN_BRACKETS = re.compile(r"\[[^\]]*/")
 # Arrow has the codes of S3 and of Google's store in its words only.
 _DENIED = re.compile("AWS Error ACCESS_DENIED|PERMISSION_DENIED")
+# For that of an archived object S3 and Arrow have no name, so there are the server's words.
+_ARCHIVED = re.compile(
+    "InvalidObjectState|INVALID_OBJECT_STATE|not valid for the object's|"
+    "not valid for the current state of the object"
+)
 _LISTINGS = 16  # at a time
+_READS = 16  # of files ahead
 
 
 @dataclass(frozen=True)
@@ -177,6 +188,41 @@ def locate(uri: str, s3: S3Config) -> tuple[pafs.FileSystem, str]:
 def is_denied(error: OSError) -> bool:
     """Whether it says that something may not be asked for, rather than that it cannot be now."""
     return error.errno == errno.EACCES or _DENIED.search(str(error)) is not None
+
+
+def is_forbidden(error: OSError) -> bool:
+    """Whether it says that a file may not be read: for want of rights, or as it is archived."""
+    return is_denied(error) or _ARCHIVED.search(str(error)) is not None
+
+
+def done_ahead(
+    work: Callable[[_Item], _Done],
+    items: Iterable[_Item],
+    size: Callable[[_Item], int] = lambda _: 0,
+    most: float = math.inf,
+) -> Iterator[tuple[_Item, Future[_Done]]]:
+    """Items in their order, with work on them that goes on while those before them are used.
+
+    Args:
+        work: is done in threads.
+        items: what there is to do.
+        size: of an item.
+        most: the sizes of all that is ahead.
+    """
+    pool = ThreadPoolExecutor(_READS, "ahead")
+    waiting: deque[tuple[_Item, Future[_Done]]] = deque()
+    total = 0
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            total += size(item)
+            while len(waiting) == _READS or (waiting and total > most):
+                total -= size(waiting[0][0])
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def name_below(folder: str, name: str) -> str:

@@ -15,9 +15,8 @@ import errno
 import math
 import posixpath
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -38,7 +37,7 @@ from ray_jobs.sources.base import (
     digest_of,
     shortened,
 )
-from ray_jobs.sources.files import is_denied, locate, name_below, open_file
+from ray_jobs.sources.files import done_ahead, is_forbidden, locate, name_below, open_file
 from ray_jobs.sources.lists import list_units, name_text, present_columns, read_list
 from ray_jobs.sources.parquet import id_text
 from ray_jobs.storage import S3Config
@@ -88,20 +87,15 @@ class FolderSource:
         return units
 
     def read(self, unit: Unit) -> Iterator[Raw | Rejected]:
-        # Images are on their way while those before them are used; a server is far from a task.
-        pool = ThreadPoolExecutor(_READS, "images")
-        waiting: deque[tuple[_Row | Rejected, Future[_Found]]] = deque()
         folder = posixpath.dirname(unit.path)
-        try:
-            for row in self._rows(unit):
-                name = "" if isinstance(row, Rejected) else row.name
-                waiting.append((row, pool.submit(self._image, folder, name, _AHEAD_BYTES)))
-                if len(waiting) == _READS:
-                    yield self._with_image(unit, *waiting.popleft())
-            while waiting:
-                yield self._with_image(unit, *waiting.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+
+        def image(row: _Row | Rejected) -> _Found:
+            name = "" if isinstance(row, Rejected) else row.name
+            return self._image(folder, name, _AHEAD_BYTES)
+
+        # A server is far from a task.
+        for row, begun in done_ahead(image, self._rows(unit)):
+            yield self._with_image(unit, row, begun)
 
     def _rows(self, unit: Unit) -> Iterator[_Row | Rejected]:
         """A unit's rows without their images."""
@@ -151,7 +145,7 @@ class FolderSource:
         except OSError as error:
             if error.errno in _NEVER:
                 return "no_image", b""
-            if _is_forbidden(error):
+            if is_forbidden(error):
                 return "image_forbidden", b""
             if _S3_BAD_REQUEST in str(error):
                 return "refused_name", b""
@@ -214,17 +208,10 @@ _USUAL = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _NAME_CHARACTERS, _DIGITS = 400, 12
 # What will not be otherwise the next time.
 _NEVER = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ})
-_READS = 16  # at a time, which order and these bound:
 _AHEAD_BYTES = 16_000_000  # a larger image is read when its turn has come
 _LATER = "later"
 _CHECKED_UNITS = 10  # before work starts
 _CHECKED_ROWS = 200  # of all these
-# Arrow has S3's own codes in its words only, and for that of an archived object no name, so there
-# are the server's words.
-_S3_ARCHIVED = re.compile(
-    "InvalidObjectState|INVALID_OBJECT_STATE|not valid for the object's|"
-    "not valid for the current state of the object"
-)
 _S3_BAD_REQUEST = "(HTTP status 400)"  # also of credentials that have run out
 _MOST_KEY_BYTES = 1024
 _URI = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
@@ -238,10 +225,6 @@ _EXPLAINED = {
     "outside_folder": "is no name below the folder of the list with forward slashes, or a link out",
     "image_too_large": f"over {MAX_FILE_BYTES:,} bytes",
 }
-
-
-def _is_forbidden(error: OSError) -> bool:
-    return is_denied(error) or _S3_ARCHIVED.search(str(error)) is not None
 
 
 def _key_bytes(path: str) -> int:

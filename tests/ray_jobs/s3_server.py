@@ -50,6 +50,18 @@ class Server:
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
         return [one["Key"] for page in pages for one in page.get("Contents", ())]
 
+    def forbid(self, key: str) -> None:
+        """Take away the right to read what is called so, by which S3 judges both requests."""
+        denied = {
+            "Effect": "Deny",
+            "Principal": "*",
+            "Action": ["s3:GetObject", "s3:HeadObject"],
+            "Resource": f"arn:aws:s3:::{BUCKET}/{key}",
+        }
+        policy = {"Version": "2012-10-17", "Statement": [denied]}
+        put = requests.put(f"{self.endpoint}/{BUCKET}?policy", json=policy, timeout=60)
+        put.raise_for_status()
+
 
 class _Quiet(WSGIRequestHandler):
     def log(self, *_: object) -> None:

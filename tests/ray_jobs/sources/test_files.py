@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import requests
 from pydantic import ValidationError
 
 from ray_jobs.sources import FolderConfig, ParquetConfig, SourceError
@@ -44,14 +43,7 @@ def test_other_lists_are_not_taken_for_the_usual_one_while_it_cannot_be_asked_fo
 def test_usual_lists_that_may_not_be_asked_for_are_none(s3: Server) -> None:
     put(s3, "data/list.jsonl")
     # So S3 answers, of what is not there, whoever may not list.
-    denied = {
-        "Effect": "Deny",
-        "Principal": "*",
-        "Action": ["s3:GetObject", "s3:HeadObject"],
-        "Resource": f"arn:aws:s3:::{BUCKET}/data/metadata.*",
-    }
-    policy = {"Version": "2012-10-17", "Statement": [denied]}
-    requests.put(f"{s3.endpoint}/{BUCKET}?policy", json=policy, timeout=60).raise_for_status()
+    s3.forbid("data/metadata.*")
     assert labels(on_s3(s3, "data"), ".jsonl", USUAL) == ["list.jsonl"]
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import requests
 from pydantic import TypeAdapter
 
 from ray_jobs.pairs import RowLimits, make_pair
@@ -342,21 +341,9 @@ def test_names_in_other_stores_are_read_as_in_ours() -> None:
     assert files.locate("file:///", S3Config())[1] == "/"
 
 
-def forbid(s3: Server, key: str) -> None:
-    """Take away the right to read what is called so, by which S3 judges both requests."""
-    denied = {
-        "Effect": "Deny",
-        "Principal": "*",
-        "Action": ["s3:GetObject", "s3:HeadObject"],
-        "Resource": f"arn:aws:s3:::{BUCKET}/data/{key}",
-    }
-    policy = {"Version": "2012-10-17", "Statement": [denied]}
-    requests.put(f"{s3.endpoint}/{BUCKET}?policy", json=policy, timeout=60).raise_for_status()
-
-
 def test_an_object_that_is_forbidden_costs_its_pair(s3: Server, png: Png) -> None:
     one = on_s3(s3, png)
-    forbid(s3, "img/3.png")
+    s3.forbid("data/img/3.png")
     rows = rows_of(one)
     assert [isinstance(row, Rejected) for row in rows] == [False] * 3 + [True] + [False] * 2
     assert (rows[3].reason, rows[3].detail) == ("image_forbidden", "'img/3.png': may not be read")
@@ -377,7 +364,7 @@ def test_credentials_that_run_out_cost_no_pair(s3: Server, png: Png) -> None:
     (unit,) = one.units()
     rows = one.read(unit)
     next(rows)
-    forbid(s3, "*")
+    s3.forbid("data/*")
     with pytest.raises(OSError, match="ACCESS_DENIED"):
         list(rows)
 
@@ -393,7 +380,7 @@ def test_files_that_are_all_forbidden_are_found_before_work(
     key: str, kind: type[Exception], message: str, s3: Server, png: Png
 ) -> None:
     one = on_s3(s3, png)
-    forbid(s3, key)
+    s3.forbid(f"data/{key}")
     with pytest.raises(kind, match=message):
         one.units()
 
